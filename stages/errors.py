@@ -1,0 +1,72 @@
+"""Every error that wsss raises on purpose.
+
+    WsssError                     problems: one line each
+    ├── InputError                the user's input is wrong                       exit 2
+    │   ├── ConfigError           a key, type, range or name in a config
+    │   ├── DataError             an image, label, list or mask of the data set
+    │   └── WeightsError          a weight file that does not fit
+    ├── MissingArtifactError      an input artifact is not in the store           exit 3
+    ├── EnvironmentFailure        disk full, memory, server away, permission      exit 4
+    └── DamagedFileError          a file of ours that does not read back          exit 4
+
+Anything else that escapes is a fault of ours: exit 1.  An interrupt is exit 130.
+A message says what was expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class WsssError(Exception):
+    """Base of all deliberate errors; carries every problem that was found, not only the first."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        """Keep ``message`` as the headline and ``problems`` as one line each."""
+        super().__init__(message)
+        self.message = message
+        self.problems: tuple[str, ...] = tuple(problems)
+
+    def __str__(self) -> str:
+        """Headline, then the problems as a list."""
+        return "\n".join([self.message, *(f"  - {problem}" for problem in self.problems)])
+
+    def __reduce__(self) -> tuple[type[WsssError], tuple[str, tuple[str, ...]]]:
+        """Survive the trip out of a worker process with all problems."""
+        return type(self), (self.message, self.problems)
+
+
+class InputError(WsssError):
+    """The user's input is wrong; retrying without a change cannot help."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A key, type, range or name in a config is wrong."""
+
+
+class DataError(InputError):
+    """An image, label, list or mask of the data set is wrong."""
+
+
+class WeightsError(InputError):
+    """A weight file is missing or does not fit the network."""
+
+
+class MissingArtifactError(WsssError):
+    """A stage was asked for alone and an input of it is not in the store."""
+
+    exit_code = 3
+
+
+class EnvironmentFailure(WsssError):
+    """The machine failed, not the input: disk, memory, permission, server."""
+
+    exit_code = 4
+
+
+class DamagedFileError(EnvironmentFailure):
+    """A file that wsss wrote does not read back as it was written."""

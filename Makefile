@@ -1,0 +1,58 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.  Both set up .venv first.
+# Needs: Python >= 3.11, make; a C++ compiler for pydensecrf2 (without one the built-in torch CRF takes over).
+# Disk: about 6.5 GB for .venv with the registry's CUDA build of torch, about 2 GB with a CPU-only build, 0.1 GB for the demo.
+#   CPU only:  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+TORCH_PAIR := $(shell sed -n 's/^\(torch\|torchvision\)==/\1==/p' constraints.txt)
+
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+
+.PHONY: help setup demo test test-all check format clean
+
+help:
+	@echo "make demo      the whole road on generated images, about 4 minutes on 2 cores"
+	@echo "make test      every test that is not slow;  make test-all adds the slow ones"
+	@echo "make check     ruff, pyright, import-linter;  make format rewrites the layout"
+	@echo "make clean     removes .venv, .prefect and the demo's artifacts"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "wsss needs Python >= 3.11, found $$($(PYTHON) --version); set PYTHON=/path/to/python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifneq ($(TORCH_INDEX),)
+	$(PIP) install -q --index-url $(TORCH_INDEX) $(TORCH_PAIR)
+endif
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@$(PIP) install -q -c constraints.txt -e '.[crf]' 2> $(VENV)/pydensecrf2.log || \
+		echo "pydensecrf2 did not build here (see $(VENV)/pydensecrf2.log): the CRF uses the built-in torch mean field, equal in result and slower on a CPU"
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/wsss run configs/demo.yaml --engine prefect
+
+test: $(READY)
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -m 'not gpu'
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .prefect artifacts/prepare_data artifacts/train_classifier artifacts/make_attention artifacts/make_masks \
+		artifacts/train_segmenter artifacts/evaluate artifacts/reports artifacts/runs

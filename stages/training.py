@@ -1,0 +1,315 @@
+"""The one training loop, for classifier and segmenter: seeds, schedule, mixed precision, exact checkpoint and resume.
+
+Writes ``checkpoint.pt`` under ``out`` while it trains.  Killed at any step and called again it continues, and ends with
+the bytes of an uninterrupted training on the same kind of device.  Randomness has no state that could be lost: the data
+of a sample depend on (seed, epoch, sample), the model's random numbers on (seed, step).
+Torch is imported by the functions, not by the module, so that a config is checked without it.
+Shapes: B images, H W pixels of a crop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from stages.contracts import Progress, Runtime, StageConfig
+from stages.data.batches import Keys, TrainingData, iterate_batches
+from stages.data.transforms import to_network_input
+from stages.errors import ConfigError, EnvironmentFailure, InputError
+from stages.ops.step import StepInfo
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    Objective = Callable[[nn.Module, dict[str, Tensor], StepInfo], dict[str, Tensor]]
+
+CHECKPOINT = "checkpoint.pt"
+
+
+class TrainingConfig(StageConfig):
+    """How long and how fast to train: SGD with momentum and a learning rate schedule."""
+
+    epochs: float | None = Field(default=None, gt=0, le=10_000)
+    """Passes over the data; give this or ``steps``."""
+    steps: int | None = Field(default=None, gt=0, le=100_000_000)
+    """Parameter updates; give this or ``epochs``."""
+    batch_size: int = Field(default=10, ge=1, le=4096)
+    """Images per step."""
+    learning_rate: float = Field(default=1e-3, gt=0, le=100)
+    """Of the backbone, at the start."""
+    head_lr_factor: float = Field(default=10.0, gt=0, le=1000)
+    """Learning rate of the new layers over the backbone's."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0, le=1)
+    nesterov: bool = False
+    schedule: Literal["poly", "step", "constant"] = "poly"
+    """poly: (1 - step / steps) ** poly_power; step: x step_factor every step_every steps."""
+    poly_power: float = Field(default=0.9, gt=0, le=10)
+    step_every: int | None = Field(default=None, gt=0)
+    """Steps between two drops of the ``step`` schedule."""
+    step_factor: float = Field(default=0.1, gt=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    """First steps over which the learning rate rises linearly to the schedule's."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the forward pass; the weights stay fp32. fp16 needs CUDA."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest L2 norm of the whole gradient; None never clips."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"give exactly one of epochs and steps, got epochs={self.epochs}, steps={self.steps}")
+        if self.schedule == "step" and self.step_every is None:
+            raise ValueError("schedule 'step' needs step_every, the number of steps between two drops")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+    def steps_per_epoch(self, num_samples: int) -> int:
+        """Whole batches in ``num_samples``; the rest waits for another epoch's order.  At least one."""
+        return max(1, num_samples // self.batch_size)
+
+    def num_steps(self, num_samples: int) -> int:
+        """Parameter updates of a training on ``num_samples`` samples."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round((self.epochs or 0) * self.steps_per_epoch(num_samples)))
+
+    def learning_rate_at(self, step: int, num_steps: int) -> float:
+        """Learning rate of ``step`` (0 … num_steps - 1), for a parameter group of factor 1."""
+        rate = self.learning_rate
+        if self.schedule == "poly":
+            rate *= (1 - step / num_steps) ** self.poly_power
+        elif self.schedule == "step" and self.step_every is not None:
+            rate *= self.step_factor ** (step // self.step_every)
+        if step < self.warmup_steps:
+            rate *= (step + 1) / self.warmup_steps
+        return rate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Randomness
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sample_seed(seed: int, epoch: int, sample: int) -> int:
+    """Seed of one sample's augmentation, 0 … 2**32 - 1: whoever reads it, whenever."""
+    return _derive("sample", seed, epoch, sample) % 2**32
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Seed of the model's random numbers (dropout …) in one step, 0 … 2**63 - 1."""
+    return _derive("step", seed, step, rank)
+
+
+def seed_initial_weights(seed: int) -> None:
+    """Seed torch before a network with random layers is built."""
+    import torch
+
+    torch.manual_seed(_derive("initial weights", seed))
+
+
+def _derive(purpose: str, *numbers: int) -> int:
+    digest = hashlib.sha256(repr((purpose, *numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def batch_order(num_samples: int, config: TrainingConfig, seed: int, *, start: int = 0) -> Iterator[Keys]:
+    """Yield the samples of each step from ``start`` to the last, as (epoch, index).
+
+    The order of an epoch is a permutation that depends on (seed, epoch).  An incomplete last batch is left out, except
+    in a data set smaller than one batch, whose only batch has every sample.
+    """
+    import numpy as np
+
+    per_epoch = config.steps_per_epoch(num_samples)
+    order, order_epoch = np.arange(0), -1
+    for step in range(start, config.num_steps(num_samples)):
+        epoch, position = divmod(step, per_epoch)
+        if epoch != order_epoch:
+            order, order_epoch = np.random.default_rng(_derive("order", seed, epoch)).permutation(num_samples), epoch
+        first = position * config.batch_size
+        yield [(epoch, int(index)) for index in order[first : first + config.batch_size]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_device(runtime: Runtime) -> torch.device:
+    """Choose the device and apply ``runtime.threads``.
+
+    Raises:
+        EnvironmentFailure: the device that was asked for is not there.
+    """
+    import torch
+
+    if runtime.threads > 0:
+        torch.set_num_threads(runtime.threads)
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if runtime.device == "auto":
+        return torch.device(next(name for name, there in present.items() if there))
+    device = torch.device(runtime.device)
+    if not present[device.type] or (device.index or 0) >= max(1, torch.cuda.device_count()):
+        there = [name for name, is_there in present.items() if is_there]
+        raise EnvironmentFailure(f"runtime.device is '{runtime.device}', but torch finds only {', '.join(there)}")
+    return device
+
+
+@contextlib.contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Use only operations that give equal bits every time; off the CPU torch warns where it has none."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        False,  # a debugging aid that would write every new tensor twice
+    )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(
+    model: nn.Module,
+    *,
+    objective: Objective,
+    dataset: TrainingData,
+    config: TrainingConfig,
+    parameter_groups: Sequence[Mapping[str, Any]],
+    seed: int,
+    out: Path,
+    progress: Progress,
+    runtime: Runtime,
+    checkpoint_every_s: float = 30.0,
+    task: str = "train",
+) -> list[dict[str, float]]:
+    """Train ``model`` in place, from the checkpoint under ``out`` where there is one.
+
+    Args:
+        model: Moved to the runtime's device and put into training mode; stays there.
+        objective: Called each step with (model, batch, step) inside autocast; returns a dict of scalar tensors of which
+            ``"loss"`` is minimised and all are recorded.  The batch has the samples' names: ``"images"`` (uint8
+            B H W 3 in the data set) arrives normalised as float32 (B, 3, H, W), all else as it was, on the device.
+        dataset: The samples, see ``TrainingData``.
+        config: Length, batch, learning rate.
+        parameter_groups: Each with "params" and optionally "lr_factor" (default 1) and "weight_decay".
+        seed: Decides order and model randomness.
+        out: Folder of the checkpoint; ``remove_checkpoint`` when the results are written.
+        progress: Told about steps and losses.
+        runtime: Device, threads and workers; changes no result.
+        checkpoint_every_s: Seconds between two checkpoints; 0 writes one after each step.
+        task: Name of the bar.
+
+    Returns:
+        About a hundred records {"step", "epoch", "learning_rate", "loss", …}: the means of the losses since the
+        record before, and where the training stood after them.
+
+    Raises:
+        InputError: a loss is not finite, the data set is empty, or ``out`` holds the checkpoint of another training.
+        EnvironmentFailure: the device is missing or out of memory.
+    """
+    import torch
+
+    device = resolve_device(runtime)
+    _check_start(config, dataset, device)
+    with _deterministic(device):
+        loop = _Loop(model.to(device).train(), objective, config, parameter_groups, seed, len(dataset), device, out)
+        loop.resume(progress)
+        progress.begin(task, total=loop.num_steps, done=loop.step, unit="steps")
+        order = batch_order(len(dataset), config, seed, start=loop.step)
+        batches = iterate_batches(dataset, order, workers=runtime.workers, processes=device.type != "cpu")
+        with contextlib.closing(batches):
+            try:
+                loop.run(batches, progress, checkpoint_every_s)
+            except torch.OutOfMemoryError as error:
+                raise EnvironmentFailure(
+                    f"{device} is out of memory at batch_size {config.batch_size}; lower training.batch_size or "
+                    f"augment.crop_px, or use another runtime.device ({error})"
+                ) from error
+    return loop.history
+
+
+def _check_start(config: TrainingConfig, dataset: TrainingData, device: torch.device) -> None:
+    if len(dataset) == 0:
+        raise InputError("there is no image to train on; check the train list and its labels or masks")
+    if config.precision == "fp16" and device.type != "cuda":
+        raise ConfigError(f"training.precision fp16 needs CUDA, found {device.type}; use fp32 or bf16")
+
+
+def remove_checkpoint(out: Path) -> None:
+    """Remove what ``train`` keeps under ``out``; call it when the trained weights are safely written."""
+    for name in (CHECKPOINT, CHECKPOINT + ".part"):
+        (out / name).unlink(missing_ok=True)
+
+
+@dataclass
+class _Window:
+    """Sums of the losses since the last record of the history."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+
+    def means(self) -> dict[str, float]:
+        return {name: value / self.count for name, value in self.sums.items()}
+
+
+class _Loop:
+    """The state of one training and its steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        config: TrainingConfig,
+        parameter_groups: Sequence[Mapping[str, Any]],
+        seed: int,
+        num_samples: int,
+        device: torch.device,
+        out: Path,
+    ) -> None:
+        import torch
+
+        self.model, self.objective, self.config, self.seed, self.device = model, objective, config, seed, device
+        self.path = out / CHECKPOINT
+        self.num_steps = config.num_steps(num_samples)
+        self.per_epoch = config.steps_per_epoch(num_samples)
+        self.record_every = max(1, self.num_steps // 100)
+        self.optimizer = _build_optimizer(config, parameter_groups)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.window = _Window()
+        self.unread: tuple[int, dict[str, Tensor]] | None = None
+        self.identity = {
+            "config": config.model_dump_json(),
+            "seed": seed,
+            "num_samples": num_samples,
+            "num_steps": self.num_steps,
+        }

@@ -6,6 +6,7 @@ Pure: reads a ValidationError, the model it came from and the raw values; writes
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -14,6 +15,22 @@ from pydantic import BaseModel, ValidationError
 
 KeyPath = tuple[str | int, ...]
 """Keys and list positions from the top level to one value."""
+
+
+_PLAIN_WORDS: Mapping[str, str] = {
+    "model_type": "expected a section",
+    "model_attributes_type": "expected a section",
+    "dict_type": "expected a section",
+    "tuple_type": "expected a list",
+    "list_type": "expected a list",
+    "path_type": "expected a path",
+    "string_type": "expected text",
+    "int_from_float": "expected a whole number",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "bool_type": "expected true or false",
+}
+"""What pydantic's error types mean to somebody who writes YAML."""
 
 
 def dotted(path: KeyPath) -> str:
@@ -56,14 +73,42 @@ def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str,
         yield path, f"{dotted(path)}: {expectations}{parts[-1][1]}"
 
 
+def loose_values(model: type[BaseModel], values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Problems that pydantic lets pass: text or true for a number, a number for true or false, nan and infinity.
+
+    (Its strict mode refuses them too, but refuses lists for tuples behind any ``mode="before"`` validator.)
+    """
+    for path, value in _leaves(values, ()):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield path, f"{dotted(path)}: expected a finite number, found {value}"
+            continue
+        kinds = set(_members(_annotation_at(model, values, path)))
+        if not kinds or not kinds <= {int, float, bool}:
+            continue
+        is_truth = isinstance(value, bool)
+        if isinstance(value, str) or (is_truth and bool not in kinds) or (not is_truth and kinds == {bool}):
+            wanted = "true or false" if kinds == {bool} else "a number"
+            yield path, f"{dotted(path)}: expected {wanted}, found {_show(value)}"
+
+
+def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, object]]:  # noqa: ANN401 - raw YAML
+    """Every value that is neither a section nor a list nor null, with its path."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, key))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _leaves(item, (*path, number))
+    elif value is not None:
+        yield path, value
+
+
 def _key_path(location: Sequence[str | int], values: Any, *, is_missing: bool) -> KeyPath:  # noqa: ANN401 - raw YAML
     """``location`` without the union tags and validator names that pydantic puts between the keys."""
     path: list[str | int] = []
     here: Any = values
     for number, key in enumerate(location):
-        is_key = isinstance(here, dict) and key in here
-        is_item = isinstance(here, list) and isinstance(key, int) and key < len(here)
-        if is_key or is_item:
+        if _has(here, key):
             path.append(key)
             here = here[key]
         elif is_missing and number == len(location) - 1:
@@ -71,7 +116,9 @@ def _key_path(location: Sequence[str | int], values: Any, *, is_missing: bool) -
     return tuple(path)
 
 
-def _sentence(detail: Any, path: KeyPath, model: type[BaseModel], values: Mapping[str, Any]) -> tuple[KeyPath, str, str]:  # noqa: ANN401 - pydantic's ErrorDetails
+def _sentence(
+    detail: Any, path: KeyPath, model: type[BaseModel], values: Mapping[str, Any]
+) -> tuple[KeyPath, str, str]:  # noqa: ANN401 - pydantic's ErrorDetails
     """The problem's path, what was expected, and what was found with the remedy."""
     kind, context, found = detail["type"], detail.get("ctx", {}), detail["input"]
     if kind == "extra_forbidden":
@@ -92,6 +139,8 @@ def _sentence(detail: Any, path: KeyPath, model: type[BaseModel], values: Mappin
         return (*path, key), "missing", f"; expected {_one_of(allowed)}"
     if kind in {"value_error", "assertion_error"}:
         return path, str(detail["msg"]).split(", ", 1)[-1], "" if isinstance(found, dict) else f", found {_show(found)}"
+    if kind in _PLAIN_WORDS:
+        return path, _PLAIN_WORDS[kind], f", found {_show(found)}"
     message = str(detail["msg"]).replace("Input should", "should", 1)
     message = message.replace("should be ", "expected ", 1).replace("should have ", "expected ", 1)
     return path, message[:1].lower() + message[1:], f", found {_show(found)}"
@@ -104,7 +153,7 @@ def _unknown_key(path: KeyPath, model: type[BaseModel], values: Mapping[str, Any
     if not guess:
         elsewhere = [at for at in _all_paths(model) if at.rsplit(".", 1)[-1] == key]
         guess = f"; did you mean '{elsewhere[0]}'?" if elsewhere else ""
-    return f"{guess or '; remove it'} Allowed here: {', '.join(allowed)}"
+    return f"{guess or '; remove it.'} Allowed here: {', '.join(allowed)}"
 
 
 def _missing_key(path: KeyPath, model: type[BaseModel], values: Mapping[str, Any]) -> str:
@@ -120,6 +169,8 @@ def _show(value: object) -> str:
     """``value`` as a person would name it, short."""
     if value is None:
         return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, dict):
         return "a section with " + ", ".join(map(str, value)) if value else "an empty section"
     text = repr(value)
@@ -158,11 +209,11 @@ def _models(annotation: Any, value: object) -> list[type[BaseModel]]:  # noqa: A
 
 
 def _fits(model: type[BaseModel], value: Mapping[str, Any]) -> bool:
-    for name, field in model.model_fields.items():
-        if get_origin(field.annotation) is Literal and field.is_required() or name in {"name", "format"}:
-            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
-            if choices is not None and name in value and value[name] not in choices:
-                return False
+    """Whether the discriminators that ``value`` has are the model's own."""
+    for tag in ("name", "format"):
+        field = model.model_fields.get(tag)
+        if field is not None and get_origin(field.annotation) is Literal and tag in value:
+            return value[tag] in get_args(field.annotation)
     return True
 
 
@@ -180,10 +231,15 @@ def _annotation_at(model: type[BaseModel], values: Mapping[str, Any], path: KeyP
 
 def _value_at(values: Any, path: KeyPath) -> Any:  # noqa: ANN401 - raw YAML
     for key in path:
-        is_key = isinstance(values, dict) and key in values
-        is_item = isinstance(values, list) and isinstance(key, int) and key < len(values)
-        values = values[key] if is_key or is_item else None
+        values = values[key] if _has(values, key) else None
     return values
+
+
+def _has(container: Any, key: str | int) -> bool:  # noqa: ANN401 - raw YAML
+    """Whether ``key`` is a key of this section or a position of this list."""
+    if isinstance(container, dict):
+        return key in container
+    return isinstance(container, list) and isinstance(key, int) and key < len(container)
 
 
 def _fields(annotation: Any, value: object) -> list[str]:  # noqa: ANN401 - a type form

@@ -7,18 +7,16 @@ Values are checked strictly: ``"5"`` is text and ``true`` is no number, wherever
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.model_errors import KeyPath, dotted, explain
+from pipeline.model_errors import KeyPath, dotted, explain, loose_values
 from stages.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -73,13 +71,14 @@ def load_model(model: type[Model], path: Path, overrides: Sequence[str] = ()) ->
     document = read_document(path)
     for override in overrides:
         apply_override(document, override)
-    document.problems.extend(_not_finite(document.values, ()))
     problems = list(document.problems)
+    found = dict(loose_values(model, document.values))
     validated: Model | None = None
     try:
-        validated = model.model_validate_json(json.dumps(document.values, ensure_ascii=False), strict=True)
+        validated = model.model_validate(document.values)
     except ValidationError as error:
-        problems += [_located(text, at, document) for at, text in explain(error, model, document.values)]
+        found = dict(explain(error, model, document.values)) | found
+    problems += [_located(text, at, document) for at, text in found.items()]
     if problems or validated is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(f"{path} is not a valid config: {count}", problems)
@@ -192,15 +191,3 @@ class _Reader:
 def _located(text: str, path: KeyPath, document: Document) -> str:
     where = document.origin(path)
     return f"{text}  ({where})" if where else text
-
-
-def _not_finite(value: object, path: KeyPath) -> Iterator[str]:
-    """Problems for .nan and .inf, which pass every comparison or none."""
-    if isinstance(value, float) and not math.isfinite(value):
-        yield f"{dotted(path)}: expected a finite number, found {value}"
-    elif isinstance(value, Mapping):
-        for key, item in cast("Mapping[str, object]", value).items():
-            yield from _not_finite(item, (*path, key))
-    elif isinstance(value, list):
-        for number, item in enumerate(cast("list[object]", value)):
-            yield from _not_finite(item, (*path, number))

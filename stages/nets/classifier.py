@@ -1,0 +1,51 @@
+"""The classifier: a backbone, a 1×1 convolution per class, and the mean over the map as the logit.
+
+Pure network code; reads and writes nothing.  Attention methods insert their own layers around it.
+Shapes: B images, K foreground classes, D feature channels, H W pixels, h w cells.
+Source: Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016, §2.
+Differs: no bias, and the linear layer stands before the mean (the same logits, but the class maps come for free).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from stages.nets.backbone_builders import Backbone
+from stages.nets.largefov import parameter_groups
+
+
+class ClassifierOutput(NamedTuple):
+    """What one forward pass of the classifier makes."""
+
+    logits: Tensor
+    """(B, K), before the sigmoid."""
+    scores: Tensor
+    """(B, K, h, w) class scores per cell; their mean over the map is the logit."""
+    features: Tensor
+    """(B, D, h, w) of the backbone."""
+
+
+class Classifier(nn.Module):
+    """A multi-label image classifier whose class scores are maps."""
+
+    def __init__(self, backbone: Backbone, num_foreground: int) -> None:
+        """Put a fresh head for K = ``num_foreground`` classes on ``backbone``."""
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Conv2d(backbone.num_channels, num_foreground, kernel_size=1, bias=False)
+        nn.init.normal_(self.head.weight, std=0.01)
+
+    def forward(self, images: Tensor) -> ClassifierOutput:
+        """Classify normalised images (B, 3, H, W)."""
+        return self.classify_features(self.backbone(images))
+
+    def classify_features(self, features: Tensor) -> ClassifierOutput:
+        """The head alone, on features (B, D, h, w) that a method made or changed."""
+        scores = self.head(features)
+        return ClassifierOutput(scores.mean(dim=(2, 3)), scores, features)
+
+    def parameter_groups(self, head_lr_factor: float = 10.0) -> list[dict[str, Any]]:
+        """All parameters for the optimiser, each once: the backbone at factor 1, everything else faster."""
+        return parameter_groups(self, self.backbone, head_lr_factor)

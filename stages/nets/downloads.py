@@ -1,0 +1,185 @@
+"""Public ImageNet weights: where they are, and their download; torch-free.
+
+Reads the network, only when asked for; writes into a cache folder, under a file's name only once it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+from stages.contracts import Progress
+from stages.errors import EnvironmentFailure, WeightsError
+
+CHUNK_BYTES = 1 << 20
+TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class PublicWeights:
+    """A public file of ImageNet weights."""
+
+    url: str
+    sha_prefix: str | None
+    """First hex digits of the file's sha256; None where the publisher states none."""
+
+    @property
+    def file_name(self) -> str:
+        """Name in the cache folder and in cache keys; unique by content."""
+        repository, _, rest = self.url.partition("/resolve/")
+        name = self.url.rsplit("/", 1)[-1]
+        return f"{repository.rsplit('/', 1)[-1]}-{name}" if rest else name
+
+
+def _torchvision(name: str) -> PublicWeights:
+    """Torchvision writes the sha prefix into the file's name."""
+    sha_prefix = name.removesuffix(".pth").rsplit("-", 1)[-1]
+    return PublicWeights(f"https://download.pytorch.org/models/{name}", sha_prefix)
+
+
+PUBLIC_WEIGHTS: dict[str, PublicWeights] = {
+    "vgg16": _torchvision("vgg16-397923af.pth"),
+    "resnet18": _torchvision("resnet18-f37072fd.pth"),
+    "resnet34": _torchvision("resnet34-b627a593.pth"),
+    "resnet50": _torchvision("resnet50-0676ba61.pth"),
+    "resnet101": _torchvision("resnet101-63fe2227.pth"),
+    "resnet152": _torchvision("resnet152-394f9c45.pth"),
+    "resnext50_32x4d": _torchvision("resnext50_32x4d-7cdf4587.pth"),
+    "squeezenet1_1": _torchvision("squeezenet1_1-b8a52dc0.pth"),
+    "inception_v3": _torchvision("inception_v3_google-0cc3c7bd.pth"),
+    "mobilenet_v2": _torchvision("mobilenet_v2-b0353104.pth"),
+    "seresnet50": PublicWeights(
+        "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-rsb-weights/"
+        "seresnet50_a1_0-ffa00869.pth",
+        "ffa00869",
+    ),
+    "mobilenetv1_100": PublicWeights(
+        "https://huggingface.co/timm/mobilenetv1_100.ra4_e3600_r224_in1k/resolve/main/model.safetensors", None
+    ),
+}
+"""Torchvision's IMAGENET1K_V1 and timm's defaults; tests compare the table with both libraries."""
+
+
+def public_source(name: str) -> PublicWeights:
+    """The public weights of backbone or encoder ``name``.
+
+    Raises:
+        WeightsError: none are known; the message says how to give a file.
+    """
+    if name not in PUBLIC_WEIGHTS:
+        raise WeightsError(
+            f"no public ImageNet weights are known for '{name}'; write 'weights: {{{name}: FILE}}' or start from "
+            f"chance (pretrained: false, init: random).  Known: {', '.join(sorted(PUBLIC_WEIGHTS))}"
+        )
+    return PUBLIC_WEIGHTS[name]
+
+
+@lru_cache(maxsize=64)
+def digest_file(path: Path, size: int, mtime_ns: int) -> str:
+    """Sha256 of the file at ``path``; asked again for an unchanged size and time, it is not read again."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def default_cache_dir() -> Path:
+    """Torch hub's folder of checkpoints, so that files torchvision fetched earlier are found."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("TORCH_HOME", f"{cache}/torch")
+    return Path(home).expanduser() / "hub" / "checkpoints"
+
+
+def download_weights(
+    name: str, cache_dir: Path | None = None, *, url: str | None = None, progress: Progress | None = None
+) -> Path:
+    """Fetch the public weights of ``name`` once; a file that is there and whole is returned at once.
+
+    Two processes that ask at the same time download once.  The file gets its name only when it is whole and its
+    sha256 begins as published.
+
+    Args:
+        name: Backbone or encoder.
+        cache_dir: Folder to keep the file in; torch hub's by default.
+        url: Another address of the same file (a mirror).
+        progress: Counts mebibytes.
+
+    Raises:
+        WeightsError: offline, no such address, or the content is not what was published.
+        EnvironmentFailure: the folder cannot be written.
+    """
+    from filelock import FileLock
+
+    source = public_source(name)
+    target = (cache_dir or default_cache_dir()) / source.file_name
+    if _is_whole(target, source):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not _is_whole(target, source):
+                _fetch(url or source.url, target, source, name, progress)
+    except PermissionError as error:
+        raise EnvironmentFailure(
+            f"{target.parent} is not writable ({error}); set TORCH_HOME to a folder that is"
+        ) from error
+    return target
+
+
+def _is_whole(path: Path, source: PublicWeights) -> bool:
+    if not path.is_file():
+        return False
+    if source.sha_prefix is None:
+        return True
+    state = path.stat()
+    return digest_file(path.resolve(), state.st_size, state.st_mtime_ns).startswith(source.sha_prefix)
+
+
+def _fetch(url: str, target: Path, source: PublicWeights, name: str, progress: Progress | None) -> None:
+    """Download ``url`` beside ``target``, verify, rename."""
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            digest = _copy(url, file, name, progress)
+        if source.sha_prefix is not None and not digest.startswith(source.sha_prefix):
+            raise WeightsError(
+                f"{url}: expected a file whose sha256 begins with {source.sha_prefix}, got {digest[:16]}…; "
+                f"try again, or write 'weights: {{{name}: FILE}}' with a file of your own"
+            )
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(target)
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise WeightsError(
+            f"the public weights of '{name}' could not be downloaded ({error}); fetch {url} by hand "
+            f"and write 'weights: {{{name}: FILE}}' in the config"
+        ) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _copy(url: str, file: BinaryIO, name: str, progress: Progress | None) -> str:
+    """Stream ``url`` into an open file; returns the sha256 of what came."""
+    digest = hashlib.sha256()
+    received = 0
+    with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+        expected = int(response.headers.get("Content-Length") or 0)
+        if progress is not None:
+            progress.begin(f"download {name}", total=max(1, -(-expected // CHUNK_BYTES)), unit="MiB")
+        while chunk := response.read(CHUNK_BYTES):
+            file.write(chunk)
+            digest.update(chunk)
+            received += len(chunk)
+            if progress is not None:
+                progress.advance()
+    if expected and received != expected:
+        raise ConnectionError(f"expected {expected} bytes, received {received}")
+    return digest.hexdigest()

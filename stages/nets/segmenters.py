@@ -1,0 +1,263 @@
+"""Which segmenters there are, and how a config asks for one; torch-free (torch is imported inside functions).
+
+Reads and writes nothing.  ``largefov`` is ours (``stages.nets.largefov``) and stands on any of our backbones;
+``deeplabv3`` and ``deeplabv3plus`` come from segmentation-models-pytorch (``stages.nets.deeplab``).
+Shapes: B images, C classes with background, h w cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from stages.contracts import Progress, StageConfig
+from stages.errors import ConfigError, WeightsError
+from stages.nets.backbones import UNTRAINED, BackboneConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.nets.largefov import Segmenter
+
+Init = Literal["imagenet", "classifier", "random"]
+"""Where the segmenter's backbone starts: public weights, this run's classifier, or chance."""
+
+LIGHT_HEAD: Mapping[str, Any] = {"dilation": 6, "batch_norm": True, "fc7": False}
+
+HEAD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "small": {**LIGHT_HEAD, "channels": 96, "dropout": 0.1},
+    "squeezenet1_1": {**LIGHT_HEAD, "channels": 256, "dropout": 0.1},
+    "vgg16": {},
+}
+"""Head fields that differ from the fields' defaults, which are DeepLab-LargeFOV's on VGG16; other backbones: OTHER_HEAD."""
+
+OTHER_HEAD: Mapping[str, Any] = {"batch_norm": True}
+
+DILATABLE_ENCODERS: tuple[str, ...] = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x4d",
+    "resnext101_32x8d",
+    "resnext101_32x16d",
+    "resnext101_32x32d",
+    "resnext101_32x48d",
+    "se_resnet50",
+    "se_resnet101",
+    "se_resnet152",
+    "se_resnext50_32x4d",
+    "se_resnext101_32x4d",
+    "senet154",
+    "dpn68",
+    "dpn68b",
+    "dpn92",
+    "dpn98",
+    "dpn107",
+    "dpn131",
+    "efficientnet-b0",
+    "efficientnet-b1",
+    "efficientnet-b2",
+    "efficientnet-b3",
+    "efficientnet-b4",
+    "efficientnet-b5",
+    "efficientnet-b6",
+    "efficientnet-b7",
+    "mobilenet_v2",
+    "mobileone_s0",
+    "mobileone_s1",
+    "mobileone_s2",
+    "mobileone_s3",
+    "mobileone_s4",
+)
+"""Encoders of segmentation-models-pytorch 0.6 that can be dilated to output stride 8 and 16 (a test builds them all)."""
+
+
+class LargeFovConfig(StageConfig):
+    """DeepLab-LargeFOV: one wide dilated 3×3 convolution on a backbone, then 1×1 convolutions.
+
+    Source: Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs", 2015;
+    numbers as in the SEC release (Kolesnikov and Lampert, 2016).
+    Differs: fc6 and fc7 start at random (the release decimates VGG16's fully connected layers).
+    """
+
+    name: Literal["largefov"] = "largefov"
+    backbone: BackboneConfig
+    """The backbone; ``output_stride: 8`` is the paper's."""
+    dilation: int = Field(default=12, ge=1, le=64)
+    """Dilation of the 3×3 convolution fc6 in cells; 12 on VGG16, by default 6 on squeezenet1_1 and small."""
+    channels: int = Field(default=1024, ge=8, le=4096)
+    """Channels of fc6 and fc7; by default 256 on squeezenet1_1 and 96 on small."""
+    fc7: bool = True
+    """Whether a 1×1 convolution stands between fc6 and the classifier; by default not on squeezenet1_1 and small."""
+    batch_norm: bool = False
+    """BatchNorm behind fc6 and fc7; by default on for every backbone but vgg16."""
+    dropout: float = Field(default=0.5, ge=0.0, lt=1.0)
+    """Dropped share of the head's channels in training; by default 0.1 on squeezenet1_1 and small."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_head(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic hands over whatever the user wrote
+        """Head defaults that depend on the backbone."""
+        if not isinstance(values, dict):
+            return values
+        backbone = values.get("backbone")
+        name = backbone.get("name") if isinstance(backbone, dict) else getattr(backbone, "name", None)
+        if not isinstance(name, str):
+            return values
+        return {**HEAD_DEFAULTS.get(name, OTHER_HEAD), **values}
+
+
+class DeepLabConfig(StageConfig):
+    """DeepLabV3 or DeepLabV3+ on an encoder of segmentation-models-pytorch.
+
+    Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017 (V3);
+    "Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation", ECCV 2018 (V3+).
+    """
+
+    name: Literal["deeplabv3", "deeplabv3plus"]
+    encoder: str = "resnet50"
+    """An encoder of segmentation-models-pytorch that can be dilated, or a timm model as ``tu-<name>``."""
+    output_stride: Literal[8, 16] = 16
+    """Pixels per cell of the encoder's last features."""
+    aspp_dilations: tuple[int, int, int] = (6, 12, 18)
+    """Dilations of the three 3×3 branches in cells; by default (6, 12, 18) at stride 16, (12, 24, 36) at stride 8."""
+    decoder_channels: int = Field(default=256, ge=8, le=1024)
+    """Channels of the ASPP branches and of the decoder."""
+    aspp_dropout: float = Field(default=0.5, ge=0.0, lt=1.0)
+    """Dropped share behind the ASPP projection in training."""
+    pretrained: bool = True
+    """Whether ``init: imagenet`` may load ImageNet weights into the encoder."""
+    freeze_bn: bool = False
+    """Keep the running statistics of the encoder's BatchNorm as they were loaded."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_dilations(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic hands over whatever the user wrote
+        """The papers double the dilations when the stride is halved."""
+        if isinstance(values, dict) and values.get("output_stride") == 8:
+            return {"aspp_dilations": (12, 24, 36), **values}
+        return values
+
+    @field_validator("aspp_dilations")
+    @classmethod
+    def _check_dilations(cls, value: tuple[int, int, int]) -> tuple[int, int, int]:
+        if min(value) < 1:
+            raise ValueError(f"dilations are at least 1 cell, found {value}")
+        return value
+
+    @field_validator("encoder")
+    @classmethod
+    def _check_encoder(cls, value: str) -> str:
+        if not value.startswith("tu-"):
+            try:
+                check_encoder(value)
+            except ConfigError as error:
+                raise ValueError(error.message) from None
+        return value
+
+
+SegmenterConfig = Annotated[LargeFovConfig | DeepLabConfig, Field(discriminator="name")]
+"""Any segmenter, told apart by ``name``."""
+
+
+def check_encoder(name: str, output_stride: int = 16) -> None:
+    """Refuse an encoder that segmentation-models-pytorch cannot dilate; torch-free but for ``tu-`` names.
+
+    Raises:
+        ConfigError: there is no such encoder, or it has no dilated mode; the message lists those that have one.
+    """
+    if name.startswith("tu-"):
+        from stages.nets.deeplab import probe_encoder
+
+        probe_encoder(name, output_stride)
+    elif name not in DILATABLE_ENCODERS:
+        raise ConfigError(
+            f"encoder '{name}' cannot be dilated to output stride 8 or 16 (or does not exist); choose one of: "
+            + ", ".join(DILATABLE_ENCODERS)
+            + "; or a timm model as tu-<name>.  VGG16 and SqueezeNet are served by the segmenter 'largefov'"
+        )
+
+
+def backbone_name(config: LargeFovConfig | DeepLabConfig) -> str:
+    """The name under which ``weights:`` lists this segmenter's backbone (the classifier's name for the same net)."""
+    return config.backbone.name if isinstance(config, LargeFovConfig) else config.encoder
+
+
+def pretrained_name(config: LargeFovConfig | DeepLabConfig, init: Init) -> str | None:
+    """The backbone whose public weights enter this segmenter, or None: what a cache key has to know."""
+    return backbone_name(config) if init == "imagenet" else None
+
+
+def init_problems(config: LargeFovConfig | DeepLabConfig, init: Init, classifier: BackboneConfig | None) -> list[str]:
+    """Why this segmenter cannot start from ``init``; empty when it can.  Torch-free, for the check before a run.
+
+    Args:
+        config: The segmenter.
+        init: Where its backbone starts.
+        classifier: The backbone of the run's classifier, where there is one.
+    """
+    name = backbone_name(config)
+    pretrained = config.backbone.pretrained if isinstance(config, LargeFovConfig) else config.pretrained
+    if init == "imagenet" and name in UNTRAINED:
+        return [f"init: imagenet, but {name} has no public weights; write init: classifier or init: random"]
+    if init == "imagenet" and not pretrained:
+        return ["init: imagenet contradicts the net's pretrained: false; change one of them"]
+    if init == "classifier" and (classifier is None or classifier.name != name):
+        found = "there is no classifier" if classifier is None else f"the classifier's backbone is {classifier.name}"
+        return [f"init: classifier needs a classifier on {name}, but {found}; use one backbone or init: imagenet"]
+    return []
+
+
+def build_segmenter(
+    config: LargeFovConfig | DeepLabConfig,
+    num_classes: int,
+    *,
+    init: Init,
+    weights: Mapping[str, Path],
+    classifier_backbone: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Segmenter:
+    """Make the segmenter and load its start.
+
+    Args:
+        config: Which net.
+        num_classes: C, background included.
+        init: Where the backbone starts; the head always starts at random.
+        weights: Weight files by backbone name (``weights:`` of the config).
+        classifier_backbone: ``state_dict()`` of the trained classifier's backbone; needed by ``init: classifier``.
+        progress: Told what was loaded.
+
+    Returns:
+        The segmenter on the CPU, in training mode.
+
+    Raises:
+        ConfigError: the net cannot be built or cannot start from ``init``.
+        WeightsError: weights are missing or do not fit; the tensors are named.
+    """
+    from stages.nets.deeplab import DeepLab
+    from stages.nets.largefov import LargeFov
+    from stages.nets.weights import load_pretrained, load_tensors
+
+    segmenter: Segmenter
+    segmenter = LargeFov(config, num_classes) if isinstance(config, LargeFovConfig) else DeepLab(config, num_classes)
+    name = backbone_name(config)
+    if init == "imagenet":
+        problems = init_problems(config, init, None)
+        if problems:
+            raise ConfigError(problems[0])
+        report = load_pretrained(segmenter.trunk, name, weights.get(name), progress=progress)
+    elif init == "classifier":
+        if classifier_backbone is None:
+            raise WeightsError("init: classifier needs the trained classifier's backbone; none was given")
+        report = load_tensors(segmenter.trunk, classifier_backbone, source=f"this run's classifier into {name}")
+    else:
+        return segmenter
+    if progress is not None:
+        progress.info(report.describe())
+    return segmenter

@@ -1,0 +1,126 @@
+"""Turn raw class scores into attention maps: normalise, lay several scales and flips over each other, store as bytes.
+
+Pure tensor code, no I/O, no config.
+Shapes: B images, K foreground classes, n maps of one image, h w map cells (H W is always image pixels).
+
+Geometry.  A map of h × w cells spans its image evenly: the centre of cell i lies at (i + ½) / h of the image's height,
+whatever the network's stride and whatever padding was to the right of and below the image.
+Source: Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016 (the maps); Ahn et al., "Weakly
+Supervised Learning of Instance Segmentation with Inter-pixel Relations", CVPR 2019 (scales and flips).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+
+def normalise_attention(scores: Tensor) -> Tensor:
+    """Scale each class map to [0, 1] by its own peak.
+
+    Negative evidence is clipped first; a map without positive evidence stays zero, never NaN.
+
+    Args:
+        scores: (B, K, h, w) class scores before any activation, unitless.
+
+    Returns:
+        Attention (B, K, h, w), 0 = no evidence, 1 = the peak; same device and dtype as ``scores``, differentiable.
+
+    Raises:
+        ValueError: ``scores`` is not 4-D.
+
+    Source:
+        irn (a2ece00) step/make_cam.py.  Differs: irn divides by max + 1e-5, so that its peaks stay below 1 and weak
+        maps are damped; here a map is divided by its peak exactly, or stays zero.
+    """
+    if scores.ndim != 4:
+        raise ValueError(f"scores must have shape (B, K, h, w), got {tuple(scores.shape)}; add the batch dimension")
+    evidence = scores.relu()
+    peaks = evidence.amax(dim=(2, 3), keepdim=True)
+    return torch.where(peaks > 0, evidence / torch.where(peaks > 0, peaks, 1.0), 0.0)
+
+
+def map_size(image_size: tuple[int, int], map_stride: int) -> tuple[int, int]:
+    """(h, w) of the stored maps of an image: its size in pixels divided by ``map_stride``, rounded up."""
+    return (-(-image_size[0] // map_stride), -(-image_size[1] // map_stride))
+
+
+def resample_maps(
+    maps: Tensor, *, size: tuple[int, int], covered: tuple[float, float] = (1.0, 1.0), flipped: bool = False
+) -> Tensor:
+    """Bring the maps of one padded, perhaps mirrored network input onto the image's own grid, bilinearly.
+
+    Args:
+        maps: (n, h, w) maps that span the padded input evenly.
+        size: (height, width) in cells of the result.
+        covered: (vertical, horizontal) share, in (0, 1], of the padded input that the image fills from its top left.
+        flipped: The image was mirrored left to right before it was padded; the result is mirrored back.
+
+    Returns:
+        (n, *size) maps that span the image evenly; same device and dtype.
+    """
+    rows, columns = _cell_centres(size[0], maps), _cell_centres(size[1], maps)
+    if flipped:
+        columns = columns.flip(0)
+    grid = torch.stack(torch.meshgrid(columns * covered[1], rows * covered[0], indexing="xy"), dim=-1)
+    return functional.grid_sample(maps[None], grid[None] * 2 - 1, padding_mode="border", align_corners=False)[0]
+
+
+def _cell_centres(count: int, like: Tensor) -> Tensor:
+    """Centres of ``count`` even cells of the unit interval."""
+    return (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) / count
+
+
+class MapMean:
+    """Mean of the maps of one image over scales and flips, at the stored resolution: memory stays that of one map.
+
+    Source:
+        irn (a2ece00) step/make_cam.py: the sum over scales and flips of the ReLU'd maps.  Differs: the mean, so that
+        the stored peaks do not depend on the number of scales; divided by the maximum both give the same map.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        """Start empty for maps of ``size`` cells."""
+        self.size = size
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, maps: Tensor, *, covered: tuple[float, float] = (1.0, 1.0), flipped: bool = False) -> None:
+        """Add one network input's maps (n, h, w) ≥ 0; ``covered`` and ``flipped`` as in ``resample_maps``."""
+        resampled = resample_maps(maps.float(), size=self.size, covered=covered, flipped=flipped)
+        self._sum = resampled if self._sum is None else self._sum + resampled
+        self._count += 1
+
+    def mean(self) -> Tensor:
+        """The mean so far, float32 (n, *size).
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if self._sum is None:
+            raise ValueError("no maps were added; call add() at least once before mean()")
+        return self._sum / self._count
+
+
+def quantise_attention(maps: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Divide each map by its own peak and round to 256 steps.
+
+    Args:
+        maps: (n, h, w) attention ≥ 0, unnormalised.
+
+    Returns:
+        uint8 (n, h, w) with 255 at each map's peak, all zero where a map has no positive value; the peaks, float32
+        (n,).
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    if not np.isfinite(maps).all():
+        raise ValueError("attention maps must be finite, found NaN or infinity")
+    evidence = np.maximum(maps.astype(np.float32), 0)
+    peaks = evidence.max(axis=(1, 2), initial=0.0)
+    scaled = evidence / np.where(peaks > 0, peaks, 1.0)[:, None, None]
+    return np.rint(scaled * 255).astype(np.uint8), peaks.astype(np.float32)

@@ -1,0 +1,92 @@
+"""Losses of both trainings: image labels for the classifier, index masks for the segmenter.
+
+Pure tensor code, no I/O, no config.  Every loss is computed in float32, also under autocast, and is finite where there
+is nothing to learn from (a batch whose pixels are all 255 gives zero with zero gradients, never NaN).
+Shapes: B images, K foreground classes, C = K + 1, H W pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX
+
+
+def multilabel_soft_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean sigmoid cross-entropy over images and classes: every class is a yes/no question of its own.
+
+    Args:
+        logits: (B, K) class scores before any activation.
+        labels: (B, K) 1 where the image has the class, 0 where it has not.
+
+    Returns:
+        Scalar, float32.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source:
+        GAIN (arXiv 1802.10171) §4: L_cl is the multi-label soft margin loss; irn and AdvCAM train with the same.
+    """
+    if logits.ndim != 2 or logits.shape != labels.shape:
+        raise ValueError(f"logits and labels must both be (B, K), got {tuple(logits.shape)} and {tuple(labels.shape)}")
+    return functional.multilabel_soft_margin_loss(logits.float(), labels.float())
+
+
+def segmentation_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    """Mean cross-entropy over the labelled pixels of the batch; pixels of 255 count neither above nor below the line.
+
+    Args:
+        logits: (B, C, H, W) class scores at the masks' resolution.
+        masks: (B, H, W) class indices 0 … K and 255; any integer dtype.
+
+    Returns:
+        Scalar, float32; zero with zero gradients when no pixel is labelled.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    losses = _pixel_losses(logits, masks)
+    return losses.sum() / (masks != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def balanced_segmentation_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    """Half the mean loss of the background pixels plus half the mean loss of the foreground pixels of the batch.
+
+    Background, which fills most of a pseudo-mask, then weighs no more than the objects.  Where a batch has only one of
+    the two, the loss is that one's mean.
+
+    Args:
+        logits: (B, C, H, W) class scores at the masks' resolution.
+        masks: (B, H, W) class indices 0 … K and 255; any integer dtype.
+
+    Returns:
+        Scalar, float32, on the scale of the plain cross-entropy; zero with zero gradients when no pixel is labelled.
+
+    Raises:
+        ValueError: the sizes differ.
+
+    Source:
+        Huang et al., "Weakly-Supervised Semantic Segmentation Network with Deep Seeded Region Growing", CVPR 2018
+        (its balanced seeding loss); the batch-wide mean with the half in front is what later DeepLabv2 trainings use.
+        Differs: DSRG sums the two means image by image; a missing side is NaN in the public ports and left out here.
+    """
+    losses = _pixel_losses(logits, masks)
+    background = masks == BACKGROUND_INDEX
+    foreground = (masks != BACKGROUND_INDEX) & (masks != IGNORE_INDEX)
+    sides = [(losses * side).sum() / side.sum().clamp(min=1) for side in (background, foreground)]
+    num_sides = background.any().float() + foreground.any().float()
+    return (sides[0] + sides[1]) / num_sides.clamp(min=1)
+
+
+def _pixel_losses(logits: Tensor, masks: Tensor) -> Tensor:
+    """Cross-entropy of every pixel, float32 (B, H, W); 0 where the mask is 255."""
+    if logits.ndim != 4 or masks.shape != (logits.shape[0], *logits.shape[2:]):
+        raise ValueError(
+            f"expected logits (B, C, H, W) and masks (B, H, W) of one size, got {tuple(logits.shape)} and "
+            f"{tuple(masks.shape)}; upsample the logits to the masks first"
+        )
+    target = masks.to(torch.int64)
+    return functional.cross_entropy(logits.float(), target, ignore_index=IGNORE_INDEX, reduction="none")

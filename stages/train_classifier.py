@@ -1,0 +1,202 @@
+"""Train the classifier whose attention becomes the pseudo-masks, from image-level labels alone.
+
+Reads: the images and labels of split ``train`` minus split ``holdout``; for the closing score, images and labels of
+``val`` where they are known, else of ``holdout``.  No pixel mask is read, but those of the training images that the
+method asks for by id (GAIN_ext's subset), which are recorded as mask supervision.
+Writes: classifier.safetensors, classifier.json (what it takes to build it again), history.json (loss curve).
+A run that was stopped continues at its last checkpoint and ends with the same bytes.
+Shapes: K foreground classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.contracts import (
+    IGNORE_INDEX,
+    ImageRecord,
+    ImageSet,
+    Progress,
+    Runtime,
+    StageConfig,
+    StageResult,
+    open_image_set,
+    write_json,
+)
+from stages.data.transforms import AugmentConfig, Augmenter
+from stages.errors import DataError
+from stages.methods import MethodConfigUnion
+from stages.methods.trained import ClassifierDescription, build_classifier, save_classifier
+from stages.nets.backbones import BackboneConfig
+from stages.ops.multilabel import multi_hot
+from stages.training import TrainingConfig, remove_checkpoint, sample_seed, seed_initial_weights, train
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from stages.methods.base import Method
+    from stages.nets.classifier import Classifier
+    from stages.ops.step import StepInfo
+
+VERSION = 1
+"""Raise when equal inputs give other bytes than before."""
+
+
+class TrainClassifierConfig(StageConfig):
+    """Network, method, augmentation and schedule of the classifier."""
+
+    backbone: BackboneConfig
+    """What computes the features."""
+    method: MethodConfigUnion
+    """What the training minimises and how attention is read off; ``name`` chooses it."""
+    augment: AugmentConfig
+    """How a training image becomes a crop; its ``short_side_px`` also holds for the closing score."""
+    training: TrainingConfig
+    """Steps, batch, learning rate, precision."""
+
+
+def train_classifier(
+    config: TrainClassifierConfig,
+    *,
+    images: Path,
+    data_root: Path | None,
+    weights: Mapping[str, Path],
+    seed: int,
+    out: Path,
+    progress: Progress,
+    runtime: Runtime | None = None,
+) -> StageResult:
+    """Train a classifier and score it on images it has not seen.
+
+    Args:
+        config: What to train and how.
+        images: Output folder of ``prepare_data``.
+        data_root: Folder of the user's data; None for the embedded data set.
+        weights: Files of public weights by backbone name; what is not there is downloaded.
+        seed: Seeds the head, the order of the images, every crop and every step.
+        out: Folder to write to; a checkpoint in it is continued.
+        progress: Hears of every step.
+        runtime: Device, threads and loading processes.
+
+    Returns:
+        ``classifier.map`` (mean average precision) and ``classifier.label_accuracy`` in [0, 1], both absent when no
+        image outside the training has labels; the ids whose masks the method used.
+
+    Raises:
+        DataError: a training image has no labels, no image is left to train on, an image cannot be read.
+        WeightsError: the public weights cannot be had or do not fit.
+        InputError: the loss is no longer finite.
+    """
+    from stages.methods.scoring import score_classifier
+
+    runtime = runtime or Runtime()
+    image_set = open_image_set(images, data_root)
+    records = _training_records(image_set)
+    supervised = config.method.pixel_labelled(records)
+    description = ClassifierDescription(backbone=config.backbone, method=config.method, classes=image_set.index.classes)
+    classifier, method = _build_seeded(description, weights, seed, progress)
+    history = train(
+        classifier,
+        objective=_Objective(method),
+        dataset=LabelledImages(image_set, records, Augmenter(config.augment), seed, frozenset(supervised)),
+        config=config.training,
+        parameter_groups=classifier.parameter_groups(config.training.head_lr_factor),
+        seed=seed,
+        out=out,
+        progress=progress,
+        runtime=runtime,
+        task="train classifier",
+    )
+    metrics = score_classifier(classifier.eval(), image_set, config.augment.short_side_px, progress, runtime)
+    write_json(out / "history.json", history)
+    save_classifier(out, description, classifier)
+    remove_checkpoint(out)
+    return StageResult(metrics=metrics, mask_supervision=tuple(supervised))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Random crops with their image's labels; picklable, and a pure function of (seed, epoch, index)."""
+
+    image_set: ImageSet
+    records: Sequence[ImageRecord]
+    augmenter: Augmenter
+    seed: int
+    with_masks: frozenset[str] = frozenset()
+    """Ids whose true mask is read; where there are any, the other images come with a mask of 255."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.records)
+
+    def get(self, index: int, epoch: int) -> dict[str, NDArray[Any]]:
+        """One training sample.
+
+        Args:
+            index: 0 … len - 1.
+            epoch: 0-based; another epoch gives another crop.
+
+        Returns:
+            ``images`` uint8 (crop, crop, 3), ``labels`` float32 (K,), and ``masks`` uint8 (crop, crop) for a method
+            that reads masks.
+        """
+        record = self.records[index]
+        image = self.image_set.read_image(record)
+        crop, mask = self.augmenter(
+            image, self._mask(record, image.shape[:2]), seed=sample_seed(self.seed, epoch, index)
+        )
+        labels = multi_hot(record.labels or (), self.image_set.index.classes.num_foreground)
+        sample: dict[str, NDArray[Any]] = {"images": crop, "labels": labels}
+        return sample if mask is None else {**sample, "masks": mask}
+
+    def _mask(self, record: ImageRecord, size: tuple[int, ...]) -> NDArray[np.uint8] | None:
+        if not self.with_masks:
+            return None
+        if record.id in self.with_masks:
+            return self.image_set.read_mask(record, "full")
+        return np.full(size, IGNORE_INDEX, dtype=np.uint8)
+
+
+def _training_records(image_set: ImageSet) -> list[ImageRecord]:
+    """Split train without holdout; every image must have known labels."""
+    kept_out = set(image_set.index.splits.get("holdout", ()))
+    records = [record for record in image_set.index.split("train") if record.id not in kept_out]
+    unlabelled = [f"image '{record.id}' of split train has no labels" for record in records if record.labels is None]
+    if unlabelled:
+        raise DataError("a classifier is trained on labelled images; label these or drop them", unlabelled)
+    if not records:
+        raise DataError("split train has no image besides its hold-out; add training images")
+    return records
+
+
+def _build_seeded(
+    description: ClassifierDescription, weights: Mapping[str, Path], seed: int, progress: Progress
+) -> tuple[Classifier, Method]:
+    """The network, its fresh layers drawn from ``seed``; the caller's random numbers are left as they were."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        seed_initial_weights(seed)
+        return build_classifier(description, weights, progress)
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """The method's objective as the training loop calls it."""
+
+    method: Method
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], step: StepInfo) -> dict[str, Tensor]:
+        classifier = cast("Classifier", model)
+        return self.method.objective(classifier, batch["images"], batch["labels"], step, masks=batch.get("masks"))

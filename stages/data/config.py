@@ -1,0 +1,20 @@
+"""The data section of a run's config: one of the adapters, told apart by ``format``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from stages.data.custom import CustomConfig
+from stages.data.synthetic import SyntheticConfig
+from stages.data.voc import VocConfig
+
+DataConfig = Annotated[VocConfig | CustomConfig | SyntheticConfig, Field(discriminator="format")]
+"""Any data set that wsss reads or makes."""
+
+
+def data_root(config: VocConfig | CustomConfig | SyntheticConfig) -> Path | None:
+    """The folder of the user's data; None for the synthetic set, which prepare_data generates below its own output."""
+    return None if isinstance(config, SyntheticConfig) else config.root

@@ -1,0 +1,125 @@
+"""Join lists, labels, images and masks of any data set into one listing, with the problems between them.
+
+Reads and writes nothing: the adapters have read the small files and the folders' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.contracts import ClassList
+from stages.data.records import DataListing, ListedImage, Problems
+from stages.data.splits import IdList, check_splits, some
+
+PREDICTED_SPLITS = ("train", "val", "test")
+"""The splits that must not share an image; train_score is a part of train."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What an adapter found; every path is relative to ``root``, with forward slashes."""
+
+    root: Path | None
+    class_names: tuple[str, ...]
+    mask_values: Mapping[int, int]
+    lists: Mapping[str, IdList]
+    """train, val and, where given, train_score and test."""
+    labels: Mapping[str, tuple[int, ...]]
+    """Image id to sorted label indices."""
+    images: Mapping[str, str]
+    """Image id to image file."""
+    masks: Mapping[str, str]
+    """Image id to the mask for scores."""
+    full_masks: Mapping[str, str]
+    """Image id to the mask for full supervision, where it is another than in ``masks``."""
+    image_folder: str
+    mask_folder: str
+    """How messages name the folders."""
+
+
+def join_sources(sources: Sources, problems: Problems) -> DataListing:
+    """One listing out of ``sources``; images without a file are left out of it and added to ``problems``."""
+    disjoint = {split: sources.lists[split] for split in PREDICTED_SPLITS if split in sources.lists}
+    check_splits(disjoint, problems)
+    for listed in {listed.source: listed for listed in sources.lists.values()}.values():
+        _check_image_files(sources, listed, problems)
+    splits = {split: _present(sources, split) for split in ("train", "val")}
+    if "test" in sources.lists:
+        splits["test"] = _present(sources, "test")
+    images: dict[str, ListedImage] = {}
+    for split, ids in splits.items():
+        for image_id in ids:
+            images.setdefault(image_id, _listed(sources, image_id, split))
+    warnings = _check_val_masks(sources, splits["val"], problems)
+    splits["train_score"], score_warnings = _train_score(sources, set(splits["train"]))
+    warnings += score_warnings + _label_warnings(sources, splits["train"])
+    classes = ClassList(names=sources.class_names)
+    values = dict(sources.mask_values)
+    return DataListing(sources.root, classes, tuple(images.values()), splits, values, tuple(warnings))
+
+
+def _present(sources: Sources, split: str) -> tuple[str, ...]:
+    listed = sources.lists.get(split)
+    return tuple(image_id for image_id in listed.ids if image_id in sources.images) if listed else ()
+
+
+def _check_image_files(sources: Sources, listed: IdList, problems: Problems) -> None:
+    for line, image_id in listed.entries:
+        if image_id not in sources.images:
+            text = f"{listed.source} line {line}: image '{image_id}' has no file in {sources.image_folder}"
+            problems.add("missing image", f"{text}; remove the line or add the image")
+
+
+def _listed(sources: Sources, image_id: str, split: str) -> ListedImage:
+    mask = None if split == "test" else sources.masks.get(image_id)
+    return ListedImage(
+        id=image_id,
+        image=sources.images[image_id],
+        labels=None if split == "test" else sources.labels.get(image_id),
+        mask=mask,
+        full_mask=sources.full_masks.get(image_id, mask) if split == "train" else None,
+    )
+
+
+def _check_val_masks(sources: Sources, val: tuple[str, ...], problems: Problems) -> list[str]:
+    """No val masks at all is a warning; some missing is a problem, since the score would be of fewer images."""
+    missing = [image_id for image_id in val if image_id not in sources.masks]
+    source = sources.lists["val"].source if "val" in sources.lists else "val"
+    if missing and len(missing) == len(val):
+        return [f"no image of {source} has a mask in {sources.mask_folder}: scores on val will be absent"]
+    if missing:
+        text = f"{len(missing):,} of {len(val):,} val images ({source}) have no mask in {sources.mask_folder}"
+        problems.add("val mask", f"{text}: {some(missing)}; add the masks or remove the images from the list")
+    return []
+
+
+def _train_score(sources: Sources, train: set[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The training images that attention and pseudo-masks are scored on, and what is left out of them."""
+    listed = sources.lists.get("train_score")
+    wanted = listed.ids if listed else ()
+    inside = [image_id for image_id in wanted if image_id in train]
+    scored = tuple(image_id for image_id in inside if image_id in sources.masks)
+    warnings: list[str] = []
+    if listed and len(inside) < len(wanted):
+        text = f"{len(wanted) - len(inside):,} of {len(wanted):,} images of {listed.source} are not trained on"
+        warnings.append(f"{text}: they have no attention map and are not scored")
+    if listed and len(scored) < len(inside):
+        text = f"{len(inside) - len(scored):,} of {len(inside):,} images of {listed.source} have no mask"
+        warnings.append(f"{text} in {sources.mask_folder}: attention and pseudo-masks are scored on {len(scored):,}")
+    return scored, warnings
+
+
+def _label_warnings(sources: Sources, train: tuple[str, ...]) -> list[str]:
+    """What is odd in the labels of the training images: none at all, or a class that never occurs."""
+    labels = [sources.labels.get(image_id, ()) for image_id in train]
+    empty = sum(not present for present in labels)
+    seen = {index for present in labels for index in present}
+    absent = [name for index, name in enumerate(sources.class_names) if index not in seen]
+    warnings: list[str] = []
+    if empty:
+        warnings.append(f"{empty:,} of {len(labels):,} training images have none of the classes: they are background")
+    if labels and absent:
+        warnings.append(f"no training image has the class {', '.join(absent)}: it cannot be learnt")
+    return warnings

@@ -1,0 +1,91 @@
+"""What the adapters find in a data set before anything is decoded: images, splits, problems.
+
+Pure records; nothing is read or written here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stages.contracts import ClassList
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+"""File names that count as images in a folder of the user's (compared in lower case)."""
+
+PROBLEMS_SHOWN = 25
+"""Problems of one kind that an error shows; ``wsss data check`` shows all."""
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """One image of a split, not yet opened; paths are relative to the data root, with forward slashes."""
+
+    id: str
+    image: str
+    labels: tuple[int, ...] | None = None
+    """Sorted label indices (0 … K-1); None where unknown."""
+    mask: str | None = None
+    full_mask: str | None = None
+
+
+@dataclass(frozen=True)
+class DataListing:
+    """A data set as its lists, label files and folders describe it."""
+
+    root: Path | None
+    """Folder that the paths are relative to; None for the synthetic set, which prepare_data generates."""
+    classes: ClassList
+    images: tuple[ListedImage, ...]
+    """Every image of every split once: train, then val, then test, in list order."""
+    splits: dict[str, tuple[str, ...]]
+    """Ids by split: train, train_score, val, test (as in ImageIndex; the hold-out is prepare_data's)."""
+    mask_values: dict[int, int]
+    """Raw mask value to class index (0 … K or 255)."""
+    warnings: tuple[str, ...] = ()
+    """What is allowed but should be known, e.g. that there are no masks to score with."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Relative paths whose contents enter the digest: every image and mask once, sorted."""
+        names = {path for image in self.images for path in (image.image, image.mask, image.full_mask) if path}
+        return () if self.root is None else tuple(sorted(names))
+
+
+@dataclass
+class Problems:
+    """Collects defects by kind, so that ten thousand of one kind do not hide the single one of another."""
+
+    by_kind: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, text: str) -> None:
+        """Keep one problem; ``kind`` groups those that are cut together."""
+        self.by_kind.setdefault(kind, []).append(text)
+
+    def __bool__(self) -> bool:
+        """Whether there is any problem."""
+        return bool(self.by_kind)
+
+    def lines(self, limit: int | None = None) -> list[str]:
+        """All problems in the order of their kinds, at most ``limit`` of a kind and then their number."""
+        lines: list[str] = []
+        for texts in self.by_kind.values():
+            shown = texts if limit is None else texts[:limit]
+            lines.extend(shown)
+            if len(texts) > len(shown):
+                lines.append(f"… and {len(texts) - len(shown):,} more like the last one; `wsss data check` shows all")
+        return lines
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A listing with the problems found on the way; the listing holds what could be listed all the same."""
+
+    listing: DataListing
+    problems: Problems
+
+
+def empty_scan(root: Path | None, names: tuple[str, ...], problems: Problems) -> Scan:
+    """A scan that found nothing to list, only problems."""
+    classes = ClassList(names=names or ("none",))
+    return Scan(DataListing(root, classes, (), {"train": (), "train_score": (), "val": ()}, {}), problems)

@@ -8,17 +8,19 @@ Shapes: B images, D feature channels, H W pixels, h w cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
-from torch.nn import functional
 from torchvision import models
-from torchvision.models import inception
+from torchvision.models import vgg
 
 from stages.contracts import Progress
 from stages.nets.backbones import BackboneConfig
+from stages.nets.dilation import limit_stride
+from stages.nets.inception import InceptionFeatures
 from stages.nets.weights import load_pretrained
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -96,50 +98,6 @@ def renormalise_half(images: Tensor) -> Tensor:
     return images * (std / 0.5) + (mean - 0.5) / 0.5
 
 
-def limit_stride(layers: Iterable[nn.Module], output_stride: int) -> None:
-    """Lower the stride of a chain of layers in place: late strides become 1, later kernels are dilated.
-
-    The layer that loses its stride keeps the dilation reached so far, the layers behind it are dilated by the stride
-    lost, so that each weight still sees the neighbours that it was trained for.  A pool that loses its stride becomes
-    3×3 with padding, the paper's way to keep the size of the map.
-
-    Args:
-        layers: Modules in the order of execution; convolutions of stride 2 keep their padding "same".
-        output_stride: Pixels per cell that are wanted.
-    Source: Chen et al., 2015, §3.1.
-    """
-    stride = dilation = 1
-    for layer in layers:
-        if not isinstance(layer, nn.Conv2d | nn.MaxPool2d):
-            continue
-        step = _first(layer.stride)
-        loses_stride = step > 1 and stride * step > output_stride
-        if isinstance(layer, nn.MaxPool2d):
-            if loses_stride:
-                layer.kernel_size, layer.padding, layer.ceil_mode = 3, dilation, False
-                layer.stride, layer.dilation = 1, dilation
-        else:
-            if loses_stride:
-                layer.stride = (1, 1)
-            if dilation > 1:
-                dilate(layer, dilation)
-        if loses_stride:
-            dilation *= step
-        else:
-            stride *= step
-
-
-def dilate(conv: nn.Conv2d, dilation: int) -> None:
-    """Dilate the kernel of ``conv`` and pad so that the map keeps its size; 1-wide kernel sides stay as they are."""
-    height, width = conv.kernel_size
-    conv.dilation = (dilation if height > 1 else 1, dilation if width > 1 else 1)
-    conv.padding = ((height // 2) * conv.dilation[0], (width // 2) * conv.dilation[1])
-
-
-def _first(value: int | tuple[int, ...]) -> int:
-    return value[0] if isinstance(value, tuple) else value
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # One function per network
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,22 +132,23 @@ def _small(config: BackboneConfig) -> Backbone:
     return Backbone(SmallNet(), num_channels=96, output_stride=config.output_stride)
 
 
+class _Features(nn.Module):
+    """A plain network of one chain named ``features``."""
+
+    def __init__(self, features: nn.Sequential) -> None:
+        super().__init__()
+        self.features = features
+
+
 def _vgg16(config: BackboneConfig) -> Backbone:
     """VGG16 without its final pool, so that the plain stride is 16; at 8 conv5 has dilation 2, at 4 conv4 has too."""
-    plain = models.vgg16(weights=None, init_weights=False)
-    _initialise_vgg(plain.features)
-    plain.features = plain.features[:-1]
-    limit_stride(plain.features, config.output_stride)
-    return Backbone(plain, num_channels=512, output_stride=config.output_stride)
-
-
-def _initialise_vgg(features: nn.Module) -> None:
-    """Torchvision's own initialisation, without the 120 million numbers of the classifier."""
-    for layer in features.modules():
-        if isinstance(layer, nn.Conv2d):
+    features = vgg.make_layers(vgg.cfgs["D"])[:-1]
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):  # as torchvision starts it
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+            nn.init.zeros_(cast(nn.Parameter, layer.bias))
+    limit_stride(features, config.output_stride)
+    return Backbone(_Features(features), num_channels=512, output_stride=config.output_stride)
 
 
 def _resnet(config: BackboneConfig) -> Backbone:
@@ -212,64 +171,9 @@ def _mobilenet_v2(config: BackboneConfig) -> Backbone:
     return Backbone(plain, num_channels=1280, output_stride=config.output_stride)
 
 
-class _PaddedReduction(nn.Module):
-    """Mixin of Inception's two reduction blocks: the pooled branch padded as the convolutions, at a free stride."""
-
-    reduction_stride = 2
-
-    def pool(self, x: Tensor) -> Tensor:
-        return functional.max_pool2d(x, kernel_size=3, stride=self.reduction_stride, padding=1)
-
-
-class _ReductionB(_PaddedReduction, inception.InceptionB):
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return [self.branch3x3(x), double, self.pool(x)]
-
-
-class _ReductionD(_PaddedReduction, inception.InceptionD):
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        branch3x3 = self.branch3x3_2(self.branch3x3_1(x))
-        branch7x7 = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return [branch3x3, branch7x7, self.pool(x)]
-
-
 def _inception_v3(config: BackboneConfig) -> Backbone:
-    """Inception-v3 to Mixed_7c.
-
-    Differs from torchvision: its unpadded convolutions and pools are padded, so that maps align with the image and
-    small images pass; the tensors are the same.
-    """
-    parts = inception
-    blocks: list[Callable[..., nn.Module]] = [
-        parts.BasicConv2d, parts.InceptionA, _ReductionB, parts.InceptionC, _ReductionD, parts.InceptionE,
-        parts.InceptionAux,
-    ]  # fmt: skip
-    plain = models.Inception3(aux_logits=False, inception_blocks=blocks, init_weights=False)
-    _initialise_vgg(plain)
-    _align_inception(plain, config.output_stride)
+    plain = InceptionFeatures(config.output_stride)
     return Backbone(plain, num_channels=2048, output_stride=config.output_stride, half_normalised=True)
-
-
-def _align_inception(plain: nn.Module, output_stride: int) -> None:
-    """Pad everything "same"; take the stride from Mixed_7a (below 32) and Mixed_6a (below 16) and dilate what follows."""
-    for layer in plain.modules():
-        if isinstance(layer, nn.Conv2d):
-            dilate(layer, 1)
-        elif isinstance(layer, nn.MaxPool2d):
-            layer.padding = 1
-    dilation = 1
-    for name, block in plain.named_children():
-        if not name.startswith(("Mixed_6", "Mixed_7")):
-            continue
-        loses_stride = isinstance(block, _PaddedReduction) and output_stride < (16 if name == "Mixed_6a" else 32)
-        for layer in block.modules():
-            if isinstance(layer, nn.Conv2d):
-                layer.stride = (1, 1) if loses_stride else layer.stride
-                dilate(layer, dilation)
-        if isinstance(block, _PaddedReduction) and loses_stride:
-            block.reduction_stride = 1
-            dilation *= 2
 
 
 def _timm(config: BackboneConfig, *, num_channels: int, half_normalised: bool = False) -> Backbone:

@@ -51,7 +51,7 @@ class BackboneConfig(StageConfig):
     """A backbone: its name, how fine its feature map is, and where its weights start."""
 
     name: BackboneName
-    """small | vgg16 | resnet50 | resnet101 | squeezenet1_1 | inception_v3 | mobilenet_v2 | seresnet50 | mobilenetv1_100."""
+    """Which network; ``docs/weights.md`` says whose layout its weight files have."""
     output_stride: Literal[4, 8, 16, 32] = 8
     """Pixels of the image per cell of the feature map; ``small`` has only 4, which is then the default."""
     pretrained: bool = True

@@ -43,7 +43,7 @@ class Segmenter(nn.Module):
 
 
 def parameter_groups(module: nn.Module, trunk: nn.Module, head_lr_factor: float) -> list[dict[str, Any]]:
-    """The parameters of ``trunk`` at factor 1 and the others of ``module`` at ``head_lr_factor``; no parameter twice."""
+    """Parameters of ``trunk`` at factor 1, the others of ``module`` at ``head_lr_factor``; none twice."""
     trunk_ids = {id(parameter) for parameter in trunk.parameters()}
     head = [parameter for parameter in module.parameters() if id(parameter) not in trunk_ids]
     return [

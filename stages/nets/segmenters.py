@@ -32,7 +32,7 @@ HEAD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "squeezenet1_1": {**LIGHT_HEAD, "channels": 256, "dropout": 0.1},
     "vgg16": {},
 }
-"""Head fields that differ from the fields' defaults, which are DeepLab-LargeFOV's on VGG16; other backbones: OTHER_HEAD."""
+"""Head fields that differ from the fields' defaults (DeepLab-LargeFOV's on VGG16); not listed: OTHER_HEAD."""
 
 OTHER_HEAD: Mapping[str, Any] = {"batch_norm": True}
 
@@ -75,7 +75,10 @@ DILATABLE_ENCODERS: tuple[str, ...] = (
     "mobileone_s3",
     "mobileone_s4",
 )
-"""Encoders of segmentation-models-pytorch 0.6 that can be dilated to output stride 8 and 16 (a test builds them all)."""
+"""Encoders of segmentation-models-pytorch 0.6 that can be dilated to output stride 8 and 16 (a test builds them all).
+
+Left out: the deprecated ``timm-…`` names (``tu-…`` serves), and MiT, whose attention loses its key reduction when SMP
+dilates it."""
 
 
 class LargeFovConfig(StageConfig):

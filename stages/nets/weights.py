@@ -1,6 +1,7 @@
 """Network weights: what goes into cache keys, loading with a report, saving.
 
-Reads .pth (never unpickles objects) and .safetensors; writes .safetensors.  Public files come from ``stages.nets.downloads``.
+Reads .pth (never unpickles objects) and .safetensors; writes .safetensors.
+Public files come from ``stages.nets.downloads``.
 Torch-free at import: identities and checks work without torch.
 Weights are looked up by backbone name; one entry of ``weights:`` serves the classifier and the segmenter.
 """
@@ -157,8 +158,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> WeightsReport:
     """Copy ``tensors`` into ``module`` by name; all of the module's tensors must be there, in their shapes.
 
-    A file may hold more (the ImageNet classifier), but nothing more *inside* the parts that the module has: ResNet-101's
-    file does not pass for ResNet-50.
+    A file may hold more (the ImageNet classifier), but nothing more *inside* the parts that the module has:
+    ResNet-101's file does not pass for ResNet-50.
 
     Raises:
         WeightsError: nothing matches, shapes differ, or tensors of the backbone are missing; all are named.
@@ -167,7 +168,8 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: st
     matched = tuple(key for key in wanted if key in tensors)
     if not matched:
         raise WeightsError(
-            f"{source}: no tensor name matches; the net expects {shorten(wanted, 3)}, the file has {shorten(tensors, 3)}"
+            f"{source}: no tensor name matches; the net expects {shorten(wanted, 3)}; "
+            f"the file has {shorten(tensors, 3)}; see docs/weights.md for the layout of each backbone"
         )
     missing = tuple(key for key in wanted if key not in tensors)
     unexpected = tuple(key for key in tensors if key not in wanted)

@@ -1,0 +1,137 @@
+"""Lay out line charts for the report: data in, drawing coordinates out; the template turns them into inline SVG.
+
+Reads and writes nothing, and needs no plotting library: a report is written within a moment and follows the page's
+light or dark colours.  Coordinates are SVG's: pixels, y downwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+WIDTH_PX, HEIGHT_PX = 520, 270
+LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 58, 16, 16, 48
+MOST_POINTS = 400
+"""More points than this are thinned: the eye cannot see them and the page would grow with the training's length."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A labelled position on an axis."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One drawn line with its entry in the legend."""
+
+    name: str
+    style: str
+    """CSS class that carries the colour and the dashes: ``line-0``, ``line-1`` … or ``line-faint``."""
+    points: str
+    """The ``points`` attribute of an SVG polyline."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A vertical line at a value of the x axis."""
+
+    at: float
+    name: str
+    style: str
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Everything the template needs to draw one chart."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    curves: tuple[Curve, ...]
+    marks: tuple[Mark, ...] = ()
+    width: int = WIDTH_PX
+    height: int = HEIGHT_PX
+    left: int = LEFT_PX
+    top: int = TOP_PX
+    right: int = WIDTH_PX - RIGHT_PX
+    bottom: int = HEIGHT_PX - BOTTOM_PX
+
+
+def line_chart(
+    title: str,
+    *,
+    x_label: str,
+    y_label: str,
+    x: Sequence[float],
+    lines: Mapping[str, Sequence[float]],
+    faint: Mapping[str, Sequence[float]] | None = None,
+    marks: Mapping[str, float] | None = None,
+) -> LineChart:
+    """Lay out ``lines`` over ``x``; the y axis starts at 0.
+
+    Args:
+        title: What a screen reader says.
+        x_label: Name and unit of the x axis.
+        y_label: Name and unit of the y axis.
+        x: n ascending values.
+        lines: n values each, by the name in the legend; values that are not finite are left out.
+        faint: n values each, drawn pale and scaled so that their maximum touches the top (for a learning rate, whose
+            unit is another one).
+        marks: Values of x that get a vertical line, by the name in the legend.
+    """
+    values = [value for line in lines.values() for value in line if math.isfinite(value)]
+    y_ticks = nice_ticks(0.0, max(values, default=1.0))
+    x_low, x_high = (min(x), max(x)) if len(x) else (0.0, 1.0)
+    x_high = x_high if x_high > x_low else x_low + 1.0
+    y_high = y_ticks[-1]
+
+    def to_x(value: float) -> float:
+        return LEFT_PX + (value - x_low) / (x_high - x_low) * (WIDTH_PX - LEFT_PX - RIGHT_PX)
+
+    def to_y(value: float) -> float:
+        return HEIGHT_PX - BOTTOM_PX - max(value, 0.0) / y_high * (HEIGHT_PX - TOP_PX - BOTTOM_PX)
+
+    def points(line: Sequence[float], scale: float = 1.0) -> str:
+        step = max(1, math.ceil(len(line) / MOST_POINTS))
+        kept = [i for i in range(len(line)) if (i % step == 0 or i == len(line) - 1) and math.isfinite(line[i])]
+        return " ".join(f"{to_x(x[i]):.1f},{to_y(line[i] * scale):.1f}" for i in kept)
+
+    pale = [
+        Curve(name, "line-faint", points(line, y_high / (max(line, default=0.0) or 1.0)))
+        for name, line in (faint or {}).items()
+    ]
+    strong = [Curve(name, f"line-{number % 4}", points(line)) for number, (name, line) in enumerate(lines.items())]
+    x_ticks = [value for value in nice_ticks(x_low, x_high) if x_low <= value <= x_high * (1 + 1e-9)]
+    return LineChart(
+        title=title,
+        x_label=x_label,
+        y_label=y_label,
+        x_ticks=tuple(Tick(to_x(value), tick_text(value)) for value in x_ticks),
+        y_ticks=tuple(Tick(to_y(value), tick_text(value)) for value in y_ticks),
+        curves=(*pale, *strong),
+        marks=tuple(Mark(to_x(value), name, f"mark-{n}") for n, (name, value) in enumerate((marks or {}).items())),
+    )
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round values (1, 2, 2.5 or 5 times a power of ten apart) that cover ``low`` to ``high`` in about ``count`` steps.
+
+    The first is at or below ``low`` and the last at or above ``high``.
+    """
+    span = high - low if high > low else 1.0
+    power = 10.0 ** math.floor(math.log10(span / count))
+    step = next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power * count >= span * (1 - 1e-9))
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(max(high, low + span) / step - 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def tick_text(value: float) -> str:
+    """The shortest text of a tick: ``0``, ``0.25``, ``1500``, ``2e-05``."""
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"

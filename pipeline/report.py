@@ -1,0 +1,201 @@
+"""Write the report of a run: one self-contained HTML page.
+
+Reads the artifacts of a run and their manifests; writes one HTML file.  The page needs no network and no
+script: pictures are data URIs, charts inline SVG, and everything that comes from the run is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import yaml
+
+from pipeline.charts import LineChart, line_chart
+from pipeline.pictures import colour_css
+from pipeline.report_pictures import legend_entries, load_confusions, show_examples
+from pipeline.report_tables import ClassTable, class_table, format_seconds, format_time, metric_rows, stage_rows
+from stages.contracts import ImageSet, open_image_set, read_json, write_atomic
+from stages.ops.confusion import SparseConfusions
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+CARDS = ("attention.miou", "masks.miou", "segmenter.miou", "segmenter.miou_ms")
+NOT_CURVES = frozenset({"step", "epoch", "learning_rate"})
+
+
+def build_report(
+    run: RunConfig,
+    artifacts: Mapping[str, Path],
+    manifests: Mapping[str, Mapping[str, Any]],
+    data_root: Path | None,
+    out: Path,
+    *,
+    states: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the report of ``run`` to ``out``; parts whose stage did not run are left out with one sentence.
+
+    Args:
+        run: The run's config.
+        artifacts: Folder of each stage that ran or was cached, by stage name; prepare_data may be all there is.
+        manifests: ``manifest.json`` of the same stages.
+        data_root: Folder of the user's data; None where prepare_data generated the data.
+        out: The HTML file to write, atomically.
+        states: built, cached, resumed, skipped or failed by stage name, where the report follows a run.
+
+    Returns:
+        ``out``.
+    """
+    config = run.model_dump(mode="json")
+    images = open_image_set(artifacts["prepare_data"], data_root) if "prepare_data" in artifacts else None
+    confusions = load_confusions(artifacts)
+    metrics = _merge_metrics(manifests)
+    rows = metric_rows(metrics)
+    context = {
+        "name": run.name,
+        "summary": _summarise(config, images),
+        "facts": _facts(config, manifests),
+        "cards": [row for name in CARDS for row in rows if row.name == name],
+        "metrics": rows,
+        "class_table": _class_table(confusions, images),
+        "losses": _loss_charts(artifacts),
+        "sweep": _sweep(artifacts),
+        "legend": legend_entries(images.index.classes) if images else [],
+        "colours": [colour_css(index) for index in range(256)],
+        "stages": stage_rows(manifests, states or {}),
+        "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        "packages": _packages(manifests),
+        **show_examples(images, artifacts, confusions),
+    }
+    template = _environment().get_template("report.html")
+    write_atomic(out, template.render(context).encode())
+    return out
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline", ""), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Header
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _summarise(config: Mapping[str, Any], images: ImageSet | None) -> str:
+    """One sentence: what was trained on what."""
+    supervision = _dig(config, "train_segmenter", "supervision")
+    labels = "true masks (the upper bound)" if supervision == "full" else "image-level labels"
+    count = f"{len(images.index.splits.get('train', ())):,} training images with " if images else ""
+    return f"Semantic segmentation from {count}{labels}, supervision: {supervision or 'weak'}."
+
+
+def _facts(config: Mapping[str, Any], manifests: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    runs = [manifest["run"] for manifest in manifests.values()]
+    segmenter = _dig(config, "train_segmenter", "net")
+    facts = {
+        "Data": f"{_dig(config, 'data', 'format')} {_dig(config, 'data', 'root') or ''}",
+        "Method": f"{_dig(config, 'train_classifier', 'method', 'name')}",
+        "Classifier": f"{_dig(config, 'train_classifier', 'backbone', 'name')}",
+        "Segmenter": " on ".join(
+            str(part) for part in (_dig(segmenter, "name"), _dig(segmenter, "backbone", "name")) if part
+        ),
+        "Seed": str(config.get("seed", "")),
+        "Started": format_time(min((str(run["started"]) for run in runs if run.get("started")), default="")),
+        "Stage time": format_seconds(sum(run.get("seconds") or 0.0 for run in runs)),
+        "Hardware": _join_distinct(_describe(run.get("host")) for run in runs),
+        "Code": _join_distinct(_describe(run.get("revision")) for run in runs),
+    }
+    return [(label, value.strip()) for label, value in facts.items() if value.strip() not in ("", "None")]
+
+
+def _dig(value: object, *path: str) -> Any:  # noqa: ANN401 - JSON is any
+    """The value at ``path`` in nested dictionaries, or None."""
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {item}" for name, item in value.items() if item not in (None, ""))
+    return "" if value is None else str(value)
+
+
+def _join_distinct(texts: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(text for text in texts if text))
+
+
+def _packages(manifests: Mapping[str, Mapping[str, Any]]) -> str:
+    packages: dict[str, str] = {}
+    for manifest in manifests.values():
+        packages.update(manifest["run"].get("packages") or {})
+    return "\n".join(f"{name}=={version}" for name, version in sorted(packages.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers and charts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _merge_metrics(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for manifest in manifests.values():
+        merged.update(manifest["run"].get("metrics") or {})
+    return merged
+
+
+def _class_table(confusions: Mapping[str, SparseConfusions], images: ImageSet | None) -> ClassTable | None:
+    scored = {thing: counts for thing, counts in confusions.items() if len(counts.ids)}
+    return class_table(scored, images.index.classes) if scored and images else None
+
+
+def _loss_charts(artifacts: Mapping[str, Path]) -> list[LineChart]:
+    charts = []
+    for stage, title in (("train_classifier", "Classifier"), ("train_segmenter", "Segmenter")):
+        path = artifacts[stage] / "history.json" if stage in artifacts else None
+        history = read_json(path) if path is not None and path.is_file() else []
+        if history:
+            charts.append(_loss_chart(title, history))
+    return charts
+
+
+def _loss_chart(title: str, history: Sequence[Mapping[str, float]]) -> LineChart:
+    names = [name for name in history[0] if name not in NOT_CURVES]
+    names.sort(key=lambda name: (name != "loss", name))
+    rates = [entry.get("learning_rate", 0.0) for entry in history]
+    return line_chart(
+        title,
+        x_label="epoch",
+        y_label="loss",
+        x=[entry["epoch"] for entry in history],
+        lines={name.replace("_", " "): [entry.get(name, float("nan")) for entry in history] for name in names},
+        faint={f"learning rate (peak {max(rates):.3g})": rates} if any(rates) else None,
+    )
+
+
+def _sweep(artifacts: Mapping[str, Path]) -> dict[str, Any] | None:
+    path = artifacts["evaluate"] / "sweep.json" if "evaluate" in artifacts else None
+    if path is None or not path.is_file():
+        return None
+    sweep = read_json(path)
+    marks = {
+        f"{name} {sweep[name]:.2f}": float(sweep[name])
+        for name in ("configured", "oracle")
+        if sweep.get(name) is not None
+    }
+    chart = line_chart(
+        "mIoU of the attention maps by threshold",
+        x_label="threshold, fraction of each map's maximum",
+        y_label="mIoU, %",
+        x=sweep["thresholds"],
+        lines={"attention mIoU": [100.0 * value for value in sweep["miou"]]},
+        marks=marks,
+    )
+    return {**sweep, "chart": chart}

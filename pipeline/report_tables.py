@@ -1,0 +1,245 @@
+"""Put a run's numbers into rows for the report: what each number is called, how it is written and what it means.
+
+Reads manifests and confusion counts that the caller loaded; writes nothing.
+Shapes: C classes with background.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+import numpy as np
+
+from stages.contracts import ClassList
+from stages.ops.confusion import SparseConfusions, iou
+
+STAGE_MEANINGS: dict[str, str] = {
+    "prepare_data": "indexes and checks the images",
+    "train_classifier": "learns the image-level labels",
+    "make_attention": "shows where the classifier looks",
+    "make_masks": "turns attention into pseudo-masks",
+    "train_segmenter": "learns the masks",
+    "evaluate": "compares with true masks",
+}
+"""Every stage in the order of the road, with what it does."""
+
+Unit = Literal["percent", "number", "count", "bytes"]
+
+
+@dataclass(frozen=True)
+class MetricText:
+    """How one metric is shown."""
+
+    group: str
+    label: str
+    meaning: str
+    unit: Unit = "percent"
+
+
+METRICS: dict[str, MetricText] = {
+    "data.num_train": MetricText("Data", "Training images", "Images with image-level labels.", "count"),
+    "data.num_val": MetricText("Data", "Validation images", "Images that only scores look at.", "count"),
+    "classifier.map": MetricText("Classifier", "mAP", "Mean average precision of the predicted image-level labels."),
+    "classifier.label_accuracy": MetricText(
+        "Classifier", "label accuracy", "Share of all (image, class) answers, present or absent, that are right."
+    ),
+    "attention.miou": MetricText(
+        "Attention", "mIoU", "Attention maps cut at the configured threshold, on training images with a true mask."
+    ),
+    "attention.miou_oracle": MetricText(
+        "Attention",
+        "mIoU, oracle",
+        "The same at the best threshold, which is chosen on the very masks it is scored on: a limit, not a result.",
+    ),
+    "attention.threshold_oracle": MetricText(
+        "Attention", "threshold, oracle", "That best threshold, as a fraction of each map's maximum.", "number"
+    ),
+    "attention.bytes_per_image": MetricText("Attention", "stored", "Disk space of one image's maps.", "bytes"),
+    "masks.miou_before_crf": MetricText("Pseudo-masks", "mIoU before the CRF", "Masks as cut from the attention maps."),
+    "masks.miou": MetricText(
+        "Pseudo-masks", "mIoU", "The masks that the segmenter learns; unsure pixels count as background."
+    ),
+    "masks.miou_labelled": MetricText("Pseudo-masks", "mIoU, sure pixels", "The same with unsure pixels dropped."),
+    "masks.coverage": MetricText("Pseudo-masks", "coverage", "Share of the pixels that the masks are sure of."),
+    "masks.foreground_ratio_before_crf": MetricText(
+        "Pseudo-masks", "foreground before the CRF", "Share of the pixels marked as an object before the CRF."
+    ),
+    "masks.foreground_ratio": MetricText(
+        "Pseudo-masks", "foreground", "Share of the pixels marked as an object; far below the line above is a bad sign."
+    ),
+    "segmenter.miou": MetricText("Segmenter", "mIoU", "Validation images at one scale, no CRF: the number to compare."),
+    "segmenter.miou_ms": MetricText("Segmenter", "mIoU, multi-scale", "Several scales and mirrored images averaged."),
+    "segmenter.miou_ms_crf": MetricText("Segmenter", "mIoU, multi-scale + CRF", "The same, refined by the dense CRF."),
+    "segmenter.pixel_accuracy": MetricText(
+        "Segmenter", "pixel accuracy", "Share of the pixels that are right; background makes it look good."
+    ),
+}
+"""Known metrics in the order of the table; others follow under their own names."""
+
+THINGS: dict[str, str] = {
+    "attention": "Attention",
+    "masks_before_crf": "Masks before CRF",
+    "masks": "Pseudo-masks",
+    "segmenter": "Segmenter",
+    "segmenter_ms": "multi-scale",
+    "segmenter_ms_crf": "multi-scale + CRF",
+}
+"""Column titles of what ``evaluate`` counts confusions of."""
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One line of the table of numbers."""
+
+    name: str
+    group: str
+    label: str
+    text: str
+    meaning: str
+    bar: float | None
+    """Percent, 0 to 100; None where the number is no share."""
+
+
+def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
+    """The flat metrics as rows: known ones in their order, then the others; dictionaries are left to other tables."""
+    known = [_metric_row(name, METRICS[name], metrics[name]) for name in METRICS if _is_number(metrics.get(name))]
+    others = [
+        _metric_row(name, MetricText("Other", name, "", "number"), metrics[name])
+        for name in sorted(metrics)
+        if name not in METRICS and _is_number(metrics[name])
+    ]
+    return known + others
+
+
+def _metric_row(name: str, text: MetricText, value: float) -> MetricRow:
+    bar = min(max(value * 100.0, 0.0), 100.0) if text.unit == "percent" and math.isfinite(value) else None
+    return MetricRow(name, text.group, text.label, format_value(value, text.unit), text.meaning, bar)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """IoU of every class for every thing scored; percent, None where the class never occurs."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, int, tuple[float | None, ...]], ...]
+    """(class name, class index, one IoU for each column)."""
+    means: tuple[float | None, ...]
+    num_images: tuple[int, ...]
+
+
+def class_table(confusions: Mapping[str, SparseConfusions], classes: ClassList) -> ClassTable:
+    """Per-class IoU out of the counts, background first."""
+    things = [thing for thing in THINGS if thing in confusions] + sorted(set(confusions) - set(THINGS))
+    scores = [_percent(iou(confusions[thing].total())) for thing in things]
+    rows = tuple(
+        (name, class_index, tuple(column[class_index] for column in scores))
+        for class_index, name in enumerate(classes.names_with_background)
+    )
+    present = [[value for value in column if value is not None] for column in scores]
+    return ClassTable(
+        columns=tuple(THINGS.get(thing, thing) for thing in things),
+        rows=rows,
+        means=tuple(sum(values) / len(values) if values else None for values in present),
+        num_images=tuple(len(confusions[thing].ids) for thing in things),
+    )
+
+
+def _percent(values: np.ndarray) -> list[float | None]:
+    return [float(value) * 100.0 if math.isfinite(value) else None for value in values]
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One line of the table of stages."""
+
+    name: str
+    meaning: str
+    state: str
+    key: str
+    seconds: str
+    size: str
+    started: str
+    warnings: tuple[str, ...]
+
+
+def stage_rows(manifests: Mapping[str, Mapping[str, Any]], states: Mapping[str, str]) -> list[StageRow]:
+    """Every stage of the road, also those that this run skipped."""
+    return [
+        _stage_row(name, meaning, manifests.get(name), states.get(name)) for name, meaning in STAGE_MEANINGS.items()
+    ]
+
+
+def _stage_row(name: str, meaning: str, manifest: Mapping[str, Any] | None, state: str | None) -> StageRow:
+    if manifest is None:
+        return StageRow(name, meaning, state or "skipped", "", "–", "–", "–", ())
+    content, run = manifest["content"], manifest["run"]
+    size = sum(entry["size"] for entry in content.get("files", {}).values())
+    return StageRow(
+        name=name,
+        meaning=meaning,
+        state=state or "in the store",
+        key=content["key"],
+        seconds=format_seconds(run.get("seconds")),
+        size=format_value(size, "bytes"),
+        started=format_time(run.get("started")),
+        warnings=tuple(run.get("warnings", ())),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def format_value(value: float, unit: Unit) -> str:
+    """``0.4312`` as 43.1 %, 0.431, 0 or 0 B by unit; "–" for what is not finite."""
+    if not math.isfinite(value):
+        return "–"
+    if unit == "percent":
+        return f"{value * 100:.1f} %"
+    if unit == "count":
+        return f"{value:,.0f}"
+    if unit == "bytes":
+        return _format_bytes(value)
+    return f"{value:.3g}"
+
+
+def _format_bytes(value: float) -> str:
+    names: Sequence[str] = ("B", "kB", "MB", "GB", "TB")
+    step = 0
+    while value >= 999.5 and step < len(names) - 1:
+        value, step = value / 1000, step + 1
+    return f"{value:.0f} {names[step]}" if step == 0 or value >= 99.5 else f"{value:.1f} {names[step]}"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """``0.4 s``, ``12 s``, ``3 min 05 s``, ``2 h 14 min``; "–" for None."""
+    if seconds is None:
+        return "–"
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_time(started: object) -> str:
+    """An ISO time or a Unix time as ``2026-11-20 12:05 UTC``; anything else as it is."""
+    from datetime import UTC
+
+    if isinstance(started, int | float):
+        return datetime.fromtimestamp(started, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
+    try:
+        moment = datetime.fromisoformat(str(started))
+    except ValueError:
+        return str(started)
+    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()

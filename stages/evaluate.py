@@ -1,0 +1,203 @@
+"""Measure the segmenter on val, and attention maps and pseudo-masks on the training images that have true masks.
+
+Reads: the segmenter, images, true masks, attention shards, pseudo-masks.
+Writes: ``predictions/<id>.png`` (single scale, class indices), ``confusions.npz`` (counts of each image and scored
+thing), ``sweep.json`` (mIoU of the attention maps at every threshold), ``metrics.json``.  Until these are there, counts
+of finished batches are kept under ``partial/``, so that a stopped evaluation continues.
+Source: VOC's devkit and deeplab-pytorch: one confusion matrix over all images, truth 255 dropped, mean of the classes' IoU.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageResult, open_image_set, write_json
+from stages.errors import DamagedFileError
+from stages.nets.trained import read_segmenter_record
+from stages.ops.confusion import SparseConfusions, iou, mean_iou, pixel_accuracy, write_confusions
+from stages.ops.pool import num_processes
+from stages.ops.seeds import SeedConfig
+from stages.prediction import PredictionConfig, predict_images
+from stages.scoring import ScoringContext, collect_training, score_training
+
+VERSION = 1
+
+
+class EvaluateConfig(PredictionConfig):
+    """How the segmenter is tested; the training images need no choice."""
+
+    splits: tuple[Literal["val", "test"], ...] = Field(default=("val",), min_length=1)
+    """Splits to predict; only val is scored."""
+
+    @model_validator(mode="after")
+    def _names_each_split_once(self) -> Self:
+        if len(set(self.splits)) != len(self.splits):
+            raise ValueError(f"splits must differ, found {self.splits}")
+        return self
+
+
+def evaluate(
+    config: EvaluateConfig,
+    *,
+    images: Path,
+    segmenter: Path,
+    attention: Path | None = None,
+    masks: Path | None = None,
+    masks_config: SeedConfig | None = None,
+    exclude: Collection[str] = (),
+    data_root: Path | None,
+    out: Path,
+    progress: Progress,
+    runtime: Runtime | None = None,
+) -> StageResult:
+    """Score everything that has true masks and write the predictions.
+
+    Args:
+        config: How the segmenter is tested.
+        images: Output folder of ``prepare_data``.
+        segmenter: Output folder of ``train_segmenter``.
+        attention: Output folder of ``make_attention``; None with full supervision, as for the next two.
+        masks: Output folder of ``make_masks``.
+        masks_config: Its config: the threshold rule before refinement.
+        exclude: Ids of training images whose true masks were trained on; they never count in ``attention.*`` and
+            ``masks.*``.
+        data_root: Folder of the user's data; None where it is generated.
+        out: Where to write; an earlier, stopped call's files are continued.
+        progress: Where to report to.
+        runtime: Device, and processes for everything off the network.
+
+    Returns:
+        The metrics of ``metrics.json``, fractions; a score without a true mask to stand on is absent, and so is a class
+        in ``segmenter.iou`` that does not occur.
+
+    Raises:
+        DataError: an image or a true mask is damaged.
+        DamagedFileError: an input artifact does not fit the data.
+    """
+    runtime = runtime or Runtime()
+    image_set = open_image_set(images, data_root)
+    _check_classes(image_set, segmenter)
+    metrics: dict[str, Any] = {}
+    confusions: dict[str, SparseConfusions] = {}
+    if len({attention is None, masks is None, masks_config is None}) > 1:
+        raise ValueError("attention, masks and masks_config belong together: give all three or none")
+    if attention is not None and masks is not None and masks_config is not None:
+        context = ScoringContext(
+            images=image_set,
+            ids=frozenset(image_set.index.splits.get("train_score", ())) - frozenset(exclude),
+            seeds=masks_config,
+            attention=attention,
+            masks=masks,
+            partial=out / "partial",
+        )
+        metrics |= _evaluate_training(context, confusions, out, progress, runtime)
+    metrics |= _evaluate_segmenter(config, image_set, segmenter, confusions, out, progress, runtime)
+    write_confusions(out / "confusions.npz", confusions)
+    write_json(out / "metrics.json", metrics)
+    shutil.rmtree(out / "partial", ignore_errors=True)
+    return StageResult(metrics=metrics)
+
+
+def _check_classes(image_set: ImageSet, segmenter: Path) -> None:
+    trained = read_segmenter_record(segmenter).classes
+    expected = image_set.index.classes.names
+    if tuple(trained) != expected:
+        raise DamagedFileError(
+            f"{segmenter} was trained on the classes {', '.join(trained)}; the data has {', '.join(expected)}: "
+            "rebuild train_segmenter"
+        )
+
+
+def _evaluate_training(
+    context: ScoringContext,
+    confusions: dict[str, SparseConfusions],
+    out: Path,
+    progress: Progress,
+    runtime: Runtime,
+) -> dict[str, float]:
+    """Score attention maps and pseudo-masks; adds their counts to ``confusions`` and writes ``sweep.json``."""
+    if not context.ids:
+        progress.info("no training image has a true mask that was not trained on: attention and masks are not scored")
+        return {}
+    progress.begin("attention and masks", total=len(context.ids))
+    for count in score_training(context, processes=num_processes(runtime.processes)):
+        progress.advance(count)
+    scores = collect_training(context)
+    found = len(scores.confusions["masks"].ids)
+    if found != len(context.ids):
+        raise DamagedFileError(
+            f"{context.attention} has attention for {found} of {len(context.ids)} scored images; rebuild make_attention"
+        )
+    metrics = scores.metrics()
+    confusions.update(scores.confusions)
+    if metrics:
+        write_json(out / "sweep.json", scores.curve())
+        if metrics["masks.miou"] < metrics["masks.miou_before_crf"]:
+            progress.warn(
+                f"refinement made the pseudo-masks worse: {metrics['masks.miou_before_crf']:.1%} mIoU before, "
+                f"{metrics['masks.miou']:.1%} after (255 as background); try another make_masks.crf.preset, "
+                "unary: labels, or refine: none"
+            )
+    return metrics
+
+
+def _evaluate_segmenter(
+    config: EvaluateConfig,
+    image_set: ImageSet,
+    segmenter: Path,
+    confusions: dict[str, SparseConfusions],
+    out: Path,
+    progress: Progress,
+    runtime: Runtime,
+) -> dict[str, Any]:
+    """Predict the splits and score val; adds the counts to ``confusions``."""
+    splits = {name: image_set.index.split(name) for name in config.splits}
+    for name, records in splits.items():
+        _say_what_is_not_scored(name, records, progress)
+    matrices = predict_images(
+        config,
+        image_set,
+        [record for records in splits.values() for record in records],
+        segmenter=segmenter,
+        scored=frozenset(record.id for record in splits.get("val", ()) if record.mask is not None),
+        out=out,
+        progress=progress,
+        runtime=runtime,
+    )
+    ids = [record.id for record in splits.get("val", ()) if record.id in matrices]
+    if not ids:
+        return {}
+    classes = image_set.index.classes
+    for thing in matrices[ids[0]]:
+        pairs = [(image_id, matrices[image_id][thing]) for image_id in ids]
+        confusions[thing] = SparseConfusions.from_matrices(classes.num_classes, pairs)
+    return _segmenter_metrics(confusions, classes.names_with_background)
+
+
+def _say_what_is_not_scored(split: str, records: Sequence[ImageRecord], progress: Progress) -> None:
+    unscored = len(records) if split != "val" else sum(record.mask is None for record in records)
+    if unscored:
+        progress.info(f"{split}: {unscored} of {len(records)} images are predicted without a score (no true mask)")
+
+
+def _segmenter_metrics(confusions: dict[str, SparseConfusions], names: Sequence[str]) -> dict[str, Any]:
+    single = confusions["segmenter"].total()
+    if not single.any():
+        return {}
+    metrics: dict[str, Any] = {
+        "segmenter.miou": mean_iou(single),
+        "segmenter.pixel_accuracy": pixel_accuracy(single),
+        "segmenter.iou": {
+            name: float(value) for name, value in zip(names, iou(single), strict=True) if not np.isnan(value)
+        },
+    }
+    for thing in ("segmenter_ms", "segmenter_ms_crf"):
+        if thing in confusions:
+            metrics[f"segmenter.miou{thing.removeprefix('segmenter')}"] = mean_iou(confusions[thing].total())
+    return metrics

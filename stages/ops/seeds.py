@@ -1,0 +1,178 @@
+"""From attention maps to labels of pixels: upsampling, the threshold rule and its config.
+
+Pure functions without torch: ``make_masks`` makes pseudo-masks with them, ``evaluate`` scores these before refinement.
+Shapes: n labels of one image, H W image pixels, h w map cells.
+Source: Kolesnikov and Lampert, ECCV 2016 (fractions of the maximum); Ahn and Kwak, CVPR 2018 (background by a power);
+Ahn, Cho and Kwak, CVPR 2019, ``step/cam_to_ir_label.py`` (confident labels).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field, model_validator
+
+from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, AttentionRecord, ClassList, StageConfig
+
+_TOP = 255
+"""The byte that stands for a map's own maximum."""
+
+
+class ConfidentThresholds(StageConfig):
+    """Two thresholds with 255 between: only what is surely an object or surely background is labelled."""
+
+    foreground_threshold: float = Field(default=0.30, ge=0, lt=1)
+    """Above this fraction of its maximum a map says foreground."""
+    background_threshold: float = Field(default=0.05, ge=0, lt=1)
+    """A pixel where no map exceeds this is background."""
+
+    @model_validator(mode="after")
+    def _are_ordered(self) -> Self:
+        if self.background_threshold > self.foreground_threshold:
+            raise ValueError(
+                f"background_threshold ({self.background_threshold}) must not exceed foreground_threshold "
+                f"({self.foreground_threshold}); between the two a pixel is unsure"
+            )
+        return self
+
+
+class SeedConfig(StageConfig):
+    """The threshold rule: where an attention map is strong enough to be its class."""
+
+    threshold: float = Field(default=0.3, ge=0, lt=1)
+    """Fraction of each class map's own maximum above which it says foreground (``background: constant``)."""
+    background: Literal["constant", "power"] = "constant"
+    """The background's score: ``threshold``, or (1 - m)^background_power where m is the strongest map of the pixel."""
+    background_power: float = Field(default=4.0, gt=0, le=1000)
+    """The exponent α of ``background: power``; PSA uses 4 and 16, SEAM 24.  Higher means less background."""
+    confident: ConfidentThresholds | None = None
+    """Label only the confident pixels, by two thresholds instead of the one above; the rest becomes 255."""
+
+
+def background_level(config: SeedConfig) -> float:
+    """The map value at which foreground and background tie: a map above it is foreground.
+
+    ``power`` is monotone in the map too, so it is a threshold as well: the root of t = (1 - t)^α.
+    """
+    if config.background == "constant":
+        return config.threshold
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle < (1 - middle) ** config.background_power else (low, middle)
+    return low
+
+
+def cut_byte(threshold: float) -> int:
+    """The largest byte (0 … 255) that is still background: foreground means byte / 255 > ``threshold``."""
+    return int(np.floor(threshold * _TOP + 1e-9))
+
+
+def upsample_maps(record: AttentionRecord) -> NDArray[np.uint8]:
+    """Bring the maps of one image to its size by bilinear interpolation, rounded to bytes: (n, H, W)."""
+    height, width = record.size
+    full = np.empty((len(record.labels), height, width), dtype=np.uint8)
+    for target, small in zip(full, record.maps, strict=True):
+        target[...] = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR))
+    return full
+
+
+def strongest_map(maps: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Where several classes compete the strongest wins, the first among equals.
+
+    Args:
+        maps: uint8 (n, H, W), n may be 0.
+
+    Returns:
+        The position (H, W) of the strongest map in ``maps`` and its value (H, W); zeros where n is 0.
+    """
+    if len(maps) == 0:
+        nothing = np.zeros(maps.shape[1:], dtype=np.uint8)
+        return nothing, nothing
+    return maps.argmax(axis=0).astype(np.uint8), maps.max(axis=0)
+
+
+def threshold_maps(maps: NDArray[np.uint8], threshold: float) -> NDArray[np.uint8]:
+    """Labels of the CRF (H, W): 0 where no map exceeds ``threshold``, else 1 + the position of the strongest map."""
+    winner, value = strongest_map(maps)
+    return np.where(value > cut_byte(threshold), winner + np.uint8(1), np.uint8(0)).astype(np.uint8)
+
+
+def to_class_indices(positions: NDArray[np.integer], labels: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Turn labels of one image's CRF (0 = background, i + 1 = i-th label of the image) into class indices, uint8."""
+    lookup = np.array([BACKGROUND_INDEX, *map(ClassList.class_index, labels)], dtype=np.uint8)
+    return lookup[positions]
+
+
+def combine_confident(foreground: NDArray[np.uint8], background: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Merge two labellings: background where both say so, unsure where only the strict one does, else its class.
+
+    Args:
+        foreground: Class indices (H, W) at the foreground threshold.
+        background: Class indices (H, W) at the background threshold.
+
+    Returns:
+        Class indices with 255 for unsure.
+
+    Source:
+        irn ``step/cam_to_ir_label.py``.
+    """
+    combined = foreground.copy()
+    combined[foreground == BACKGROUND_INDEX] = IGNORE_INDEX
+    combined[(foreground == BACKGROUND_INDEX) & (background == BACKGROUND_INDEX)] = BACKGROUND_INDEX
+    return combined
+
+
+def initial_mask(
+    record: AttentionRecord, config: SeedConfig, *, maps: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """The pseudo-mask before any refinement.
+
+    Args:
+        record: The image's attention.
+        config: The threshold rule.
+        maps: ``upsample_maps(record)`` where the caller has it already.
+
+    Returns:
+        Class indices (H, W): 0 background, 1 … K, and 255 for unsure where ``config.confident`` is set.
+    """
+    full = upsample_maps(record) if maps is None else maps
+    if config.confident is None:
+        return to_class_indices(threshold_maps(full, background_level(config)), record.labels)
+    strict = threshold_maps(full, config.confident.foreground_threshold)
+    loose = threshold_maps(full, config.confident.background_threshold)
+    return combine_confident(to_class_indices(strict, record.labels), to_class_indices(loose, record.labels))
+
+
+def map_probabilities(maps: NDArray[np.uint8], config: SeedConfig) -> NDArray[np.float32]:
+    """Probabilities of background and the n classes from the maps themselves, to be a CRF's unary.
+
+    ``constant`` rescales each map piecewise linearly so that the threshold becomes 1/2, and takes 1 - the strongest as
+    background: a raw peaked map against a low constant leaves most of an object near a tie, and the CRF shrinks it.
+    ``power`` takes PSA's scores as they are.  Both are divided by their sum.
+
+    Args:
+        maps: uint8 (n, H, W).
+        config: The threshold rule.
+
+    Returns:
+        float32 (n + 1, H, W) summing to 1; its argmax is that of the threshold rule.
+    """
+    scores = (maps / _TOP).astype(np.float32)
+    if config.background == "constant":
+        scores = _rescale(scores, background_level(config))
+    strongest = scores.max(axis=0, initial=0.0)
+    background = 1 - strongest if config.background == "constant" else (1 - strongest) ** config.background_power
+    stacked = np.concatenate([background[None], scores]).astype(np.float32)
+    return stacked / stacked.sum(axis=0, keepdims=True)
+
+
+def _rescale(scores: NDArray[np.float32], level: float) -> NDArray[np.float32]:
+    """Map [0, level] to [0, 1/2] and [level, 1] to [1/2, 1]."""
+    above = 0.5 + 0.5 * (scores - level) / (1 - level)
+    if level == 0:
+        return np.where(scores > 0, above, 0).astype(np.float32)
+    return np.where(scores > level, above, 0.5 * scores / level).astype(np.float32)

@@ -197,10 +197,12 @@ def read_annotation(path: Path, problems: Problems) -> tuple[str, ...]:
 
     Differs: none from irn's labels except that parts are left out by their place, not by their names.
     """
-    parser = ElementTree.XMLParser(target=_ObjectNames())
+    target = _ObjectNames()
+    parser = ElementTree.XMLParser(target=target)
     try:
         parser.feed(path.read_bytes())
-        return parser.close()
+        parser.close()
     except (OSError, ValueError, ElementTree.ParseError) as error:
         problems.add("bad annotation", f"{path}: not a readable VOC annotation ({error}); restore the file")
         return ()
+    return target.close()

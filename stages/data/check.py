@@ -1,0 +1,248 @@
+"""Decode a data set's images and masks and say everything that is wrong with them.
+
+Reads: every image, and of every mask either all pixels or the header alone.  Writes nothing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stages.contracts import IGNORE_INDEX, Progress, voc_palette
+from stages.data.custom import CustomConfig
+from stages.data.listing import scan_data
+from stages.data.records import DataListing, ListedImage
+from stages.data.synthetic import SyntheticConfig
+from stages.data.voc import VocConfig
+
+_BATCH = 32
+_FILES_PER_PROCESS = 400
+"""A further process pays for its start-up only from about this many files on."""
+
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True)
+class CheckedImage:
+    """What decoding one image and its masks showed."""
+
+    id: str
+    size: tuple[int, int] | None
+    """(height, width) in pixels; None where the image does not decode."""
+    image_problems: tuple[str, ...] = ()
+    mask_problems: tuple[str, ...] = ()
+    has_object: bool | None = None
+    """Whether the mask for scores has a pixel of a class; None where its pixels were not read."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a worker process needs to check one image."""
+
+    root: Path
+    image: ListedImage
+    mask_values: Mapping[int, int]
+    is_deep: bool
+    """Whether the masks' pixels are read; else only their headers."""
+
+
+def check_data(
+    config: VocConfig | CustomConfig | SyntheticConfig, progress: Progress, *, processes: int = 0
+) -> list[str]:
+    """Everything that is wrong with a data set: lists, labels, every image and every pixel of every mask.
+
+    Args:
+        config: The data set; a synthetic one is made by wsss itself and has nothing to check.
+        progress: Counts images; warnings (what is allowed but should be known) go to it.
+        processes: Worker processes; 0 takes one per core where there are many images.
+
+    Returns:
+        One line per problem with path, finding and remedy; empty when the data set is fine.
+    """
+    scan = scan_data(config)
+    for text in scan.listing.warnings:
+        progress.warn(text)
+    lines = scan.problems.lines()
+    if scan.listing.root is None:
+        return lines
+    deep = {image.id for image in scan.listing.images}
+    checked = list(check_images(scan.listing, scan.listing.root, deep, progress, processes=processes))
+    for image in checked:
+        lines.extend((*image.image_problems, *image.mask_problems))
+    return lines + _check_any_object(scan.listing, checked)
+
+
+def check_images(
+    listing: DataListing, root: Path, deep: set[str], progress: Progress, *, processes: int = 0
+) -> Iterator[CheckedImage]:
+    """Decode every image of ``listing``, in its order, with several processes where it has many.
+
+    Args:
+        listing: What to check.
+        root: Folder that the listing's paths are relative to.
+        deep: Ids whose masks are read to the last pixel; of the others' masks only the header is read, so that
+            no pixel of a training mask is looked at where weak supervision is promised.
+        progress: Counts images.
+        processes: Worker processes; 0 chooses.
+    """
+    tasks = [_Task(root, image, listing.mask_values, image.id in deep) for image in listing.images]
+    batches = [tasks[start : start + _BATCH] for start in range(0, len(tasks), _BATCH)]
+    progress.begin("checking images", total=len(tasks))
+    wanted = processes or min(os.cpu_count() or 1, 1 + len(tasks) // _FILES_PER_PROCESS)
+    if wanted <= 1:
+        for batch in batches:
+            yield from _counted(_check_batch(batch), progress)
+        return
+    # spawn, not fork: the caller may have threads (Prefect, torch) whose locks a fork would copy in a locked state
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=min(wanted, len(batches)), mp_context=context) as pool:
+        for checked in pool.map(_check_batch, batches):
+            yield from _counted(checked, progress)
+
+
+def _counted(checked: Sequence[CheckedImage], progress: Progress) -> Sequence[CheckedImage]:
+    progress.advance(len(checked))
+    return checked
+
+
+def _check_batch(tasks: Sequence[_Task]) -> list[CheckedImage]:
+    return [_check_one(task) for task in tasks]
+
+
+def _check_one(task: _Task) -> CheckedImage:
+    size, image_problems = check_image(task.root / task.image.image)
+    mask_problems: list[str] = []
+    values: NDArray[np.uint8] | None = None
+    for relative in dict.fromkeys((task.image.mask, task.image.full_mask)):
+        if relative is None:
+            continue
+        found, texts = check_mask(task.root / relative, size, task.mask_values, is_deep=task.is_deep)
+        mask_problems += texts
+        values = found if relative == task.image.mask else values
+    has_object = None
+    if values is not None:
+        has_object = any(task.mask_values.get(int(v), 0) not in {0, IGNORE_INDEX} for v in values)
+    return CheckedImage(task.image.id, size, tuple(image_problems), tuple(mask_problems), has_object)
+
+
+def check_image(path: Path) -> tuple[tuple[int, int] | None, list[str]]:
+    """Decode an image to its last row.
+
+    Returns:
+        (height, width) in pixels, or None where it does not decode; and what is wrong with it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.mode == "F" or image.mode.startswith("I"):
+                    return None, [f"{path}: has {image.mode} pixels of more than 8 bits; save it with 8 bits a channel"]
+                image.load()
+                return (image.height, image.width), []
+    except FileNotFoundError:
+        return None, [f"{path}: the image is missing; add it or remove it from the lists and labels"]
+    except _UNREADABLE as error:
+        return None, [f"{path}: is no readable image ({error}); replace the file, or set data.on_bad_image=skip"]
+
+
+def check_mask(
+    path: Path, size: tuple[int, int] | None, mask_values: Mapping[int, int], *, is_deep: bool
+) -> tuple[NDArray[np.uint8] | None, list[str]]:
+    """Check a mask's mode and size, and with ``is_deep`` its values and palette.
+
+    Args:
+        path: A PNG of class indices.
+        size: (height, width) of its image; None where that is unknown.
+        mask_values: The allowed raw values.
+        is_deep: Whether the pixels may be read.
+
+    Returns:
+        The raw values in it, sorted (None when they were not read), and what is wrong with it.
+    """
+    try:
+        with Image.open(path) as mask:
+            texts = _check_header(path, mask, size)
+            if not is_deep or mask.mode not in {"P", "L"}:
+                return None, texts
+            values = np.unique(np.asarray(mask, dtype=np.uint8))
+            palette = mask.getpalette("RGB") if mask.mode == "P" else None
+    except _UNREADABLE as error:
+        return None, [f"{path}: is no readable mask ({error}); restore the file"]
+    return values, texts + _check_values(path, values, palette, mask_values)
+
+
+def _check_header(path: Path, mask: Image.Image, size: tuple[int, int] | None) -> list[str]:
+    texts: list[str] = []
+    if mask.mode not in {"P", "L"}:
+        texts.append(
+            f"{path}: expected a mask of class indices (PNG mode P or L), found mode {mask.mode}"
+            f"{' (colours instead of indices)' if mask.mode.startswith('RGB') else ''}; "
+            "save the class index of each pixel, with VOC's palette if it shall look like VOC"
+        )
+    if size is not None and (mask.height, mask.width) != size:
+        texts.append(
+            f"{path}: expected {size[0]}×{size[1]} pixels (height×width) as its image has, "
+            f"found {mask.height}×{mask.width}; make the mask at the image's size"
+        )
+    return texts
+
+
+def _check_values(
+    path: Path, values: NDArray[np.uint8], palette: Sequence[int] | None, mask_values: Mapping[int, int]
+) -> list[str]:
+    """Values that are no class, and values that are the wrong class because a program renumbered the palette."""
+    moved = _renumbered(values, palette, mask_values)
+    if moved:
+        shown = ", ".join(f"{value} has the colour of {meant}" for value, meant in list(moved.items())[:3])
+        return [
+            f"{path}: its palette is not VOC's but a re-ordered one ({shown}): an image program re-quantised the "
+            "mask and its indices no longer mean VOC's classes; save the indices again from the original"
+        ]
+    unknown = [int(value) for value in values if int(value) not in mask_values]
+    if unknown:
+        allowed = f"0 … {max(value for value in mask_values if value != IGNORE_INDEX)} and {IGNORE_INDEX}"
+        listed = ", ".join(map(str, unknown[:8])) + (", …" if len(unknown) > 8 else "")
+        return [f"{path}: values {listed} are no class (allowed: {allowed}); save class indices, not grey levels"]
+    return []
+
+
+def _renumbered(
+    values: NDArray[np.uint8], palette: Sequence[int] | None, mask_values: Mapping[int, int]
+) -> dict[int, int]:
+    """Used values whose colour is VOC's colour of another class (or void): ``{found: meant}``."""
+    if palette is None:
+        return {}
+    moved: dict[int, int] = {}
+    for value in map(int, values):
+        colour = tuple(palette[3 * value : 3 * value + 3])
+        meant = _voc_colours().get(colour)
+        if meant is not None and meant != value and meant in mask_values:
+            moved[value] = meant
+    return moved
+
+
+@cache
+def _voc_colours() -> dict[tuple[int, ...], int]:
+    """VOC's colour to its index."""
+    return {tuple(map(int, colour)): index for index, colour in enumerate(voc_palette())}
+
+
+def _check_any_object(listing: DataListing, checked: Sequence[CheckedImage]) -> list[str]:
+    """Masks of which not one has an object: usually 0/255 masks of one class, whose 255 means 'ignore'."""
+    read = [image.has_object for image in checked if image.has_object is not None and not image.mask_problems]
+    if not read or any(read):
+        return []
+    return [
+        f"{listing.root}: none of the {len(read):,} masks has a pixel of a class (only background and {IGNORE_INDEX}, "
+        "which is ignored); save the i-th class as value i, counted from 1"
+    ]

@@ -1,0 +1,138 @@
+"""Make VOC's augmented training set (trainaug) from the Semantic Boundaries Dataset.
+
+Reads: SBD's ``cls/*.mat`` and VOC's train and val lists and masks.
+Writes: ``SegmentationClassAug/*.png`` and, last, ``ImageSets/Segmentation/trainaug.txt`` below VOC's folder.
+Source: Hariharan et al., "Semantic Contours from Inverse Detectors", ICCV 2011; the list of 10,582 images is SBD's
+11,355 images and VOC 2012 train, less VOC 2012 val.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stages.contracts import Progress, write_atomic, write_index_mask
+from stages.data.readers import file_names, read_id_list
+from stages.data.records import PROBLEMS_SHOWN, Problems
+from stages.data.splits import some
+from stages.errors import DataError
+
+NUM_TRAINAUG = 10_582
+"""Images of trainaug as the whole field uses it."""
+
+_NUM_CLASSES = 20
+_LISTS = "ImageSets/Segmentation"
+
+
+def convert_sbd(sbd: Path, voc: Path, progress: Progress, *, expected: int = NUM_TRAINAUG) -> int:
+    """Write trainaug's masks and list into VOC's folder.
+
+    Images of VOC train get VOC's own mask, which is finer and marks unsure borders with 255; all others SBD's.
+    Stopped and called again, it goes on with the first missing mask; the list is written when all masks are there.
+
+    Args:
+        sbd: SBD's folder: that of ``cls``, or benchmark_RELEASE or its parent.
+        voc: The folder VOCdevkit/VOC2012.
+        progress: Counts masks.
+        expected: How many images there must be.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        DataError: folders, lists or masks are missing or damaged, or the number is not ``expected``; the list is
+            not written then.
+    """
+    classes = _find_classes(sbd)
+    train, val = _voc_list(voc, "train"), set(_voc_list(voc, "val"))
+    in_sbd = {name.removesuffix(".mat") for name in file_names(classes) if name.endswith(".mat")}
+    ids = sorted((in_sbd | set(train)) - val)
+    _check_ids(ids, voc, expected)
+    problems: list[str] = []
+    official = set(train)
+    progress.begin("converting SBD", total=len(ids), unit="masks")
+    for image_id in ids:
+        target = voc / "SegmentationClassAug" / f"{image_id}.png"
+        if not target.exists():
+            try:
+                _write_mask(image_id, classes, voc, target, is_official=image_id in official)
+            except DataError as error:
+                problems.append(str(error))
+        progress.advance()
+    if problems:
+        raise DataError(f"{len(problems):,} masks of trainaug could not be made:", problems[:PROBLEMS_SHOWN])
+    write_atomic(voc / _LISTS / "trainaug.txt", "".join(f"{image_id}\n" for image_id in ids).encode())
+    return len(ids)
+
+
+def _find_classes(sbd: Path) -> Path:
+    """The folder ``cls`` of SBD, wherever its archive was unpacked."""
+    for inner in ("cls", "dataset/cls", "benchmark_RELEASE/dataset/cls"):
+        if (sbd / inner).is_dir():
+            return sbd / inner
+    raise DataError(f"{sbd}: found no folder cls of SBD (nor dataset/cls); unpack benchmark.tgz there")
+
+
+def _voc_list(voc: Path, name: str) -> tuple[str, ...]:
+    problems = Problems()
+    listed = read_id_list(voc / _LISTS / f"{name}.txt", f"{_LISTS}/{name}.txt", problems)
+    if listed is None or problems or not listed.ids:
+        text = f"{voc}: VOC's list {name} is missing, empty or damaged; unpack VOCtrainval_11-May-2012.tar there"
+        raise DataError(text, problems.lines(PROBLEMS_SHOWN))
+    return listed.ids
+
+
+def _check_ids(ids: Sequence[str], voc: Path, expected: int) -> None:
+    if len(ids) != expected:
+        raise DataError(
+            f"SBD and VOC train less VOC val are {len(ids):,} images, expected {expected:,}; "
+            "unpack both archives again, one of them is incomplete or another release"
+        )
+    images = file_names(voc / "JPEGImages")
+    missing = [image_id for image_id in ids if f"{image_id}.jpg" not in images]
+    if missing:
+        text = f"{voc}/JPEGImages has no file for {len(missing):,} images of trainaug: {some(missing)}"
+        raise DataError(f"{text}; unpack VOCtrainval_11-May-2012.tar again")
+
+
+def _write_mask(image_id: str, classes: Path, voc: Path, target: Path, *, is_official: bool) -> None:
+    if is_official:
+        source = voc / "SegmentationClass" / f"{image_id}.png"
+        if not source.is_file():
+            raise DataError(f"{source}: VOC's mask is missing; unpack VOCtrainval_11-May-2012.tar again")
+        write_atomic(target, source.read_bytes())
+        return
+    mask = read_sbd_mask(classes / f"{image_id}.mat")
+    with Image.open(voc / "JPEGImages" / f"{image_id}.jpg") as image:
+        if (image.height, image.width) != mask.shape:
+            text = f"{classes / image_id}.mat: expected {image.height}×{image.width} pixels as its image"
+            raise DataError(f"{text}, found {mask.shape[0]}×{mask.shape[1]}; unpack benchmark.tgz again")
+    write_index_mask(target, mask)
+
+
+def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
+    """Read the class indices out of one of SBD's .mat files.
+
+    Args:
+        path: ``cls/<image id>.mat`` with the structure GTcls and its field Segmentation.
+
+    Returns:
+        Values 0 … 20 (VOC's indices; SBD has no 255), uint8 (H, W).
+
+    Raises:
+        DataError: missing, damaged, or not SBD's structure.
+    """
+    from scipy.io import loadmat
+
+    try:
+        mask = np.asarray(loadmat(path, variable_names=["GTcls"])["GTcls"][0]["Segmentation"][0])
+    except Exception as error:  # scipy's reader answers damaged bytes with whatever its parser trips over
+        text = f"{path}: is no readable SBD mask ({type(error).__name__}: {error}); unpack benchmark.tgz again"
+        raise DataError(text) from error
+    if mask.ndim != 2 or mask.size == 0 or mask.min() < 0 or mask.max() > _NUM_CLASSES:
+        raise DataError(f"{path}: expected class indices 0 … {_NUM_CLASSES} in two dimensions; it is no mask of SBD")
+    return mask.astype(np.uint8)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 KeyPath = tuple[str | int, ...]
 """Keys and list positions from the top level to one value."""
@@ -117,8 +118,8 @@ def _key_path(location: Sequence[str | int], values: Any, *, is_missing: bool) -
 
 
 def _sentence(
-    detail: Any, path: KeyPath, model: type[BaseModel], values: Mapping[str, Any]
-) -> tuple[KeyPath, str, str]:  # noqa: ANN401 - pydantic's ErrorDetails
+    detail: ErrorDetails, path: KeyPath, model: type[BaseModel], values: Mapping[str, Any]
+) -> tuple[KeyPath, str, str]:
     """The problem's path, what was expected, and what was found with the remedy."""
     kind, context, found = detail["type"], detail.get("ctx", {}), detail["input"]
     if kind == "extra_forbidden":

@@ -1,0 +1,74 @@
+"""Carry an error from the child process to the command: its kind, its text, all its problems.
+
+Pure.  What the machine did wrong (disk, memory, permission) becomes an EnvironmentFailure; whatever else is not
+deliberate becomes an InternalFailure with its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from stages import errors
+from stages.errors import EnvironmentFailure, WsssError
+
+_REMEDIES: Mapping[int, str] = {
+    errno.ENOSPC: "the disk is full; free some space, then run the same command again: it continues",
+    errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again: it continues",
+    errno.EACCES: "permission denied; change the permission or choose another folder with --artifacts DIR",
+    errno.EPERM: "not permitted; change the permission or choose another folder with --artifacts DIR",
+    errno.EROFS: "the file system is read-only; choose another folder with --artifacts DIR",
+    errno.EMFILE: "too many open files; raise ulimit -n or lower runtime.workers and runtime.processes",
+    errno.ENFILE: "too many open files on this machine; close other programs",
+    errno.ENOMEM: "out of memory; lower runtime.processes, runtime.workers or the batch size",
+    errno.EIO: "the disk failed; check it",
+    errno.EAGAIN: "no more processes or memory; lower runtime.processes and runtime.workers",
+}
+
+
+class InternalFailure(WsssError):
+    """A fault of ours: an exception that nobody foresaw.  Exit 1."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, problems: tuple[str, ...] = (), *, trace: str = "") -> None:
+        """Keep ``trace``, the traceback in the process where it happened."""
+        super().__init__(message, problems)
+        self.trace = trace
+
+
+def deliberate(error: BaseException, doing: str) -> WsssError:
+    """``error`` as one of the project's errors.
+
+    Args:
+        error: Anything that escaped.
+        doing: What was being done, for the message ("make_masks").
+    """
+    if isinstance(error, WsssError):
+        return error
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        where = f" ({error})" if str(error) else ""
+        return EnvironmentFailure(
+            f"{doing}: out of memory{where}; lower the batch size, runtime.processes or runtime.workers"
+        )
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        name = f"{error.filename}: " if error.filename else ""
+        return EnvironmentFailure(f"{doing}: {name}{_REMEDIES[error.errno]}")
+    text = "".join(traceback.format_exception(error))
+    return InternalFailure(f"{doing} failed: {type(error).__name__}: {error}", trace=text)
+
+
+def to_message(error: WsssError) -> dict[str, Any]:
+    """``error`` as JSON."""
+    trace = error.trace if isinstance(error, InternalFailure) else ""
+    return {"kind": type(error).__name__, "message": error.message, "problems": list(error.problems), "trace": trace}
+
+
+def from_message(message: Mapping[str, Any]) -> WsssError:
+    """The error that ``to_message`` described."""
+    if message["kind"] == InternalFailure.__name__:
+        return InternalFailure(message["message"], tuple(message["problems"]), trace=message["trace"])
+    kind = getattr(errors, message["kind"], WsssError)
+    return kind(message["message"], message["problems"])

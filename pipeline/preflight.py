@@ -1,0 +1,99 @@
+"""Refuse a run that cannot end well, before its first stage: data lists, weight files, networks, backends.
+
+Reads file names, lists and label files; opens no image and imports no torch.  Writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from pipeline.config import RunConfig
+from pipeline.model_errors import did_you_mean
+from stages.data.listing import list_data
+from stages.data.records import DataListing
+from stages.errors import ConfigError, InputError, WeightsError
+from stages.nets.backbones import BACKBONE_NAMES
+from stages.nets.segmenters import DILATABLE_ENCODERS, backbone_name, init_problems, pretrained_name
+from stages.nets.weights import weights_problems
+from stages.ops.crf import resolve_crf_backend
+
+
+def preflight(run: RunConfig) -> DataListing:
+    """Check everything that can be checked without decoding an image or building a network.
+
+    Returns:
+        The data set's lists, which were read on the way.
+
+    Raises:
+        ConfigError: a choice in the config contradicts another or is not available here.
+        DataError: the data set's lists, labels or files.
+        WeightsError: a weight file is missing or of no known kind.
+        InputError: problems of several of these kinds; all are listed.
+    """
+    errors: list[InputError] = []
+    listing: DataListing | None = None
+    try:
+        listing = list_data(run.data)
+    except InputError as error:
+        errors.append(error)
+    config_problems = [*_config_problems(run), *(_split_problems(run, listing) if listing else [])]
+    if config_problems:
+        errors.append(ConfigError("the config cannot run as it is", config_problems))
+    weight_problems = list(_weight_problems(run))
+    if weight_problems:
+        errors.append(WeightsError("weights are not usable", weight_problems))
+    if listing is None or errors:
+        raise _joined(errors)
+    return listing
+
+
+def _joined(errors: list[InputError]) -> InputError:
+    if len(errors) == 1:
+        return errors[0]
+    lines = [line for error in errors for line in (error.problems or (error.message,))]
+    return InputError(f"the run cannot start: {len(lines)} problems", lines)
+
+
+def _config_problems(run: RunConfig) -> Iterator[str]:
+    segmenter = run.train_segmenter
+    for problem in init_problems(segmenter.net, segmenter.init, run.train_classifier.backbone):
+        yield f"train_segmenter.{problem}"
+    if segmenter.supervision == "weak" and run.make_masks.refine == "crf":
+        yield from _message_of(lambda: resolve_crf_backend(run.make_masks.crf.backend), "make_masks")
+    if run.evaluate.crf is not None:
+        crf = run.evaluate.crf
+        yield from _message_of(lambda: resolve_crf_backend(crf.backend), "evaluate")
+
+
+def _message_of(check: Callable[[], object], section: str) -> list[str]:
+    """What ``check`` objects to, as a list of one or none."""
+    try:
+        check()
+    except InputError as error:
+        return [f"{section}.{error.message}"]
+    return []
+
+
+def _split_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
+    for split in run.evaluate.splits:
+        if not listing.splits.get(split):
+            yield f"evaluate.splits: the data set has no images in '{split}'; set data.{split}_list or remove it"
+    if run.train_segmenter.supervision == "full":
+        images = {image.id: image for image in listing.images}
+        masked = [name for name in listing.splits["train"] if images[name].full_mask is not None]
+        if not masked:
+            yield "train_segmenter.supervision: full needs true masks of training images; the data set has none"
+
+
+def _weight_problems(run: RunConfig) -> Iterator[str]:
+    """Files of weights that this run needs, and names that nothing is called by."""
+    backbone = run.train_classifier.backbone
+    net = run.train_segmenter.net
+    needed = [backbone.name if backbone.pretrained else None, pretrained_name(net, run.train_segmenter.init)]
+    for name in dict.fromkeys(filter(None, needed)):
+        for problem in weights_problems(name, run.weights):
+            yield problem if problem.startswith("weights") else f"weights.{name}: {problem}"
+    known = [*BACKBONE_NAMES, *DILATABLE_ENCODERS, backbone_name(net)]
+    for name in run.weights:
+        if name not in known:
+            yield f"weights.{name}: there is no such backbone{did_you_mean(name, known)}"

@@ -1,0 +1,355 @@
+"""Bring a run's artifacts into being: what is cached is reused, what is missing is built in a child process.
+
+Reads and writes the store only.  Neither torch nor Prefect is imported here; the command line and the Prefect tasks
+call the same functions.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+from pipeline.keys import Plan, plan_run
+from pipeline.runs import RunRecord
+from pipeline.spawn import run_child
+from pipeline.stage_table import STAGES, TABLE, StageTable
+from pipeline.store import Artifact, Store
+from stages.errors import ConfigError, MissingArtifactError
+
+__all__ = [
+    "STAGES",
+    "Listener",
+    "RunOutcome",
+    "SilentListener",
+    "StageOutcome",
+    "StageStatus",
+    "ensure",
+    "finished_artifacts",
+    "missing_inputs",
+    "run_pipeline",
+    "run_stage",
+    "status",
+]
+
+State = Literal["built", "cached", "resumed", "skipped", "failed"]
+
+
+class Listener(Protocol):
+    """Who hears of a run: the terminal, Prefect, a test."""
+
+    def stage_started(self, stage: str, key: str) -> None:
+        """``stage`` is looked up, and built if need be."""
+        ...
+
+    def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
+        """``done`` of ``total`` units of ``task`` are finished; at most ten times a second."""
+        ...
+
+    def log(self, level: str, text: str) -> None:
+        """One line; level is info, warning, error, or output for what a library printed."""
+        ...
+
+    def stage_finished(self, outcome: StageOutcome) -> None:
+        """``outcome.state`` is failed when an error follows."""
+        ...
+
+
+class SilentListener:
+    """Hears nothing."""
+
+    def stage_started(self, stage: str, key: str) -> None:
+        """Ignore."""
+
+    def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
+        """Ignore."""
+
+    def log(self, level: str, text: str) -> None:
+        """Ignore."""
+
+    def stage_finished(self, outcome: StageOutcome) -> None:
+        """Ignore."""
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What became of one stage in one run."""
+
+    stage: str
+    key: str | None
+    """None for a skipped stage."""
+    path: Path | None
+    state: State
+    seconds: float
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What became of a run."""
+
+    run_id: str
+    stages: tuple[StageOutcome, ...]
+    record: Path
+    """The file under ``runs/`` that keeps the run's artifacts from being pruned."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The metrics of all stages."""
+        return {name: value for outcome in self.stages for name, value in outcome.metrics.items()}
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """What the store holds for one stage of a config."""
+
+    stage: str
+    state: Literal["cached", "partial", "missing", "damaged", "skipped"]
+    key: str | None
+    path: Path | None
+    size_bytes: int = 0
+    built_at: str | None = None
+    """ISO time at which the build began."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One stage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ensure(
+    stage: str,
+    run: Any,  # noqa: ANN401 - the table's run type
+    store: Store,
+    *,
+    force: bool = False,
+    listener: Listener | None = None,
+    plan: Plan | None = None,
+    table: StageTable = TABLE,
+) -> StageOutcome:
+    """Make sure that the artifact of ``stage`` is in the store; the artifacts it reads must be there.
+
+    Args:
+        stage: Stage name.
+        run: The config.
+        store: Where artifacts live.
+        force: Build it even if it is there.
+        listener: Hears of the start, the progress and the end.
+        plan: The run's keys, when the caller has them already; else the run is checked and planned here.
+        table: The stages.
+
+    Raises:
+        WsssError: the stage failed; the listener has heard of it.
+        KeyboardInterrupt: the child has been ended; its work is kept and continued by the next call.
+    """
+    listener = listener or SilentListener()
+    plan = plan or plan_run(run, store.digest_cache, table)
+    started = time.monotonic()
+    if table.spec(stage).name not in plan.keys:
+        outcome = StageOutcome(stage, None, None, "skipped", 0.0)
+        listener.stage_finished(outcome)
+        return outcome
+    key = plan.keys[stage]
+    listener.stage_started(stage, key)
+    try:
+        outcome = _cached(stage, key, store, listener, started) if not force else None
+        outcome = outcome or _build(stage, plan, store, listener, force=force)
+    except BaseException:
+        seconds = time.monotonic() - started
+        listener.stage_finished(StageOutcome(stage, key, None, "failed", seconds))
+        raise
+    listener.stage_finished(outcome)
+    return outcome
+
+
+def _cached(stage: str, key: str, store: Store, listener: Listener, started: float) -> StageOutcome | None:
+    artifact = store.lookup(stage, key)
+    if artifact is None:
+        return None
+    seconds = time.monotonic() - started
+    return StageOutcome(stage, key, artifact.path, "cached", seconds, artifact.metrics, artifact.warnings)
+
+
+def _build(stage: str, plan: Plan, store: Store, listener: Listener, *, force: bool) -> StageOutcome:
+    runtime = getattr(plan.run, "runtime", None)
+    request = {
+        "table": plan.table.location,
+        "run": plan.run.model_dump(mode="json"),
+        "stage": stage,
+        "key": plan.keys[stage],
+        "content": dict(plan.contents[stage]),
+        "upstream": {name: plan.keys[name] for name in plan.upstream(stage)},
+        "data_root": None if plan.data.root is None else str(plan.data.root),
+        "artifacts": str(store.root),
+        "force": force,
+    }
+    started = time.monotonic()
+    answer = run_child(request, listener, threads=0 if runtime is None else runtime.threads)
+    seconds = time.monotonic() - started
+    warnings = tuple(answer["warnings"])
+    return StageOutcome(
+        stage, plan.keys[stage], Path(answer["path"]), answer["state"], seconds, answer["metrics"], warnings
+    )
+
+
+def missing_inputs(stage: str, plan: Plan, store: Store) -> tuple[str, ...]:
+    """The stages that ``stage`` reads and whose artifacts are not in the store."""
+    return tuple(name for name in plan.inputs(stage) if store.lookup(name, plan.keys[name]) is None)
+
+
+def run_stage(
+    stage: str,
+    run: Any,  # noqa: ANN401 - the table's run type
+    store: Store,
+    *,
+    force: bool = False,
+    listener: Listener | None = None,
+    invocation: str = "CONFIG",
+    table: StageTable = TABLE,
+) -> RunOutcome:
+    """Run one stage from cached inputs, also one that the whole run would skip.
+
+    Args:
+        stage: Stage name.
+        run: The config.
+        store: Where artifacts live.
+        force: Build it even if it is there.
+        listener: Hears of the start, the progress and the end.
+        invocation: Config and options as the user wrote them, for the command in the error.
+        table: The stages.
+
+    Raises:
+        MissingArtifactError: an input is not in the store; the command that makes it is in the message.
+    """
+    plan = plan_run(run, store.digest_cache, table, last=table.spec(stage).name)
+    missing = missing_inputs(stage, plan, store)
+    if missing:
+        raise _missing(stage, missing, invocation)
+    with _terminate_as_interrupt(), RunRecord.open(store, plan) as record:
+        outcome = ensure(stage, run, store, force=force, listener=listener, plan=plan, table=table)
+    return RunOutcome(record.run_id, (outcome,), record.path)
+
+
+def _missing(stage: str, missing: tuple[str, ...], invocation: str) -> MissingArtifactError:
+    return MissingArtifactError(
+        f"{stage} reads the artifact of {' and '.join(missing)}, which is not in the store; "
+        f"make it with: wsss run {invocation} --until {missing[-1]}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_pipeline(
+    run: Any,  # noqa: ANN401 - the table's run type
+    store: Store,
+    *,
+    from_: str | None = None,
+    until: str | None = None,
+    force: Collection[str] = (),
+    listener: Listener | None = None,
+    invocation: str = "CONFIG",
+    table: StageTable = TABLE,
+) -> RunOutcome:
+    """Check the inputs, then bring the stages into being one after the other.
+
+    Args:
+        run: The config.
+        store: Where artifacts live.
+        from_: First stage to run; the stages before it must be cached.
+        until: Last stage to run.
+        force: Stages to rebuild, each with all after it.
+        listener: Hears of every stage.
+        invocation: Config and options as the user wrote them, for the command in an error.
+        table: The stages.
+
+    Returns:
+        One outcome per stage up to ``until``.
+
+    Raises:
+        WsssError: the first failure; the listener has heard the outcomes before it and a ``failed`` one.
+        KeyboardInterrupt: interrupted by SIGINT or SIGTERM; the unfinished stage continues next time.
+    """
+    first, last, forced_from = _positions(table, from_, until, force)
+    plan = plan_run(run, store.digest_cache, table)
+    for name in table.names[:first]:
+        if name in plan.keys and store.lookup(name, plan.keys[name]) is None:
+            raise _missing(table.names[first], (name,), invocation)
+    outcomes: list[StageOutcome] = []
+    with _terminate_as_interrupt(), RunRecord.open(store, plan) as record:
+        for position, name in enumerate(table.names[: last + 1]):
+            is_forced = position >= max(forced_from, first)
+            outcomes.append(ensure(name, run, store, force=is_forced, listener=listener, plan=plan, table=table))
+    return RunOutcome(record.run_id, tuple(outcomes), record.path)
+
+
+def _positions(table: StageTable, from_: str | None, until: str | None, force: Collection[str]) -> tuple[int, int, int]:
+    """Positions of the first, the last and the first forced stage."""
+    order = {table.spec(name).name: position for position, name in enumerate(table.names)}
+    for name in (from_, until, *force):
+        if name is not None:
+            table.spec(name)
+    first = order[from_] if from_ is not None else 0
+    last = order[until] if until is not None else len(order) - 1
+    if first > last:
+        raise ConfigError(f"--from {from_} comes after --until {until}; order: {', '.join(order)}")
+    return first, last, min((order[name] for name in force), default=len(order))
+
+
+def finished_artifacts(
+    run: Any,  # noqa: ANN401 - the table's run type
+    store: Store,
+    table: StageTable = TABLE,
+) -> tuple[Plan, dict[str, Artifact]]:
+    """The run's plan, and those of its artifacts that are in the store, by stage."""
+    plan = plan_run(run, store.digest_cache, table)
+    found = {name: store.lookup(name, key) for name, key in plan.keys.items()}
+    return plan, {name: artifact for name, artifact in found.items() if artifact is not None}
+
+
+def status(run: Any, store: Store, table: StageTable = TABLE) -> list[StageStatus]:  # noqa: ANN401 - the table's run type
+    """What the store holds for each stage of ``run``; builds nothing and sets nothing aside."""
+    plan = plan_run(run, store.digest_cache, table)
+    return [_stage_status(name, plan.keys.get(name), store) for name in table.names]
+
+
+def _stage_status(stage: str, key: str | None, store: Store) -> StageStatus:
+    if key is None:
+        return StageStatus(stage, "skipped", None, None)
+    damage: list[str] = []
+    artifact = store.lookup(stage, key, damaged=damage.append)
+    if artifact is not None:
+        return StageStatus(stage, "cached", key, artifact.path, artifact.size_bytes, artifact.run.get("started"))
+    if damage:
+        return StageStatus(stage, "damaged", key, store.path(stage, key))
+    if store.has_work(stage, key):
+        return StageStatus(stage, "partial", key, store.work_path(stage, key))
+    return StageStatus(stage, "missing", key, None)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the child as Ctrl-C does, where nobody else has taken that signal."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,174 @@
+"""Which artifacts each run used, and which artifacts nobody needs any more.
+
+Reads and writes ``<store>/runs/<name>-<run id>.json``; pruning removes folders of the store.
+A run that used the same artifacts under the same name as an earlier one replaces its record.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.keys import Plan
+from pipeline.store import Store
+from stages.contracts import read_json, write_json
+from stages.errors import DamagedFileError, EnvironmentFailure, WsssError
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run."""
+
+    path: Path
+    run_id: str
+    name: str
+    started: str
+    """Local time, ``YYYY-MM-DD HH:MM:SS``."""
+    state: str
+    """running, done, failed or interrupted; running too when it was killed."""
+    keys: Mapping[str, str]
+    """Key of each stage's artifact."""
+    config: Mapping[str, Any]
+
+    @staticmethod
+    @contextmanager
+    def open(store: Store, plan: Plan) -> Iterator[RunRecord]:
+        """Write the record of a run that begins, and how it went when it ends.
+
+        Raises:
+            EnvironmentFailure: the store cannot be written.
+        """
+        run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
+        name = str(getattr(plan.run, "name", "run"))
+        record = RunRecord(
+            path=store.root / "runs" / f"{name}-{run_id}.json",
+            run_id=run_id,
+            name=name,
+            started=time.strftime("%Y-%m-%d %H:%M:%S"),
+            state="running",
+            keys=dict(plan.keys),
+            config=plan.run.model_dump(mode="json"),
+        )
+        try:
+            record._write("running")
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"{store.root} cannot be written ({error.strerror}); choose another folder with --artifacts DIR"
+            ) from error
+        state = "interrupted"
+        try:
+            yield record
+            state = "done"
+        except WsssError:
+            state = "failed"
+            raise
+        finally:
+            record._write(state)
+        for older in read_runs(store):
+            if older.path != record.path and older.name == name and older.keys == record.keys:
+                older.path.unlink(missing_ok=True)
+
+    def _write(self, state: str) -> None:
+        fields = {"run": self.run_id, "name": self.name, "started": self.started, "state": state}
+        write_json(self.path, {**fields, "keys": dict(self.keys), "config": dict(self.config)})
+
+
+def read_runs(store: Store) -> list[RunRecord]:
+    """All run records, newest first.
+
+    Raises:
+        DamagedFileError: a record does not read back; nothing must be pruned then.
+    """
+    records = []
+    for path in (store.root / "runs").glob("*.json"):
+        try:
+            found = read_json(path)
+            fields = [found[name] for name in ("run", "name", "started", "state", "keys", "config")]
+        except FileNotFoundError:
+            continue
+        except (KeyError, TypeError) as error:
+            raise DamagedFileError(f"{path} is no run record ({error}); remove it") from error
+        records.append(RunRecord(path, *fields))
+    return sorted(records, key=lambda record: (record.started, record.run_id), reverse=True)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One thing that pruning removes."""
+
+    path: Path
+    reason: str
+    size_bytes: int
+
+
+def prune(store: Store, *, keep: int | None = None, dry_run: bool = True) -> list[Removal]:
+    """Remove what no kept run needs: artifacts, unfinished work, what was set aside.
+
+    A run needs every artifact in its record, finished or not.  What another process is building is left alone.
+
+    Args:
+        store: The store.
+        keep: Number of newest runs to keep; None keeps all.
+        dry_run: Only say what would be removed.
+
+    Returns:
+        What was, or would be, removed.
+
+    Raises:
+        DamagedFileError: a run record does not read back; nothing is removed then.
+    """
+    if keep is not None and keep < 0:
+        raise ValueError(f"keep must be at least 0 runs, got {keep}")
+    records = read_runs(store)
+    kept = records if keep is None else records[:keep]
+    needed = {(stage, key) for record in kept for stage, key in record.keys.items()}
+    removals = [
+        Removal(record.path, "an older run", record.path.stat().st_size) for record in records if record not in kept
+    ]
+    for stage, key, folder in _candidates(store):
+        if folder.name.startswith((".damaged-", ".replaced-")):
+            removals.append(Removal(folder, "set aside", _size(folder)))
+        elif (stage, key) not in needed:
+            removals.append(Removal(folder, "no kept run needs it", _size(folder)))
+    if dry_run:
+        return removals
+    return [removal for removal in removals if _remove(store, removal.path)]
+
+
+def _candidates(store: Store) -> Iterator[tuple[str, str, Path]]:
+    """(stage, key, folder) of everything in the store that belongs to a key."""
+    for stage, key in store.folders():
+        yield stage, key, store.path(stage, key)
+    for pattern in (".work-*", ".damaged-*", ".replaced-*"):
+        for folder in sorted(store.root.glob(f"[!.]*/{pattern}/")):
+            yield folder.parent.name, folder.name.split("-")[1], folder
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _remove(store: Store, path: Path) -> bool:
+    """Remove a record or a folder; False when somebody is building that key."""
+    if path.is_file():
+        path.unlink(missing_ok=True)
+        return True
+    stage, key = path.parent.name, path.name.rsplit("/")[-1].lstrip(".").split("-")
+    lock = store.lock(stage, key[1] if len(key) > 1 else key[0])
+    if not lock.try_acquire():
+        return False
+    try:
+        # out of sight first: a removal that is interrupted must not leave half an artifact under its name
+        doomed = path.with_name(f".replaced-{path.name.lstrip('.')}-{os.getpid()}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    finally:
+        lock.release()
+    return True

@@ -1,0 +1,249 @@
+"""What the stages are, as data: their order, what each reads, what enters its key, and how it is called.
+
+Nothing is read or written here.  Tests bring tables of their own; ``TABLE`` is the real one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline.config import RunConfig
+from pipeline.model_errors import did_you_mean
+from pipeline.preflight import preflight
+from stages.contracts import StageResult
+from stages.data.config import DataConfig
+from stages.data.listing import digest_data
+from stages.errors import ConfigError
+from stages.nets.segmenters import pretrained_name
+from stages.nets.weights import weights_identity
+from stages.ops.crf import CrfConfig, resolve_crf_backend
+
+
+@dataclass(frozen=True)
+class DataState:
+    """What a run knows of its data before the first stage."""
+
+    digest: str
+    """Changes whenever a list, a label or a byte of an image or mask does; independent of where the data lies."""
+    root: Path | None = None
+    """Folder of the user's data; None where prepare_data generates it."""
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """What one call of a stage is made of, beside ``out``, ``progress`` and ``runtime``."""
+
+    run: Any
+    inputs: Mapping[str, Path]
+    """Artifact folder by the name of the stage that made it; only this stage's inputs."""
+    data_root: Path | None
+    exclude: frozenset[str]
+    """Training images whose true masks were used by any stage before this one."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage."""
+
+    name: str
+    inputs: Callable[[Any], tuple[str, ...]]
+    """Run config to the stages whose artifacts this one reads."""
+    key_parts: Callable[[Any, DataState], Mapping[str, Any]]
+    """Everything but name, version and inputs that decides the result, as JSON."""
+    arguments: Callable[[StageCall], Mapping[str, Any]]
+    """Keyword arguments; ``config`` among them."""
+    package: str = "stages"
+
+    @property
+    def version(self) -> int:
+        """The stage module's VERSION."""
+        return int(importlib.import_module(f"{self.package}.{self.name}").VERSION)
+
+    def function(self) -> Callable[..., StageResult]:
+        """The stage's function; its module has the stage's name."""
+        return getattr(importlib.import_module(f"{self.package}.{self.name}"), self.name)
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """The stages of a run in order; the last one is what the run is for."""
+
+    location: str
+    """``module:NAME`` of this table, so that a child process finds it."""
+    run_type: type[BaseModel]
+    read_data: Callable[[Any, Path], DataState]
+    """Check the run's inputs and digest its data; the path is a cache of file digests."""
+    specs: tuple[StageSpec, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The stages in order."""
+        return tuple(spec.name for spec in self.specs)
+
+    def spec(self, name: str) -> StageSpec:
+        """The stage called ``name``.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for spec in self.specs:
+            if spec.name == name:
+                return spec
+        guess = did_you_mean(name, self.names)
+        raise ConfigError(f"there is no stage '{name}'{guess}  Stages: {', '.join(self.names)}")
+
+    def needed(self, run: Any, last: str | None = None) -> tuple[str, ...]:  # noqa: ANN401 - a run of this table's type
+        """The stages that ``last`` (default: the last stage) rests on, itself included, in order."""
+        wanted = {last or self.names[-1]}
+        for spec in reversed(self.specs):
+            if spec.name in wanted:
+                wanted.update(spec.inputs(run))
+        return tuple(name for name in self.names if name in wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_data(run: RunConfig, cache_file: Path) -> DataState:
+    listing = preflight(run)
+    return DataState(digest=digest_data(listing, run.data, cache_file), root=listing.root)
+
+
+def _is_weak(run: RunConfig) -> bool:
+    return run.train_segmenter.supervision == "weak"
+
+
+def _segmenter_inputs(run: RunConfig) -> tuple[str, ...]:
+    from_classifier = ("train_classifier",) if run.train_segmenter.init == "classifier" else ()
+    return ("prepare_data", *from_classifier, *(("make_masks",) if _is_weak(run) else ()))
+
+
+def _evaluate_inputs(run: RunConfig) -> tuple[str, ...]:
+    return ("prepare_data", *(("make_attention", "make_masks") if _is_weak(run) else ()), "train_segmenter")
+
+
+def _json(config: BaseModel) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def data_key_parts(config: DataConfig) -> dict[str, Any]:
+    """``config`` without its paths: where the data lies changes nothing, what it holds is in the digest."""
+    paths = {name for name in type(config).model_fields if isinstance(getattr(config, name), Path)}
+    return {name: value for name, value in _json(config).items() if name not in paths and value is not None}
+
+
+def _with_resolved_crf(config: dict[str, Any], crf: CrfConfig, *, is_used: bool) -> dict[str, Any]:
+    """``config`` with the backend that really runs; without CRF numbers where no CRF runs."""
+    return config | {"crf": _json(crf) | {"backend": resolve_crf_backend(crf.backend)} if is_used else None}
+
+
+def _weights(name: str | None, weights: Mapping[str, Path]) -> str | None:
+    return None if name is None else weights_identity(name, weights)
+
+
+def _classifier_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
+    backbone = run.train_classifier.backbone
+    weights = _weights(backbone.name if backbone.pretrained else None, run.weights)
+    return {"config": _json(run.train_classifier), "seed": run.seed, "weights": weights}
+
+
+def _segmenter_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
+    config = run.train_segmenter
+    weights = _weights(pretrained_name(config.net, config.init), run.weights)
+    return {"config": _json(config), "seed": run.seed, "weights": weights}
+
+
+def _common(call: StageCall) -> dict[str, Any]:
+    return {"images": call.inputs["prepare_data"], "data_root": call.data_root}
+
+
+def _training(call: StageCall) -> dict[str, Any]:
+    return _common(call) | {"weights": call.run.weights, "seed": call.run.seed}
+
+
+def _optional(call: StageCall, names: Iterable[tuple[str, str]]) -> dict[str, Path | None]:
+    """Argument name to the artifact of the stage beside it, None where this run has none."""
+    return {argument: call.inputs.get(stage) for argument, stage in names}
+
+
+TABLE = StageTable(
+    location="pipeline.stage_table:TABLE",
+    run_type=RunConfig,
+    read_data=_read_data,
+    specs=(
+        StageSpec(
+            name="prepare_data",
+            inputs=lambda run: (),
+            key_parts=lambda run, data: {
+                "config": _json(run.prepare_data),
+                "data": data_key_parts(run.data),
+                "digest": data.digest,
+            },
+            arguments=lambda call: {"config": call.run.prepare_data, "data": call.run.data},
+        ),
+        StageSpec(
+            name="train_classifier",
+            inputs=lambda run: ("prepare_data",),
+            key_parts=_classifier_parts,
+            arguments=lambda call: {"config": call.run.train_classifier, **_training(call)},
+        ),
+        StageSpec(
+            name="make_attention",
+            inputs=lambda run: ("prepare_data", "train_classifier"),
+            key_parts=lambda run, data: {"config": _json(run.make_attention)},
+            arguments=lambda call: {
+                "config": call.run.make_attention,
+                "classifier": call.inputs["train_classifier"],
+                **_common(call),
+            },
+        ),
+        StageSpec(
+            name="make_masks",
+            inputs=lambda run: ("prepare_data", "make_attention"),
+            key_parts=lambda run, data: {
+                "config": _with_resolved_crf(
+                    _json(run.make_masks), run.make_masks.crf, is_used=run.make_masks.refine == "crf"
+                )
+            },
+            arguments=lambda call: {
+                "config": call.run.make_masks,
+                "attention": call.inputs["make_attention"],
+                **_common(call),
+            },
+        ),
+        StageSpec(
+            name="train_segmenter",
+            inputs=_segmenter_inputs,
+            key_parts=_segmenter_parts,
+            arguments=lambda call: {
+                "config": call.run.train_segmenter,
+                **_optional(call, [("masks", "make_masks"), ("classifier", "train_classifier")]),
+                **_training(call),
+            },
+        ),
+        StageSpec(
+            name="evaluate",
+            inputs=_evaluate_inputs,
+            key_parts=lambda run, data: {"config": _json(run.evaluate)},
+            arguments=lambda call: {
+                "config": call.run.evaluate,
+                "segmenter": call.inputs["train_segmenter"],
+                **_optional(call, [("attention", "make_attention"), ("masks", "make_masks")]),
+                "masks_config": call.run.make_masks if _is_weak(call.run) else None,
+                "exclude": call.exclude,
+                **_common(call),
+            },
+        ),
+    ),
+)
+
+STAGES: tuple[str, ...] = TABLE.names
+"""The six stages in order."""

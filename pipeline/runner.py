@@ -9,9 +9,10 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
@@ -25,6 +26,7 @@ from stages.errors import ConfigError, MissingArtifactError
 
 __all__ = [
     "STAGES",
+    "Around",
     "Listener",
     "RunOutcome",
     "SilentListener",
@@ -89,6 +91,10 @@ class StageOutcome:
     seconds: float
     metrics: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+Around = Callable[[str, Callable[[], StageOutcome]], StageOutcome]
+"""Does something around one stage, such as a Prefect task run."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +264,8 @@ def run_pipeline(
     force: Collection[str] = (),
     listener: Listener | None = None,
     invocation: str = "CONFIG",
+    plan: Plan | None = None,
+    around: Around | None = None,
     table: StageTable = TABLE,
 ) -> RunOutcome:
     """Check the inputs, then bring the stages into being one after the other.
@@ -270,6 +278,8 @@ def run_pipeline(
         force: Stages to rebuild, each with all after it.
         listener: Hears of every stage.
         invocation: Config and options as the user wrote them, for the command in an error.
+        plan: The run's keys, when the caller has them already.
+        around: Called in place of each stage with its name and what brings it into being; returns what that returns.
         table: The stages.
 
     Returns:
@@ -280,7 +290,8 @@ def run_pipeline(
         KeyboardInterrupt: interrupted by SIGINT or SIGTERM; the unfinished stage continues next time.
     """
     first, last, forced_from = _positions(table, from_, until, force)
-    plan = plan_run(run, store.digest_cache, table)
+    plan = plan or plan_run(run, store.digest_cache, table)
+    around = around or (lambda stage, body: body())
     for name in table.names[:first]:
         if name in plan.keys and store.lookup(name, plan.keys[name]) is None:
             raise _missing(table.names[first], (name,), invocation)
@@ -288,7 +299,8 @@ def run_pipeline(
     with _terminate_as_interrupt(), RunRecord.open(store, plan) as record:
         for position, name in enumerate(table.names[: last + 1]):
             is_forced = position >= max(forced_from, first)
-            outcomes.append(ensure(name, run, store, force=is_forced, listener=listener, plan=plan, table=table))
+            body = partial(ensure, name, run, store, force=is_forced, listener=listener, plan=plan, table=table)
+            outcomes.append(around(name, body))
     return RunOutcome(record.run_id, tuple(outcomes), record.path)
 
 
@@ -316,9 +328,15 @@ def finished_artifacts(
     return plan, {name: artifact for name, artifact in found.items() if artifact is not None}
 
 
-def status(run: Any, store: Store, table: StageTable = TABLE) -> list[StageStatus]:  # noqa: ANN401 - the table's run type
+def status(
+    run: Any,  # noqa: ANN401 - the table's run type
+    store: Store,
+    table: StageTable = TABLE,
+    *,
+    plan: Plan | None = None,
+) -> list[StageStatus]:
     """What the store holds for each stage of ``run``; builds nothing and sets nothing aside."""
-    plan = plan_run(run, store.digest_cache, table)
+    plan = plan or plan_run(run, store.digest_cache, table)
     return [_stage_status(name, plan.keys.get(name), store) for name in table.names]
 
 

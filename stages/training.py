@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from stages.checkpoints import load_checkpoint, remove_checkpoint, save_checkpoint
 from stages.contracts import Progress, Runtime, StageConfig
 from stages.data.batches import Keys, TrainingData, iterate_batches
 from stages.data.transforms import to_network_input
+from stages.devices import deterministic, resolve_device
 from stages.errors import ConfigError, EnvironmentFailure, InputError
 from stages.ops.step import StepInfo
 
@@ -33,7 +34,19 @@ if TYPE_CHECKING:
 
     Objective = Callable[[nn.Module, dict[str, Tensor], StepInfo], dict[str, Tensor]]
 
-CHECKPOINT = "checkpoint.pt"
+__all__ = [
+    "TrainingConfig",
+    "batch_order",
+    "remove_checkpoint",
+    "resolve_device",
+    "sample_seed",
+    "seed_initial_weights",
+    "step_seed",
+    "train",
+]
+
+CHECKPOINT_EVERY_S = 30.0
+"""Seconds of work that a kill may cost."""
 
 
 class TrainingConfig(StageConfig):
@@ -143,50 +156,6 @@ def batch_order(num_samples: int, config: TrainingConfig, seed: int, *, start: i
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Device
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def resolve_device(runtime: Runtime) -> torch.device:
-    """Choose the device and apply ``runtime.threads``.
-
-    Raises:
-        EnvironmentFailure: the device that was asked for is not there.
-    """
-    import torch
-
-    if runtime.threads > 0:
-        torch.set_num_threads(runtime.threads)
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if runtime.device == "auto":
-        return torch.device(next(name for name, there in present.items() if there))
-    device = torch.device(runtime.device)
-    if not present[device.type] or (device.index or 0) >= max(1, torch.cuda.device_count()):
-        there = [name for name, is_there in present.items() if is_there]
-        raise EnvironmentFailure(f"runtime.device is '{runtime.device}', but torch finds only {', '.join(there)}")
-    return device
-
-
-@contextlib.contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Use only operations that give equal bits every time; off the CPU torch warns where it has none."""
-    import torch
-
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        False,  # a debugging aid that would write every new tensor twice
-    )
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -202,7 +171,7 @@ def train(
     out: Path,
     progress: Progress,
     runtime: Runtime,
-    checkpoint_every_s: float = 30.0,
+    checkpoint_every_s: float | None = None,
     task: str = "train",
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, from the checkpoint under ``out`` where there is one.
@@ -219,7 +188,7 @@ def train(
         out: Folder of the checkpoint; ``remove_checkpoint`` when the results are written.
         progress: Told about steps and losses.
         runtime: Device, threads and workers; changes no result.
-        checkpoint_every_s: Seconds between two checkpoints; 0 writes one after each step.
+        checkpoint_every_s: Seconds between two checkpoints, 0 for one after each step; None means CHECKPOINT_EVERY_S.
         task: Name of the bar.
 
     Returns:
@@ -234,7 +203,7 @@ def train(
 
     device = resolve_device(runtime)
     _check_start(config, dataset, device)
-    with _deterministic(device):
+    with deterministic(device):
         loop = _Loop(model.to(device).train(), objective, config, parameter_groups, seed, len(dataset), device, out)
         loop.resume(progress)
         progress.begin(task, total=loop.num_steps, done=loop.step, unit="steps")
@@ -242,7 +211,7 @@ def train(
         batches = iterate_batches(dataset, order, workers=runtime.workers, processes=device.type != "cpu")
         with contextlib.closing(batches):
             try:
-                loop.run(batches, progress, checkpoint_every_s)
+                loop.run(batches, progress, CHECKPOINT_EVERY_S if checkpoint_every_s is None else checkpoint_every_s)
             except torch.OutOfMemoryError as error:
                 raise EnvironmentFailure(
                     f"{device} is out of memory at batch_size {config.batch_size}; lower training.batch_size or "
@@ -256,12 +225,6 @@ def _check_start(config: TrainingConfig, dataset: TrainingData, device: torch.de
         raise InputError("there is no image to train on; check the train list and its labels or masks")
     if config.precision == "fp16" and device.type != "cuda":
         raise ConfigError(f"training.precision fp16 needs CUDA, found {device.type}; use fp32 or bf16")
-
-
-def remove_checkpoint(out: Path) -> None:
-    """Remove what ``train`` keeps under ``out``; call it when the trained weights are safely written."""
-    for name in (CHECKPOINT, CHECKPOINT + ".part"):
-        (out / name).unlink(missing_ok=True)
 
 
 @dataclass
@@ -297,7 +260,7 @@ class _Loop:
         import torch
 
         self.model, self.objective, self.config, self.seed, self.device = model, objective, config, seed, device
-        self.path = out / CHECKPOINT
+        self.out = out
         self.num_steps = config.num_steps(num_samples)
         self.per_epoch = config.steps_per_epoch(num_samples)
         self.record_every = max(1, self.num_steps // 100)
@@ -313,3 +276,137 @@ class _Loop:
             "num_samples": num_samples,
             "num_steps": self.num_steps,
         }
+
+    def run(self, batches: Iterator[dict[str, Any]], progress: Progress, checkpoint_every_s: float) -> None:
+        """Take all steps that are left; checkpoint now and then and at the end."""
+        ticker = _Ticker(progress)
+        saved = time.monotonic()
+        for batch in batches:
+            losses = self._take_step(self._to_device(batch))
+            # The losses of the step before are read only now: an accelerator has the next step queued meanwhile.
+            self._read_losses()
+            self.unread = (self.step, losses)
+            self.step += 1
+            ticker.step(self.window)
+            if time.monotonic() - saved >= checkpoint_every_s and self.step < self.num_steps:
+                self._save()
+                saved = time.monotonic()
+        self._save()
+        ticker.flush(self.window)
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        import torch
+
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        if self.device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        moved = {
+            name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items() if name != "images"
+        }
+        if "images" in tensors:
+            moved["images"] = to_network_input(tensors["images"], self.device)
+        return moved
+
+    def _take_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        import torch
+
+        torch.manual_seed(step_seed(self.seed, self.step))
+        rate = self.config.learning_rate_at(self.step, self.num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+        info = StepInfo(self.step, self.num_steps, self.step // self.per_epoch, self.device)
+        precision = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
+        with torch.autocast(self.device.type, dtype=precision, enabled=self.config.precision != "fp32"):
+            losses = self.objective(self.model, batch, info)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(losses["loss"]).backward()
+        if self.config.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _read_losses(self) -> None:
+        """Check and record the losses of the last step that was not read yet."""
+        if self.unread is None:
+            return
+        step, tensors = self.unread
+        self.unread = None
+        values = {name: float(value) for name, value in tensors.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            raise InputError(self._explain_not_finite(step, values))
+        self.window.add(values)
+        if (step + 1) % self.record_every == 0 or step + 1 == self.num_steps:
+            rate = self.config.learning_rate_at(step, self.num_steps)
+            where = {"step": step + 1, "epoch": (step + 1) / self.per_epoch, "learning_rate": rate}
+            self.history.append({**where, **self.window.means()})
+            self.window = _Window()
+
+    def _explain_not_finite(self, step: int, values: Mapping[str, float]) -> str:
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        remedies = [f"lower training.learning_rate (now {self.config.learning_rate:g})"]
+        if self.config.clip_norm is None:
+            remedies.append("set training.clip_norm (10, say)")
+        if self.config.precision != "fp32":
+            remedies.append(f"use training.precision fp32 instead of {self.config.precision}")
+        return f"the loss is not finite at step {step + 1} of {self.num_steps} ({terms}); {', or '.join(remedies)}"
+
+    def _save(self) -> None:
+        """Write the whole state; its losses are read, and so checked, first."""
+        self._read_losses()
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "history": self.history,
+            "window": {"sums": self.window.sums, "count": self.window.count},
+        }
+        save_checkpoint(self.out, self.identity, state)
+
+    def resume(self, progress: Progress) -> None:
+        """Take over the checkpoint under ``out``, where there is one."""
+        state = load_checkpoint(self.out, self.identity, progress)
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.history = state["step"], state["history"]
+        self.window = _Window(**state["window"])
+        progress.info(f"resumed after step {self.step} of {self.num_steps}")
+
+
+def _build_optimizer(config: TrainingConfig, groups: Sequence[Mapping[str, Any]]) -> torch.optim.SGD:
+    import torch
+
+    trained = [
+        {**group, "params": [p for p in group["params"] if p.requires_grad], "lr_factor": group.get("lr_factor", 1.0)}
+        for group in groups
+    ]
+    return torch.optim.SGD(
+        [group for group in trained if group["params"]],
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
+
+
+class _Ticker:
+    """Tells the progress a few times a second instead of at each step."""
+
+    def __init__(self, progress: Progress, every_s: float = 0.25) -> None:
+        self.progress, self.every_s = progress, every_s
+        self.count, self.told = 0, time.monotonic()
+
+    def step(self, window: _Window) -> None:
+        self.count += 1
+        if time.monotonic() - self.told >= self.every_s:
+            self.flush(window)
+
+    def flush(self, window: _Window) -> None:
+        if self.count:
+            self.progress.advance(self.count, **(window.means() if window.count else {}))
+        self.count, self.told = 0, time.monotonic()

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
@@ -49,7 +49,7 @@ def read_batch(dataset: TrainingData, keys: Keys) -> Sample:
 
 def iterate_batches(
     dataset: TrainingData, order: Iterable[Keys], *, workers: int, processes: bool = False
-) -> Iterator[Sample]:
+) -> Generator[Sample]:
     """Yield the batches of ``order``, read ahead by ``workers``.
 
     Args:
@@ -102,7 +102,7 @@ _process_dataset: TrainingData | None = None
 
 def _start_process(dataset: TrainingData) -> None:
     """Keep the data set, and end with the parent: a killed parent cannot tell its workers to stop."""
-    global _process_dataset  # noqa: PLW0603 - one data set per worker process, sent once instead of with each batch
+    global _process_dataset
     _process_dataset = dataset
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -49,7 +49,7 @@ class AugmentConfig(StageConfig):
     @model_validator(mode="after")
     def _check_scale(self) -> AugmentConfig:
         low, high = self.scale
-        if not 0.05 <= low <= high <= 10:  # noqa: PLR2004 - sane bounds of a rescale
+        if not 0.05 <= low <= high <= 10:
             raise ValueError(f"scale must be (smallest, largest) within 0.05 … 10, got ({low}, {high})")
         return self
 
@@ -107,7 +107,7 @@ def build_pipeline(config: AugmentConfig) -> Any:  # noqa: ANN401 - albumentatio
 
     # OpenCV's own threads would compete with torch's for the cores; crops this small are quicker without them.
     cv2.setNumThreads(0)
-    steps: list[albumentations.BasicTransform] = []
+    steps: list[Any] = []
     if config.short_side_px is not None:
         steps.append(albumentations.SmallestMaxSize(max_size=config.short_side_px, area_for_downscale="image", p=1.0))
     if config.scale != (1.0, 1.0):
@@ -159,7 +159,7 @@ def to_network_input(images: Tensor, device: torch.device) -> Tensor:
     """
     import torch
 
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:  # noqa: PLR2004 - the shape's own numbers
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"images must be uint8 (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
     mean = torch.tensor(IMAGE_MEAN, device=device).mul_(255).view(1, 3, 1, 1)
     scale = torch.tensor(IMAGE_STD, device=device).mul_(255).reciprocal_().view(1, 3, 1, 1)

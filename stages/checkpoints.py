@@ -1,0 +1,72 @@
+"""The state of a training on disk: one file, written whole or not at all, and read back exactly.
+
+Torch is imported by the functions only; files are read with ``weights_only=True`` and never run code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.contracts import Progress
+from stages.errors import InputError
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def save_checkpoint(out: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Replace the checkpoint under ``out``; a kill leaves the old one or the new one.
+
+    Args:
+        out: Work folder of the stage.
+        identity: What tells this training from every other; plain values.
+        state: Tensors and plain values, nested.
+    """
+    import torch
+
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / (CHECKPOINT + ".part")
+    with part.open("wb") as file:
+        torch.save({"identity": dict(identity), "state": dict(state)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(out / CHECKPOINT)
+
+
+def load_checkpoint(out: Path, identity: Mapping[str, Any], progress: Progress) -> dict[str, Any] | None:
+    """Read the state that ``save_checkpoint`` wrote for the same ``identity``, on the CPU.
+
+    A damaged checkpoint is set aside with a warning.
+
+    Returns:
+        The state, or None when there is no (whole) checkpoint.
+
+    Raises:
+        InputError: the checkpoint belongs to another training.
+    """
+    import torch
+
+    path = out / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found, state = content["identity"], content["state"]
+    except Exception as error:
+        aside = path.replace(path.with_suffix(".damaged"))
+        progress.warn(f"{path} does not read back ({type(error).__name__}): moved to {aside.name}, starting at step 0")
+        return None
+    if found != dict(identity):
+        differing = [name for name, value in identity.items() if found.get(name) != value]
+        raise InputError(
+            f"{path} belongs to another training (other {', '.join(differing)}); delete it or train elsewhere"
+        )
+    return state
+
+
+def remove_checkpoint(out: Path) -> None:
+    """Remove what is kept under ``out``; call it when the trained weights are safely written."""
+    for suffix in (".pt", ".pt.part", ".damaged"):
+        (out / CHECKPOINT).with_suffix(suffix).unlink(missing_ok=True)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -369,7 +371,8 @@ def read_attention_shard(path: Path) -> list[AttentionRecord]:
         DamagedFileError: the file does not read back.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # opened here: numpy leaves its own file open when the archive is damaged
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             entries = json.loads(archive["entries"].tobytes())
             return [
                 AttentionRecord(
@@ -381,7 +384,7 @@ def read_attention_shard(path: Path) -> list[AttentionRecord]:
                 )
                 for number, entry in enumerate(entries)
             ]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedFileError(f"{path} is not a readable attention shard ({error}); rebuild make_attention") from error
 
 

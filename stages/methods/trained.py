@@ -93,11 +93,14 @@ def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, Met
     Raises:
         DamagedFileError: a file is missing, does not read back, or its weights do not fit the description.
     """
+    import torch
+
     from stages.nets.weights import load_weights
 
     description = read_description(folder)
     plain = description.backbone.model_copy(update={"pretrained": False})  # our weights replace the public ones
-    classifier, method = build_classifier(description.model_copy(update={"backbone": plain}), {})
+    with torch.random.fork_rng(devices=[]):  # fresh layers draw numbers that are overwritten at once
+        classifier, method = build_classifier(description.model_copy(update={"backbone": plain}), {})
     load_weights(classifier, folder / WEIGHTS_FILE)
     return classifier.to(device).eval(), method
 

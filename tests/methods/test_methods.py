@@ -7,13 +7,13 @@ from typing import Literal
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
-from tests.methods.tiny_data import CLASSES
 
 from stages.methods import METHODS, MethodConfig, build_method, method_union
 from stages.methods.trained import ClassifierDescription, build_classifier, load_classifier, save_classifier
 from stages.nets.backbone_builders import build_backbone
 from stages.nets.backbones import BackboneConfig
 from stages.ops.step import StepInfo
+from tests.methods.tiny_data import CLASSES
 
 STEP = StepInfo(step=0, num_steps=2, epoch=0, device=torch.device("cpu"))
 BACKBONES = [

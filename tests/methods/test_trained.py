@@ -1,12 +1,12 @@
 import pytest
 import torch
-from tests.methods.tiny_data import CLASSES, write_tiny_classifier
 
 from stages.contracts import read_json, write_json
 from stages.errors import DamagedFileError
 from stages.methods.cam import CamConfig
 from stages.methods.trained import ClassifierDescription, load_classifier, read_description
 from stages.nets.backbones import BackboneConfig
+from tests.methods.tiny_data import CLASSES, write_tiny_classifier
 
 
 def test_description_round_trip(tmp_path):

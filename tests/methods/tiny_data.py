@@ -58,14 +58,15 @@ def write_tiny_data(
 
 
 def write_tiny_classifier(folder: Path, *, dead_class: int | None = None, change=None) -> Path:
-    """Save an untrained small classifier; ``dead_class`` scores negative everywhere, ``change`` edits the network."""
+    """Save an untrained small classifier; ``dead_class`` never scores above 0, the others do; ``change`` edits it."""
     torch.manual_seed(1)
     description = ClassifierDescription(backbone=BackboneConfig(name="small"), method=CamConfig(), classes=CLASSES)
     classifier, _ = build_classifier(description, {})
     with torch.no_grad():
         classifier.head.weight.normal_(std=1.0)
         if dead_class is not None:
-            classifier.head.weight[dead_class] = -classifier.head.weight[dead_class].abs() - 0.1
+            classifier.head.weight.abs_()
+            classifier.head.weight[dead_class].neg_()
         if change is not None:
             change(classifier)
     save_classifier(folder, description, classifier)

@@ -1,0 +1,238 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from stages.contracts import Runtime, SilentProgress, open_image_set, read_json, write_index_mask, write_json
+from stages.data.transforms import AugmentConfig, Augmenter
+from stages.errors import DataError
+from stages.methods.cam import Cam, CamConfig
+from stages.methods.scoring import predict_logits
+from stages.methods.trained import load_classifier
+from stages.nets.backbones import BackboneConfig
+from stages.train_classifier import LabelledImages, TrainClassifierConfig, train_classifier
+from stages.training import TrainingConfig
+from tests.methods.tiny_data import LABELS, SIZES, write_tiny_data
+
+RUNTIME = Runtime(device="cpu", workers=0, threads=1)
+
+
+def _config(method=None, **training):
+    options = {"steps": 4, "batch_size": 2, "learning_rate": 0.01, **training}
+    return TrainClassifierConfig(
+        backbone=BackboneConfig(name="small"),
+        method=method or CamConfig(),
+        augment=AugmentConfig(crop_px=32, scale=(0.8, 1.2)),
+        training=TrainingConfig(**options),
+    )
+
+
+def _train(data, out, *, config=None, progress=None, seed=0, runtime=RUNTIME):
+    return train_classifier(
+        config or _config(),
+        images=data,
+        data_root=None,
+        weights={},
+        seed=seed,
+        out=out,
+        progress=progress or SilentProgress(),
+        runtime=runtime,
+    )
+
+
+class Recorder(SilentProgress):
+    """Keeps what was said."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.lines = [], []
+
+    def begin(self, task, *, total, done=0, unit="images"):
+        self.begun.append((task, total, done, unit))
+
+    def info(self, text):
+        self.lines.append(text)
+
+
+def test_writes_a_classifier_that_loads_its_history_and_its_score(tmp_path):
+    data = write_tiny_data(tmp_path, val=2)
+    result = _train(data, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "classifier.json",
+        "classifier.safetensors",
+        "history.json",
+    ]
+    history = read_json(tmp_path / "out" / "history.json")
+    assert [entry["step"] for entry in history] == [1, 2, 3, 4]
+    assert all({"step", "epoch", "learning_rate", "loss"} <= entry.keys() for entry in history)
+    assert result.mask_supervision == ()
+
+    image_set = open_image_set(data, None)
+    classifier, _ = load_classifier(tmp_path / "out", torch.device("cpu"))
+    records = image_set.index.split("val")
+    logits = predict_logits(classifier, image_set, records, None, SilentProgress(), RUNTIME)
+    truth = np.array([[False, True, False], [True, False, True]])
+    assert result.metrics["classifier.label_accuracy"] == pytest.approx(((logits > 0) == truth).mean())
+    # two images, one positive each or two: AP of a class is 1 when its image ranks first, else 1/2
+    expected = np.mean([1.0 if logits[row, k] > logits[1 - row, k] else 0.5 for row, k in ((1, 0), (0, 1), (1, 2))])
+    assert result.metrics["classifier.map"] == pytest.approx(expected)
+
+
+def test_learns_colours(tmp_path):
+    sizes, labels = [(32, 32)] * 12, [(0,), (1,), (2,)] * 4
+    data = write_tiny_data(tmp_path, sizes=sizes, labels=labels, val=3)
+    progress = Recorder()
+    config = _config(steps=60, batch_size=9, learning_rate=0.05)
+    result = _train(data, tmp_path / "out", config=config, progress=progress)
+    history = read_json(tmp_path / "out" / "history.json")
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert result.metrics["classifier.map"] == 1.0
+    assert ("classifier on val", 3, 0, "images") in progress.begun
+
+
+def test_two_trainings_give_equal_bytes_and_another_seed_does_not(tmp_path):
+    data = write_tiny_data(tmp_path)
+    for name, seed, workers in (("a", 0, 0), ("b", 0, 2), ("c", 1, 0)):
+        _train(data, tmp_path / name, seed=seed, runtime=Runtime(device="cpu", workers=workers, threads=1))
+    a, b, c = ((tmp_path / name / "classifier.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    import stages.train_classifier as stage
+
+    train = stage.train
+    monkeypatch.setattr(stage, "train", lambda *args, **options: train(*args, checkpoint_every_s=0, **options))
+    data = write_tiny_data(tmp_path, holdout=1)
+    _train(data, tmp_path / "whole")
+    objective = Cam.objective
+
+    def stop_at_step_2(self, classifier, images, labels, step, *, masks=None):
+        if step.step == 2:
+            raise KeyboardInterrupt
+        return objective(self, classifier, images, labels, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Cam, "objective", stop_at_step_2)
+        with pytest.raises(KeyboardInterrupt):
+            _train(data, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "classifier.json").exists()
+    progress = Recorder()
+    _train(data, tmp_path / "cut", progress=progress)
+    assert progress.begun[0] == ("train classifier", 4, 2, "steps")
+    for name in ("classifier.safetensors", "classifier.json", "history.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_hold_out_is_not_trained_on_and_scores_when_val_has_no_labels(tmp_path, monkeypatch):
+    import stages.train_classifier as stage
+
+    seen = []
+    train = stage.train
+    monkeypatch.setattr(
+        stage, "train", lambda *args, **o: seen.extend(r.id for r in o["dataset"].records) or train(*args, **o)
+    )
+    data = write_tiny_data(tmp_path, val=1, val_labels=False, holdout=2)
+    progress = Recorder()
+    result = _train(data, tmp_path / "out", progress=progress)
+    assert seen == ["image2", "image3", "image4"]
+    assert progress.begun[-1] == ("classifier on holdout", 2, 0, "images")
+    assert set(result.metrics) == {"classifier.map", "classifier.label_accuracy"}
+
+
+def test_without_labels_outside_the_training_the_score_is_absent_and_a_line_says_so(tmp_path):
+    progress = Recorder()
+    result = _train(write_tiny_data(tmp_path, val=1, val_labels=False), tmp_path / "out", progress=progress)
+    assert result.metrics == {}
+    assert any("its accuracy is not measured" in line for line in progress.lines)
+
+
+def test_dead_classes_are_named(tmp_path):
+    data = write_tiny_data(tmp_path, val=3)
+    progress = SilentProgress()
+    config = _config(steps=30, learning_rate=0.05)
+    flipped = read_json(data / "index.json")
+    for image in flipped["images"][:3]:
+        image["labels"] = [0]  # training never shows green or blue, val does
+    write_json(data / "index.json", flipped)
+    _train(data, tmp_path / "out", config=config, progress=progress)
+    assert [w for w in progress.warnings if "never predicts green, blue on the 3 images of val" in w]
+
+
+def test_unlabelled_training_images_are_all_named(tmp_path):
+    data = write_tiny_data(tmp_path, labels=[(0,), None, (1,), None, (2,), (0,)])
+    with pytest.raises(DataError) as caught:
+        _train(data, tmp_path / "out")
+    assert [problem.split("'")[1] for problem in caught.value.problems] == ["image1", "image3"]
+
+
+def test_nothing_left_to_train_on(tmp_path):
+    with pytest.raises(DataError, match="besides its hold-out"):
+        _train(write_tiny_data(tmp_path, holdout=6), tmp_path / "out")
+
+
+def test_samples_are_a_pure_function_of_seed_epoch_and_index(tmp_path):
+    image_set = open_image_set(write_tiny_data(tmp_path), None)
+    data = LabelledImages(image_set, image_set.index.split("train"), Augmenter(AugmentConfig(crop_px=32)), seed=5)
+    assert len(data) == 6
+    sample = data.get(1, 0)
+    assert sample.keys() == {"images", "labels"}
+    assert (sample["images"].shape, sample["images"].dtype) == ((32, 32, 3), np.uint8)
+    assert (sample["labels"].tolist(), sample["labels"].dtype) == ([0.0, 1.0, 1.0], np.float32)
+    data.get(0, 0)
+    sent = pickle.loads(pickle.dumps(data))  # noqa: S301 - as a worker process gets it
+    np.testing.assert_array_equal(sent.get(1, 0)["images"], sample["images"])
+    assert (data.get(1, 1)["images"] != sample["images"]).any()
+
+
+def test_logits_do_not_depend_on_batches_and_follow_the_short_side(tmp_path):
+    data = write_tiny_data(tmp_path, val=3)
+    _train(data, tmp_path / "out")
+    image_set = open_image_set(data, None)
+    classifier, _ = load_classifier(tmp_path / "out", torch.device("cpu"))
+    records = image_set.index.split("train")
+    together = predict_logits(classifier, image_set, records, 24, SilentProgress(), RUNTIME)
+    alone = [predict_logits(classifier, image_set, [record], 24, SilentProgress(), RUNTIME)[0] for record in records]
+    np.testing.assert_allclose(together, np.stack(alone), rtol=1e-4, atol=1e-6)
+    full = predict_logits(classifier, image_set, records, None, SilentProgress(), RUNTIME)
+    assert (
+        np.abs(full[1] - together[1]).max() < 1e-6 < np.abs(full[2] - together[2]).max()
+    )  # 40×24 stays, 33×47 shrinks
+
+
+class PixelCam(Cam):
+    """CAM that wants to see its masks, as GAIN_ext does."""
+
+    def __init__(self):
+        self.masks = []
+
+    def objective(self, classifier, images, labels, step, *, masks=None):
+        self.masks.append(masks)
+        return {**super().objective(classifier, images, labels, step), "seen": masks.float().mean()}
+
+
+class PixelCamConfig(CamConfig):
+    """Reads the masks of the second training image."""
+
+    def build(self):
+        return METHOD
+
+    def pixel_labelled(self, candidates):
+        return (candidates[1].id,)
+
+
+METHOD = PixelCam()
+
+
+def test_a_method_gets_the_masks_it_names_and_only_those_and_they_are_recorded(tmp_path):
+    data = write_tiny_data(tmp_path, sizes=SIZES[:3], labels=LABELS[:3])
+    write_index_mask(data / "data" / "no-such-mask1.png", np.ones(SIZES[1], dtype=np.uint8))
+    config = _config(PixelCamConfig(), batch_size=3, steps=2)
+    result = _train(data, tmp_path / "out", config=config)
+    assert result.mask_supervision == ("image1",)
+    for masks in METHOD.masks:
+        assert masks.shape == (3, 32, 32)
+        assert sorted(int(mask.min()) for mask in masks) == [1, 255, 255]
+    assert "seen" in read_json(tmp_path / "out" / "history.json")[0]

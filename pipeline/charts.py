@@ -114,7 +114,7 @@ def line_chart(
         y_label=y_label,
         x_ticks=tuple(Tick(to_x(value), tick_text(value)) for value in x_ticks),
         y_ticks=tuple(Tick(to_y(value), tick_text(value)) for value in y_ticks),
-        curves=(*pale, *strong),
+        curves=(*pale, *reversed(strong)),  # the first line is drawn last, on top; the legend reads backwards
         marks=tuple(Mark(to_x(value), name, f"mark-{n}") for n, (name, value) in enumerate((marks or {}).items())),
     )
 

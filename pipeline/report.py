@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
 CARDS = ("attention.miou", "masks.miou", "segmenter.miou", "segmenter.miou_ms")
+HARDWARE = ("host", "machine", "cpu", "cores", "memory", "device")
+"""What the ``run`` part of a manifest may say of the machine, in the order of the page."""
 NOT_CURVES = frozenset({"step", "epoch", "learning_rate"})
 
 
@@ -99,18 +101,18 @@ def _summarise(config: Mapping[str, Any], images: ImageSet | None) -> str:
 def _facts(config: Mapping[str, Any], manifests: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     runs = [manifest["run"] for manifest in manifests.values()]
     segmenter = _dig(config, "train_segmenter", "net")
+    body = _dig(segmenter, "backbone", "name") or _dig(segmenter, "encoder")
     facts = {
         "Data": f"{_dig(config, 'data', 'format')} {_dig(config, 'data', 'root') or ''}",
         "Method": f"{_dig(config, 'train_classifier', 'method', 'name')}",
         "Classifier": f"{_dig(config, 'train_classifier', 'backbone', 'name')}",
-        "Segmenter": " on ".join(
-            str(part) for part in (_dig(segmenter, "name"), _dig(segmenter, "backbone", "name")) if part
-        ),
+        "Segmenter": " on ".join(str(part) for part in (_dig(segmenter, "name"), body) if part),
         "Seed": str(config.get("seed", "")),
         "Started": format_time(min((str(run["started"]) for run in runs if run.get("started")), default="")),
         "Stage time": format_seconds(sum(run.get("seconds") or 0.0 for run in runs)),
-        "Hardware": _join_distinct(_describe(run.get("host")) for run in runs),
-        "Code": _join_distinct(_describe(run.get("revision")) for run in runs),
+        "Hardware": _join_distinct(", ".join(_texts(run, HARDWARE)) for run in runs),
+        "Code": _join_distinct(_shorten_revision(text) for run in runs for text in _texts(run, ("revision",))),
+        "Python": _join_distinct(text for run in runs for text in _texts(run, ("python",))),
     }
     return [(label, value.strip()) for label, value in facts.items() if value.strip() not in ("", "None")]
 
@@ -122,10 +124,15 @@ def _dig(value: object, *path: str) -> Any:  # noqa: ANN401 - JSON is any
     return value
 
 
-def _describe(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {item}" for name, item in value.items() if item not in (None, ""))
-    return "" if value is None else str(value)
+def _texts(run: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """What the ``run`` part of a manifest says under ``names``."""
+    return [str(run[name]) for name in names if run.get(name) not in (None, "")]
+
+
+def _shorten_revision(revision: str) -> str:
+    """``1234567890ab… +`` as the first ten digits, and in words that files differed from the commit."""
+    commit = revision.removesuffix("+")
+    return f"{commit[:10]}, with changes" if revision.endswith("+") else commit[:10]
 
 
 def _join_distinct(texts: Iterable[str]) -> str:

@@ -43,6 +43,8 @@ class MetricText:
 METRICS: dict[str, MetricText] = {
     "data.num_train": MetricText("Data", "Training images", "Images with image-level labels.", "count"),
     "data.num_val": MetricText("Data", "Validation images", "Images that only scores look at.", "count"),
+    "data.num_test": MetricText("Data", "Test images", "Images that are predicted and never scored.", "count"),
+    "data.num_skipped": MetricText("Data", "Skipped images", "Unreadable images that were left out.", "count"),
     "classifier.map": MetricText("Classifier", "mAP", "Mean average precision of the predicted image-level labels."),
     "classifier.label_accuracy": MetricText(
         "Classifier", "label accuracy", "Share of all (image, class) answers, present or absent, that are right."
@@ -64,7 +66,7 @@ METRICS: dict[str, MetricText] = {
         "Pseudo-masks", "mIoU", "The masks that the segmenter learns; unsure pixels count as background."
     ),
     "masks.miou_labelled": MetricText("Pseudo-masks", "mIoU, sure pixels", "The same with unsure pixels dropped."),
-    "masks.coverage": MetricText("Pseudo-masks", "coverage", "Share of the pixels that the masks are sure of."),
+    "masks.coverage": MetricText("Pseudo-masks", "coverage", "Share of the scored pixels that the masks are sure of."),
     "masks.foreground_ratio_before_crf": MetricText(
         "Pseudo-masks", "foreground before the CRF", "Share of the pixels marked as an object before the CRF."
     ),
@@ -84,9 +86,10 @@ THINGS: dict[str, str] = {
     "attention": "Attention",
     "masks_before_crf": "Masks before CRF",
     "masks": "Pseudo-masks",
+    "masks_labelled": "Sure pixels",
     "segmenter": "Segmenter",
-    "segmenter_ms": "multi-scale",
-    "segmenter_ms_crf": "multi-scale + CRF",
+    "segmenter_ms": "Multi-scale",
+    "segmenter_ms_crf": "Multi-scale + CRF",
 }
 """Column titles of what ``evaluate`` counts confusions of."""
 

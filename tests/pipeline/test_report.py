@@ -161,8 +161,10 @@ def make_manifests(artifacts: dict[str, Path]) -> dict[str, dict[str, Any]]:
             "run": {
                 "started": "2026-11-20T12:05:09+00:00",
                 "seconds": 75.0,
-                "host": {"machine": "x86_64", "cores": 2},
-                "revision": "abc1234",
+                "host": "anvil",
+                "machine": "Linux x86_64",
+                "python": "3.11.9",
+                "revision": "0123456789abcdef0123456789abcdef01234567+",
                 "packages": {"numpy": "2.4.6"},
                 "metrics": metrics.get(stage, {}),
                 "warnings": ["the CRF made masks worse <script>"] if stage == "make_masks" else [],
@@ -238,7 +240,9 @@ def test_page_shows_numbers_with_their_meaning(artifacts, tmp_path):
         assert text in page.text
     assert "supervision: weak" in page.text
     assert "largefov on squeezenet1_1" in page.text
-    assert "machine x86_64, cores 2" in page.text
+    assert "anvil, Linux x86_64" in page.text
+    assert "anvil, Linux x86_64;" not in page.text  # six stages on one machine name it once
+    assert "0123456789, with changes" in page.text
     assert "2026-11-20 12:05 UTC" in page.text
     assert "7 min 30 s" in page.text  # six stages of 75 s
 
@@ -308,6 +312,28 @@ def test_images_that_are_gone_cost_the_pictures_and_not_the_page(artifacts, tmp_
     assert "the pictures could not be read:" in page.text
     assert "t.a.png" in page.text
     assert "45.7 %" in page.text
+
+
+def test_page_names_the_encoder_of_a_deeplab(artifacts, tmp_path):
+    run = make_run().model_copy(update={"train_segmenter": {"net": {"name": "deeplabv3plus", "encoder": "resnet50"}}})
+    _, page = build(artifacts, tmp_path / "report.html", run)
+    assert "deeplabv3plus on resnet50" in page.text
+
+
+def test_page_of_a_shipped_config_shows_it_whole(artifacts, tmp_path):
+    from pipeline.config import find_config, load_config
+
+    run = load_config(find_config("demo"))
+    page = Page(build_report(run, artifacts, make_manifests(artifacts), None, tmp_path / "r.html").read_text("utf-8"))
+    assert page.text.lstrip().startswith(f"{run.name} · wsss report")
+    for stage in STAGE_MEANINGS:
+        assert f"\n{stage}:" in page.text
+
+
+def test_stages_are_the_runners():
+    from pipeline.stage_table import STAGES
+
+    assert tuple(STAGE_MEANINGS) == STAGES
 
 
 def test_equal_runs_give_equal_pages(artifacts, tmp_path):

@@ -53,9 +53,10 @@ def deliberate(error: BaseException, doing: str) -> WsssError:
         return EnvironmentFailure(
             f"{doing}: out of memory{where}; lower the batch size, runtime.processes or runtime.workers"
         )
-    if isinstance(error, OSError) and error.errno in _REMEDIES:
+    remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    if remedy is not None and isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
-        return EnvironmentFailure(f"{doing}: {name}{_REMEDIES[error.errno]}")
+        return EnvironmentFailure(f"{doing}: {name}{remedy}")
     text = "".join(traceback.format_exception(error))
     return InternalFailure(f"{doing} failed: {type(error).__name__}: {error}", trace=text)
 

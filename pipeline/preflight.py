@@ -60,9 +60,8 @@ def _config_problems(run: RunConfig) -> Iterator[str]:
         yield f"train_segmenter.{problem}"
     if segmenter.supervision == "weak" and run.make_masks.refine == "crf":
         yield from _message_of(lambda: resolve_crf_backend(run.make_masks.crf.backend), "make_masks")
-    if run.evaluate.crf is not None:
-        crf = run.evaluate.crf
-        yield from _message_of(lambda: resolve_crf_backend(crf.backend), "evaluate")
+    if run.evaluate.crf:
+        yield from _message_of(lambda: resolve_crf_backend(run.evaluate.crf_config.backend), "evaluate")
 
 
 def _message_of(check: Callable[[], object], section: str) -> list[str]:

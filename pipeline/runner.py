@@ -37,6 +37,7 @@ __all__ = [
     "missing_inputs",
     "run_pipeline",
     "run_stage",
+    "stage_positions",
     "status",
 ]
 
@@ -289,7 +290,7 @@ def run_pipeline(
         WsssError: the first failure; the listener has heard the outcomes before it and a ``failed`` one.
         KeyboardInterrupt: interrupted by SIGINT or SIGTERM; the unfinished stage continues next time.
     """
-    first, last, forced_from = _positions(table, from_, until, force)
+    first, last, forced_from = stage_positions(table, from_, until, force)
     plan = plan or plan_run(run, store.digest_cache, table)
     around = around or (lambda stage, body: body())
     for name in table.names[:first]:
@@ -304,8 +305,12 @@ def run_pipeline(
     return RunOutcome(record.run_id, tuple(outcomes), record.path)
 
 
-def _positions(table: StageTable, from_: str | None, until: str | None, force: Collection[str]) -> tuple[int, int, int]:
-    """Positions of the first, the last and the first forced stage."""
+def stage_positions(table: StageTable, from_: str | None, until: str | None, force: Collection[str]) -> tuple[int, int, int]:
+    """Positions of the first, the last and the first forced stage.
+
+    Raises:
+        ConfigError: an unknown stage, or a first one after the last.
+    """
     order = {table.spec(name).name: position for position, name in enumerate(table.names)}
     for name in (from_, until, *force):
         if name is not None:

@@ -140,9 +140,19 @@ def data_key_parts(config: DataConfig) -> dict[str, Any]:
     return {name: value for name, value in _json(config).items() if name not in paths and value is not None}
 
 
-def _with_resolved_crf(config: dict[str, Any], crf: CrfConfig, *, is_used: bool) -> dict[str, Any]:
-    """``config`` with the backend that really runs; without CRF numbers where no CRF runs."""
-    return config | {"crf": _json(crf) | {"backend": resolve_crf_backend(crf.backend)} if is_used else None}
+def _crf(config: CrfConfig, *, is_used: bool) -> dict[str, Any] | None:
+    """The CRF's numbers with the backend that really runs; None where none runs."""
+    return _json(config) | {"backend": resolve_crf_backend(config.backend)} if is_used else None
+
+
+def _mask_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
+    config = run.make_masks
+    return {"config": _json(config) | {"crf": _crf(config.crf, is_used=config.refine == "crf")}}
+
+
+def _evaluate_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
+    config = run.evaluate
+    return {"config": _json(config) | {"crf_config": _crf(config.crf_config, is_used=config.crf)}}
 
 
 def _weights(name: str | None, weights: Mapping[str, Path]) -> str | None:
@@ -208,11 +218,7 @@ TABLE = StageTable(
         StageSpec(
             name="make_masks",
             inputs=lambda run: ("prepare_data", "make_attention"),
-            key_parts=lambda run, data: {
-                "config": _with_resolved_crf(
-                    _json(run.make_masks), run.make_masks.crf, is_used=run.make_masks.refine == "crf"
-                )
-            },
+            key_parts=_mask_parts,
             arguments=lambda call: {
                 "config": call.run.make_masks,
                 "attention": call.inputs["make_attention"],
@@ -232,7 +238,7 @@ TABLE = StageTable(
         StageSpec(
             name="evaluate",
             inputs=_evaluate_inputs,
-            key_parts=lambda run, data: {"config": _json(run.evaluate)},
+            key_parts=_evaluate_parts,
             arguments=lambda call: {
                 "config": call.run.evaluate,
                 "segmenter": call.inputs["train_segmenter"],

@@ -129,9 +129,13 @@ class Store:
         """The manifest, checked to be one of this schema and of this artifact."""
         path = self.path(stage, key) / MANIFEST
         manifest = read_json(path)
-        content = manifest.get("content") if isinstance(manifest, dict) else None
-        found = [content.get(name) for name in ("schema", "stage", "key")] if isinstance(content, dict) else None
-        if found != [SCHEMA, stage, key] or not isinstance(manifest.get("run"), dict):
+        try:
+            content = manifest["content"]
+            is_ours = [content["schema"], content["stage"], content["key"]] == [SCHEMA, stage, key]
+            is_ours &= {"files", "mask_supervision"} <= content.keys() and isinstance(manifest["run"], dict)
+        except (KeyError, TypeError, AttributeError):
+            is_ours = False
+        if not is_ours:
             raise DamagedFileError(f"{path} does not describe {stage} {key}")
         return manifest
 

@@ -1,0 +1,17 @@
+"""Stages that do nothing but files: the runner, the child and the store are tested with them, without torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = str(Path(__file__).parent)
+if HERE not in sys.path:
+    sys.path.append(HERE)
+
+
+@pytest.fixture(autouse=True)
+def _children_find_the_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", HERE)

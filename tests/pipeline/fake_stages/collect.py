@@ -1,0 +1,88 @@
+"""A stage that writes one file per item, and can fail in every way that a stage can fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from stages.contracts import Progress, Runtime, StageConfig, StageResult, write_atomic
+from stages.errors import DataError
+
+VERSION = 3
+
+
+class CollectConfig(StageConfig):
+    items: int = 3
+    supervised: tuple[str, ...] = ()
+
+
+class Mischief(Runtime):
+    """What goes wrong; like all of ``runtime`` it is in no key."""
+
+    mischief: Literal["none", "input", "fault", "memory", "disk", "exit", "kill", "noise", "pause", "offspring"] = (
+        "none"
+    )
+    at_item: int = 1
+    notes: Path | None = None
+    """Where the stage tells the test its process ids."""
+
+
+def collect(config: CollectConfig, *, out: Path, progress: Progress, runtime: Mischief) -> StageResult:
+    done = [number for number in range(config.items) if (out / f"{number}.txt").exists()]
+    progress.begin("collect", total=config.items, done=len(done), unit="items")
+    for number in range(config.items):
+        if number in done:
+            continue
+        if number == runtime.at_item:
+            misbehave(runtime, out, progress)
+        write_atomic(out / f"{number}.txt", f"item {number}\n".encode())
+        progress.advance(loss=1.0 / (number + 1))
+    if runtime.mischief == "noise":
+        progress.warn("this was noisy")
+    return StageResult(
+        metrics={"collect.items": config.items, "collect.nan": float("nan")}, mask_supervision=config.supervised
+    )
+
+
+def misbehave(runtime: Mischief, out: Path, progress: Progress) -> None:
+    kind = runtime.mischief
+    if kind == "input":
+        raise DataError("two images are damaged", ["a.jpg: truncated", "b.jpg: empty"])
+    if kind == "fault":
+        raise KeyError("unforeseen")
+    if kind == "memory":
+        raise MemoryError
+    if kind == "disk":
+        raise OSError(errno.ENOSPC, "No space left on device", str(out / "x"))
+    if kind == "exit":
+        os._exit(7)
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "noise":
+        print("stray print", flush=True)
+        os.system("echo from a subprocess")
+    if kind in {"pause", "offspring"}:
+        pause(runtime, progress, has_offspring=kind == "offspring")
+
+
+def pause(runtime: Mischief, progress: Progress, *, has_offspring: bool) -> None:
+    """Wait to be killed, by default alone, else with a forked and a spawned worker that would wait for ever."""
+    pids = [os.getpid()]
+    if has_offspring:
+        forked = os.fork()
+        if forked == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(60)
+            os._exit(0)
+        spawned = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        pids += [forked, spawned.pid]
+    progress.info("paused")
+    assert runtime.notes is not None
+    write_atomic(runtime.notes, " ".join(map(str, pids)).encode())
+    time.sleep(60)

@@ -6,6 +6,7 @@ Writes: the archives, ``VOCdevkit/VOC2012`` and ``benchmark_RELEASE`` below the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import socket
@@ -74,6 +75,7 @@ def fetch_voc(
     Raises:
         InputError: no network or a wrong archive; says what to fetch by hand and where to put it.
         EnvironmentFailure: too little disk.
+        OSError: the disk became full.
         DataError: the unpacked data are not complete.
     """
     root = directory / "VOCdevkit" / "VOC2012"
@@ -140,11 +142,15 @@ def _check_disk(directory: Path) -> None:
 def _download(directory: Path, archive: Archive, wanted: Sequence[Archive]) -> None:
     from torchvision.datasets.utils import download_url
 
+    part = directory / f"{archive.name}.part"  # a stopped download never looks like a whole one
     try:
         with _timeout():
-            download_url(archive.url, str(directory), filename=archive.name, md5=archive.md5)
+            download_url(archive.url, str(directory), filename=part.name, md5=archive.md5)
+        part.replace(directory / archive.name)
     except (OSError, RuntimeError) as error:
-        (directory / archive.name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         missing = [item for item in wanted if not (directory / item.name).is_file()]
         raise InputError(
             f"could not fetch {archive.name} ({error}); without a network, put these files into {directory} and "

@@ -305,7 +305,9 @@ def run_pipeline(
     return RunOutcome(record.run_id, tuple(outcomes), record.path)
 
 
-def stage_positions(table: StageTable, from_: str | None, until: str | None, force: Collection[str]) -> tuple[int, int, int]:
+def stage_positions(
+    table: StageTable, from_: str | None, until: str | None, force: Collection[str]
+) -> tuple[int, int, int]:
     """Positions of the first, the last and the first forced stage.
 
     Raises:

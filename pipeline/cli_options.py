@@ -1,0 +1,27 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped config.")]
+
+OverridesOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one value of the config; repeatable.")
+]
+
+ArtifactsOption = Annotated[
+    Path, typer.Option("--artifacts", metavar="DIR", envvar="WSSS_ARTIFACTS", help="Root of the artifact store.")
+]
+
+ForceOption = Annotated[
+    list[str] | None, typer.Option("--force", metavar="STAGE", help="Rebuild STAGE and all after it; repeatable.")
+]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+"""Read by ``main`` from the command line, since it also decides how a wrong command line is reported."""
+
+DEFAULT_ARTIFACTS = Path("artifacts")

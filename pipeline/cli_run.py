@@ -1,0 +1,277 @@
+"""``wsss run``, ``stage``, ``status`` and ``report``: build a config's artifacts and look at them."""
+
+from __future__ import annotations
+
+import enum
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli_options import (
+    DEFAULT_ARTIFACTS,
+    ArtifactsOption,
+    ConfigArgument,
+    ForceOption,
+    JsonOption,
+    OverridesOption,
+)
+from pipeline.output import Output, get_output
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+    from pipeline.keys import Plan
+    from pipeline.runner import RunOutcome, StageOutcome, StageStatus
+    from pipeline.store import Artifact, Store
+
+LAST_STAGE = "evaluate"
+
+
+class EngineName(enum.StrEnum):
+    """What drives a run."""
+
+    AUTO = "auto"
+    LOCAL = "local"
+    PREFECT = "prefect"
+
+
+EngineOption = Annotated[
+    EngineName, typer.Option("--engine", help="auto is prefect where PREFECT_API_URL is set, else local.")
+]
+
+
+def run(
+    context: typer.Context,
+    config: ConfigArgument,
+    overrides: OverridesOption = None,
+    from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="First stage to run.")] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Last stage to run.")] = None,
+    force: ForceOption = None,
+    engine: EngineOption = EngineName.AUTO,
+    artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a config to its mIoU; what is in the store is reused."""
+    output = get_output(context)
+    output.document = _document(config, None, ())
+    run_config = _load(config, overrides)
+
+    from pipeline.console import ConsoleListener, make_console, print_end, print_metrics, print_plan
+    from pipeline.engines import RunCall, execute, resolve_engine
+    from pipeline.keys import plan_run
+    from pipeline.runner import stage_positions, status
+    from pipeline.stage_table import TABLE
+    from pipeline.store import Store
+
+    store = Store(artifacts)
+    first, last, forced = stage_positions(TABLE, from_, until, force or ())
+    plan = plan_run(run_config, store.digest_cache)
+    console = make_console(is_json=output.is_json)
+    print_plan(console, status(run_config, store, plan=plan)[: last + 1], forced=max(first, forced))
+    listener = ConsoleListener(console, plan.table.names)
+    invocation = _invocation(config, overrides, artifacts)
+    call = RunCall(
+        config, tuple(overrides or ()), run_config, plan, store, invocation, from_, until, tuple(force or ())
+    )
+    try:
+        outcome = execute(call, resolve_engine(engine.value), listener)
+    finally:
+        listener.close()
+        output.document = _document(config, None, listener.outcomes)
+    report_path = _ensure_report(run_config, plan, store, outcome)
+    output.document = _document(config, outcome.run_id, outcome.stages, report_path)
+    print_metrics(console, outcome.metrics)
+    warnings = [(stage.stage, text) for stage in outcome.stages for text in stage.warnings]
+    print_end(console, warnings, report_path)
+
+
+def stage(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="STAGE", help="Stage to run; its inputs must be in the store.")],
+    config: ConfigArgument,
+    overrides: OverridesOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Rebuild it even if it is there.")] = False,
+    artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
+    as_json: JsonOption = False,
+) -> None:
+    """Run one stage from cached inputs; exit 3 when one is missing."""
+    output = get_output(context)
+    output.document = _document(config, None, ())
+    run_config = _load(config, overrides)
+
+    from pipeline.console import ConsoleListener, make_console, print_end, print_metrics
+    from pipeline.runner import run_stage
+    from pipeline.stage_table import STAGES
+    from pipeline.store import Store
+
+    console = make_console(is_json=output.is_json)
+    listener = ConsoleListener(console, STAGES)
+    try:
+        outcome = run_stage(
+            name,
+            run_config,
+            Store(artifacts),
+            force=force,
+            listener=listener,
+            invocation=_invocation(config, overrides, artifacts),
+        )
+    finally:
+        listener.close()
+        output.document = _document(config, None, listener.outcomes)
+    output.document = _document(config, outcome.run_id, outcome.stages)
+    print_metrics(console, outcome.metrics)
+    print_end(console, [(name, text) for text in outcome.stages[0].warnings], None)
+
+
+def status(
+    context: typer.Context,
+    config: ConfigArgument,
+    overrides: OverridesOption = None,
+    artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
+    as_json: JsonOption = False,
+) -> None:
+    """Per stage: cached, partial, missing or damaged, with key, size and age."""
+    output = get_output(context)
+    output.document = {"config": config, "stages": []}
+    run_config = _load(config, overrides)
+
+    from pipeline.runner import status as read_status
+    from pipeline.store import Store
+
+    stages = read_status(run_config, Store(artifacts))
+    output.document["stages"] = [_describe_status(found) for found in stages]
+    if not output.is_json:
+        _say_status(output, stages)
+
+
+def report(
+    context: typer.Context,
+    config: ConfigArgument,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The HTML file to write.")] = None,
+    overrides: OverridesOption = None,
+    artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the self-contained HTML report of what the store holds for a config."""
+    output = get_output(context)
+    output.document = {"config": config, "report": None}
+    run_config = _load(config, overrides)
+
+    from pipeline.report import build_report
+    from pipeline.runner import finished_artifacts
+    from pipeline.store import Store
+    from stages.errors import MissingArtifactError
+
+    store = Store(artifacts)
+    plan, found = finished_artifacts(run_config, store)
+    if "prepare_data" not in found:
+        command = f"wsss run {_invocation(config, overrides, artifacts)}"
+        raise MissingArtifactError(f"nothing of {config} is in {artifacts} yet; build it with: {command}")
+    path = out or _report_path(run_config, plan, store)
+    build_report(run_config, _paths(found), _manifests(found), plan.data.root, path)
+    output.document["report"] = path
+    if not output.is_json:
+        output.say(f"report: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _load(config: str, overrides: Sequence[str] | None) -> RunConfig:
+    from pipeline.config import find_config, load_config
+
+    return load_config(find_config(config), overrides or [])
+
+
+def _invocation(config: str, overrides: Sequence[str] | None, artifacts: Path) -> str:
+    """Config and options as the user would write them again."""
+    words = [config]
+    for override in overrides or ():
+        words += ["--set", override]
+    if artifacts != DEFAULT_ARTIFACTS:
+        words += ["--artifacts", str(artifacts)]
+    return shlex.join(words)
+
+
+def _document(
+    config: str, run_id: str | None, stages: Sequence[StageOutcome], report_path: Path | None = None
+) -> dict[str, Any]:
+    """The JSON document of ``run`` and ``stage``; the same keys however far it came."""
+    return {
+        "run": run_id,
+        "config": config,
+        "stages": [
+            {
+                "stage": outcome.stage,
+                "key": outcome.key,
+                "path": outcome.path,
+                "state": outcome.state,
+                "seconds": round(outcome.seconds, 3),
+                "metrics": dict(outcome.metrics),
+            }
+            for outcome in stages
+        ],
+        "metrics": {name: value for outcome in stages for name, value in outcome.metrics.items()},
+        "report": report_path,
+    }
+
+
+def _ensure_report(run_config: RunConfig, plan: Plan, store: Store, outcome: RunOutcome) -> Path | None:
+    """The report of a run that reached its end; written again only when one of its stages was."""
+    states = {stage.stage: stage.state for stage in outcome.stages}
+    if LAST_STAGE not in states:
+        return None
+    path = _report_path(run_config, plan, store)
+    if path.is_file() and all(state in ("cached", "skipped") for state in states.values()):
+        return path
+
+    from pipeline.report import build_report
+
+    found = {name: store.require(name, key) for name, key in plan.keys.items()}
+    return build_report(run_config, _paths(found), _manifests(found), plan.data.root, path, states=states)
+
+
+def _report_path(run_config: RunConfig, plan: Plan, store: Store) -> Path:
+    """One file per result: the key of its last artifact is in the name, so it cannot show another result."""
+    return store.root / "reports" / f"{run_config.name}-{plan.keys[LAST_STAGE][:8]}.html"
+
+
+def _paths(found: Mapping[str, Artifact]) -> dict[str, Path]:
+    return {name: artifact.path for name, artifact in found.items()}
+
+
+def _manifests(found: Mapping[str, Artifact]) -> dict[str, Mapping[str, Any]]:
+    return {name: artifact.manifest for name, artifact in found.items()}
+
+
+def _describe_status(found: StageStatus) -> dict[str, Any]:
+    return {
+        "stage": found.stage,
+        "state": found.state,
+        "key": found.key,
+        "path": found.path,
+        "size_bytes": found.size_bytes,
+        "built_at": found.built_at,
+        "age_s": _age_s(found.built_at),
+    }
+
+
+def _age_s(built_at: str | None) -> float | None:
+    from datetime import datetime
+
+    return None if built_at is None else round(time.time() - datetime.fromisoformat(built_at).timestamp(), 1)
+
+
+def _say_status(output: Output, stages: Sequence[StageStatus]) -> None:
+    from pipeline.report_tables import format_seconds, format_value
+
+    for found in stages:
+        age = _age_s(found.built_at)
+        size = format_value(found.size_bytes, "bytes") if found.state == "cached" else ""
+        ago = "" if age is None else f"{format_seconds(age)} old"
+        output.say(f"{found.stage:18}{found.state:9}{found.key or '':22}{size:>8}  {ago}".rstrip())

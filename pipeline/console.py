@@ -1,0 +1,252 @@
+"""Show a run to the person who started it: stages, progress with the time left, warnings, and the table of results.
+
+Writes to one rich console; on a terminal a live bar, elsewhere plain lines at most every ten seconds.
+The console is stdout, or stderr where stdout belongs to ``--json``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from pipeline.report_tables import format_seconds, metric_rows
+
+if TYPE_CHECKING:
+    from pipeline.runner import StageOutcome, StageStatus
+
+PLAIN_LINE_EVERY_S = 10.0
+"""Least time between two progress lines where there is no terminal."""
+
+STATE_STYLES: Mapping[str, str] = {
+    "built": "green",
+    "resumed": "green",
+    "cached": "cyan",
+    "skipped": "dim",
+    "partial": "yellow",
+    "missing": "yellow",
+    "damaged": "red",
+    "failed": "bold red",
+}
+HEADLINES: Mapping[str, tuple[str, ...]] = {
+    "train_classifier": ("classifier.map",),
+    "make_masks": ("masks.coverage",),
+    "evaluate": ("segmenter.miou",),
+}
+"""Metrics that stand beside a finished stage; all are in the table at the end."""
+
+
+def make_console(*, is_json: bool) -> Console:
+    """The console for people: stdout, or stderr when stdout is for one JSON document."""
+    stream = sys.stderr if is_json else sys.stdout
+    # Without a terminal rich assumes 80 columns and would break paths; a log file has no width.
+    return Console(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else 160)
+
+
+class Countdown:
+    """Units done and the seconds that the rest will take, at the pace since this process began."""
+
+    def __init__(self, total: int, done: int, now: float) -> None:
+        """Begin with ``done`` of ``total`` units that earlier work left."""
+        self.total, self.done = total, done
+        self._first, self._start = done, now
+
+    def left_s(self, now: float) -> float | None:
+        """Seconds to the end, or None before the first unit."""
+        fresh = self.done - self._first
+        if fresh <= 0 or now <= self._start:
+            return None
+        return (self.total - self.done) * (now - self._start) / fresh
+
+
+class ConsoleListener:
+    """Follows a run and writes it to a console."""
+
+    def __init__(self, console: Console, stages: Sequence[str], *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin with the names of all ``stages``, which are numbered in this order."""
+        self.outcomes: list[StageOutcome] = []
+        """Every finished stage, also when the run fails later."""
+        self._console, self._stages, self._clock = console, tuple(stages), clock
+        self._bar: Progress | None = None
+        self._bar_task: TaskID | None = None
+        self._stage = self._task = ""
+        self._countdown = Countdown(0, 0, 0.0)
+        self._last_line = 0.0
+
+    # -- the listener's protocol --------------------------------------------------------------------------------------
+
+    def stage_started(self, stage: str, key: str) -> None:
+        """Begin to follow ``stage``."""
+        del key
+        self._stage, self._task = stage, ""
+        self._last_line = self._clock()
+        if not self._console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[tail]}", style="dim"),
+            console=self._console,
+            transient=True,
+        )
+        self._bar_task = self._bar.add_task(self._label(stage), total=None, tail="")
+        self._bar.start()
+
+    def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
+        """Show that ``done`` of ``total`` units of ``task`` are done."""
+        now = self._clock()
+        if task != self._task or total != self._countdown.total or done < self._countdown.done:
+            self._task, self._countdown = task, Countdown(total, done, now)
+        self._countdown.done = done
+        tail = _tail(unit, self._countdown.left_s(now), values)
+        label = f"{self._label(self._stage)}: {escape(task)}"
+        if self._bar is not None and self._bar_task is not None:
+            self._bar.update(self._bar_task, description=label, total=total, completed=done, tail=tail)
+        elif now - self._last_line >= PLAIN_LINE_EVERY_S:
+            self._last_line = now
+            self._console.print(f"  {label} {done}/{total} {tail}")
+
+    def log(self, level: str, text: str) -> None:
+        """Write one line of the stage that runs."""
+        if level == "error":
+            return  # the traceback of a fault, which main prints when it ends the command
+        is_warning = level == "warning"
+        line = f"  {self._stage}: {'warning: ' if is_warning else ''}{text}"
+        self._console.print(line, style="yellow" if is_warning else "dim", markup=False)
+
+    def stage_finished(self, outcome: StageOutcome) -> None:
+        """Write the stage's line: state, seconds, headline metrics."""
+        self.close()
+        self.outcomes.append(outcome)
+        style = STATE_STYLES.get(outcome.state, "")
+        seconds = "" if outcome.state == "skipped" else format_seconds(outcome.seconds)
+        names = HEADLINES.get(outcome.stage, ())
+        shown = {name: outcome.metrics[name] for name in names if name in outcome.metrics}
+        metrics = ", ".join(f"{row.group} {row.label} {row.text}" for row in metric_rows(shown))
+        line = f"{self._label(outcome.stage):24}[{style}]{outcome.state:8}[/] {seconds:>10}  {metrics}"
+        self._console.print(line.rstrip())
+
+    def close(self) -> None:
+        """Take the live bar off the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar, self._bar_task = None, None
+
+    def _label(self, stage: str) -> str:
+        if stage not in self._stages:
+            return stage
+        return f"{self._stages.index(stage) + 1}/{len(self._stages)} {stage}"
+
+
+def _tail(unit: str, left_s: float | None, values: Mapping[str, float]) -> str:
+    parts = [unit, *(f"{name} {value:.4g}" for name, value in values.items())]
+    if left_s is not None:
+        parts.append(f"{format_seconds(left_s)} left")
+    return ", ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before and after
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+_PLAN_TITLES = {
+    "cached": "in the store",
+    "partial": "to continue",
+    "missing": "to build",
+    "damaged": "to build",
+    "skipped": "not needed",
+}
+
+
+def print_plan(console: Console, stages: Sequence[StageStatus], *, forced: int) -> None:
+    """Say before the start what will be built and what is there already.
+
+    Args:
+        console: Where to.
+        stages: The stages of the run in order.
+        forced: Position of the first stage that is built whatever is there; past the end when none is.
+    """
+    groups: dict[str, list[str]] = {}
+    for position, stage in enumerate(stages):
+        is_forced = position >= forced and stage.state != "skipped"
+        groups.setdefault("to build" if is_forced else _PLAN_TITLES[stage.state], []).append(stage.stage)
+    for title, names in groups.items():
+        console.print(f"{title + ':':14}{', '.join(names)}")
+
+
+def print_metrics(console: Console, metrics: Mapping[str, Any]) -> None:
+    """The table of numbers in percent, then the IoU of every class."""
+    rows = metric_rows(metrics)
+    if rows:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("")
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        groups = [""] + [row.group for row in rows]
+        for row, before in zip(rows, groups, strict=False):
+            table.add_row(row.group if row.group != before else "", escape(row.label), row.text)
+        console.print()
+        console.print(table)
+    for name, value in metrics.items():
+        if isinstance(value, Mapping) and value:
+            _print_classes(console, name, value)
+
+
+def _print_classes(console: Console, name: str, values: Mapping[str, float | None]) -> None:
+    """One line per class of a metric that has a value for each, such as ``segmenter.iou``."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(escape(name))
+    table.add_column("IoU", justify="right")
+    for label, value in values.items():
+        table.add_row(escape(label), "–" if value is None else f"{value * 100:.1f} %")
+    console.print()
+    console.print(table)
+
+
+def print_end(console: Console, warnings: Sequence[tuple[str, str]], report: Path | None) -> None:
+    """The (stage, warning) pairs once more, then where the report is."""
+    if warnings:
+        console.print(f"\n{len(warnings)} warning{'s' if len(warnings) > 1 else ''}:", style="yellow")
+        for stage, text in warnings:
+            console.print(f"  - {stage}: {text}", style="yellow", markup=False)
+    if report is not None:
+        console.print(f"\nreport: {report}", markup=False)
+
+
+class ConsoleProgress:
+    """A stage's Progress that is shown by a listener, for work done in this process."""
+
+    def __init__(self, listener: ConsoleListener, stage: str) -> None:
+        """Show everything under the name ``stage``."""
+        self.warnings: list[str] = []
+        self._listener, self._stage = listener, stage
+        self._task, self._unit = "", ""
+        self._total = self._done = 0
+
+    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
+        """Start a countable task."""
+        self._task, self._unit, self._total, self._done = task, unit, total, done
+        self._listener.stage_started(self._stage, "")
+
+    def advance(self, count: int = 1, **values: float) -> None:
+        """Count finished units."""
+        self._done += count
+        self._listener.progress(self._task, self._total, self._done, self._unit, values)
+
+    def info(self, text: str) -> None:
+        """Say one line."""
+        self._listener.log("info", text)
+
+    def warn(self, text: str) -> None:
+        """Say one line and keep it."""
+        self.warnings.append(text)
+        self._listener.log("warning", text)

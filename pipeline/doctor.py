@@ -1,0 +1,177 @@
+"""Look at the machine before a run does: interpreter, packages, device, CRF, disk, memory.
+
+Reads package metadata and the system; writes nothing.  Each check says what it found and, where it failed, what to do.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stages.errors import WsssError
+
+DISTRIBUTION = "wsss-pipeline"
+LEAST_PYTHON = (3, 11)
+LOW_DISK_BYTES = 2e9
+NO_DISK_BYTES = 0.2e9
+LOW_MEMORY_BYTES = 3e9
+
+Status = Literal["ok", "warning", "failed"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found."""
+
+    name: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+def examine(artifacts: Path) -> list[Check]:
+    """Run every check; a check that raises is a failed check, not the end.
+
+    Args:
+        artifacts: Root of the store, for the disk; it need not exist.
+    """
+    checks: Sequence[tuple[str, Callable[[], Check]]] = (
+        ("python", check_python),
+        ("packages", check_packages),
+        ("torch", check_torch),
+        ("device", check_device),
+        ("crf", check_crf),
+        ("disk", lambda: check_disk(artifacts)),
+        ("cores", check_cores),
+        ("memory", check_memory),
+    )
+    return [_run(name, check) for name, check in checks]
+
+
+def _run(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except WsssError as error:
+        return Check(name, "failed", str(error))
+    except Exception as error:  # whatever an import of a broken package raises
+        return Check(name, "failed", f"{type(error).__name__}: {error}", "install again from constraints.txt")
+
+
+def check_python(version: tuple[int, int, int] | None = None) -> Check:
+    """The interpreter is new enough."""
+    found = version or sys.version_info[:3]
+    text = ".".join(map(str, found))
+    if found[:2] < LEAST_PYTHON:
+        return Check("python", "failed", text, "use Python 3.11 or newer")
+    return Check("python", "ok", text)
+
+
+def check_packages(requirements: Sequence[str] | None = None) -> Check:
+    """Every package that this distribution asks for is there in a version that works, the Prefect pins among them.
+
+    Args:
+        requirements: PEP 508 lines; by default those of the installed distribution, extras left out.
+    """
+    from packaging.requirements import Requirement
+
+    if requirements is None:
+        try:
+            requirements = importlib.metadata.requires(DISTRIBUTION) or ()
+        except importlib.metadata.PackageNotFoundError:
+            return Check("packages", "warning", f"{DISTRIBUTION} is not installed", "pip install -e .")
+    wrong, shown = [], []
+    for requirement in map(Requirement, requirements):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement} (found {found or 'none'})")
+        elif requirement.name in ("prefect", "fastapi"):
+            shown.append(f"{requirement.name} {found}")
+    if wrong:
+        remedy = f"pip install {' '.join(repr(line.split(' (')[0]) for line in wrong)}"
+        return Check("packages", "failed", "; ".join(wrong), remedy)
+    return Check("packages", "ok", f"all {len(requirements)} requirements met; {', '.join(shown)}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_torch() -> Check:
+    """Torch and torchvision are a matching pair: torchvision's own operators load and run."""
+    import torch
+    import torchvision
+    from torchvision.ops import nms
+
+    nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    return Check("torch", "ok", f"torch {torch.__version__}, torchvision {torchvision.__version__}")
+
+
+def check_device() -> Check:
+    """The device that ``runtime.device: auto`` takes."""
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found = f"cuda: {torch.cuda.device_count()} × {properties.name}, {properties.total_memory / 1e9:.0f} GB"
+        return Check("device", "ok", found)
+    if torch.backends.mps.is_available():
+        return Check("device", "ok", "mps")
+    return Check("device", "ok", f"cpu, {torch.get_num_threads()} threads (no GPU found)")
+
+
+def check_crf() -> Check:
+    """The CRF backend that ``auto`` means refines a tiny image."""
+    import numpy as np
+
+    from stages.ops.crf import CrfConfig, dense_crf, resolve_crf_backend
+
+    backend = resolve_crf_backend("auto")
+    image = np.zeros((8, 8, 3), np.uint8)
+    refined = dense_crf(image, np.full((2, 8, 8), 0.5, np.float32), CrfConfig(iterations=1))
+    if not np.allclose(refined.sum(axis=0), 1.0, atol=1e-3):
+        return Check("crf", "failed", f"{backend} gives no probabilities", "install pydensecrf2==1.1 again")
+    if backend == "torch":
+        return Check("crf", "ok", "built-in torch mean field", "faster on a CPU: pip install 'wsss-pipeline[crf]'")
+    return Check("crf", "ok", backend)
+
+
+def check_disk(artifacts: Path) -> Check:
+    """There is room for artifacts, and their folder can be written."""
+    folder = artifacts.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    found = f"{free / 1e9:.1f} GB free under {folder}"
+    if not os.access(folder, os.W_OK):
+        return Check("disk", "failed", f"{folder} cannot be written", "choose another folder with --artifacts DIR")
+    if free < NO_DISK_BYTES:
+        return Check("disk", "failed", found, "make room, or choose another folder with --artifacts DIR")
+    if free < LOW_DISK_BYTES:
+        return Check("disk", "warning", found, "a run on VOC needs about 2 GB; `wsss artifacts prune` makes room")
+    return Check("disk", "ok", found)
+
+
+def check_cores() -> Check:
+    """Cores that this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Check("cores", "ok", f"{usable} of {os.cpu_count()}")
+
+
+def check_memory() -> Check:
+    """Memory of the machine."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = f"{total / 1e9:.1f} GB"
+    if total < LOW_MEMORY_BYTES:
+        return Check("memory", "warning", found, "lower batch_size and runtime.workers")
+    return Check("memory", "ok", found)

@@ -108,7 +108,12 @@ def read_labels_csv(
     lines = read_text(path, source, problems)
     if lines is None:
         return None
-    rows = [(number, row) for number, row in enumerate(csv.reader(lines), start=1) if any(cell.strip() for cell in row)]
+    reader = csv.reader(lines)
+    try:
+        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        problems.add("bad line", f"{source} line {reader.line_num}: is no CSV ({error}); save the file as CSV in UTF-8")
+        return None
     if not rows or [cell.strip().lower() for cell in rows[0][1]] != CSV_HEADER:
         found = ",".join(rows[0][1]) if rows else "nothing"
         problems.add("bad header", f"{source} line 1: expected the header 'image,labels', found '{found}'")

@@ -102,6 +102,13 @@ def test_a_wrong_header_an_empty_csv_and_latin1_are_named(own_data: Path) -> Non
     assert problems_of(CustomConfig(root=own_data)) == ["labels.csv: is not UTF-8 text; save it as UTF-8"]
 
 
+def test_a_line_that_is_no_csv_is_named(own_data: Path) -> None:
+    (own_data / "labels.csv").write_text("image,labels\na," + "x" * 200_000 + "\n", encoding="utf-8")
+    assert problems_of(CustomConfig(root=own_data)) == [
+        "labels.csv line 2: is no CSV (field larger than field limit (131072)); save the file as CSV in UTF-8"
+    ]
+
+
 def test_two_files_of_one_id_and_misnamed_masks_are_named(own_data: Path) -> None:
     (own_data / "images/a.png").write_bytes(b"")
     (own_data / "masks/a.png").rename(own_data / "masks/a_mask.png")

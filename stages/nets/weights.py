@@ -172,7 +172,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: st
             f"the file has {shorten(tensors, 3)}; see docs/weights.md for the layout of each backbone"
         )
     missing = tuple(key for key in wanted if key not in tensors)
-    unexpected = tuple(key for key in tensors if key not in wanted)
+    unexpected = tuple(sorted(key for key in tensors if key not in wanted))
     problems = _misfits(wanted, tensors, missing, unexpected)
     if problems:
         raise WeightsError(f"{source}: the weights are of another net ({len(problems)} tensors differ)", problems)

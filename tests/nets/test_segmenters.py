@@ -1,0 +1,282 @@
+"""Every segmenter keeps the same promises; configs that cannot be built are refused early."""
+
+import math
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from stages.contracts import SilentProgress
+from stages.errors import ConfigError, WeightsError
+from stages.nets.backbone_builders import build_plain_backbone
+from stages.nets.backbones import BackboneConfig
+from stages.nets.segmenters import (
+    DILATABLE_ENCODERS,
+    DeepLabConfig,
+    LargeFovConfig,
+    SegmenterConfig,
+    backbone_name,
+    build_segmenter,
+    check_encoder,
+    init_problems,
+    pretrained_name,
+)
+
+SMALL = {"name": "largefov", "backbone": {"name": "small"}}
+SQUEEZENET = {"name": "largefov", "backbone": {"name": "squeezenet1_1"}}
+VGG = {"name": "largefov", "backbone": {"name": "vgg16"}}
+V3 = {"name": "deeplabv3", "encoder": "resnet18", "output_stride": 8, "decoder_channels": 32}
+V3PLUS = {"name": "deeplabv3plus", "encoder": "resnet18", "output_stride": 16, "decoder_channels": 32}
+V3PLUS_MOBILE = {"name": "deeplabv3plus", "encoder": "mobilenet_v2", "output_stride": 8, "decoder_channels": 16}
+LIGHT = [SMALL, SQUEEZENET, V3, V3PLUS, V3PLUS_MOBILE]
+
+
+def parse(fields):
+    return TypeAdapter(SegmenterConfig).validate_python(fields)
+
+
+def make(fields, num_classes=4, init="random", **kwargs):
+    return build_segmenter(parse(fields), num_classes, init=init, weights=kwargs.pop("weights", {}), **kwargs)
+
+
+# --- configs -------------------------------------------------------------------------------------------------
+
+
+def test_the_head_on_vgg_is_the_papers_and_light_elsewhere():
+    vgg, squeezenet, small, resnet = (
+        parse({"name": "largefov", "backbone": {"name": name}})
+        for name in ("vgg16", "squeezenet1_1", "small", "resnet50")
+    )
+    assert (vgg.dilation, vgg.channels, vgg.fc7, vgg.batch_norm, vgg.dropout) == (12, 1024, True, False, 0.5)
+    assert (squeezenet.dilation, squeezenet.channels, squeezenet.fc7, squeezenet.batch_norm) == (6, 256, False, True)
+    assert (small.dilation, small.channels, small.backbone.output_stride) == (6, 96, 4)
+    assert (resnet.dilation, resnet.fc7, resnet.batch_norm) == (12, True, True)
+    assert parse({**SQUEEZENET, "dilation": 12, "batch_norm": False}).dilation == 12
+
+
+def test_head_defaults_also_follow_a_ready_backbone_config():
+    assert LargeFovConfig(backbone=BackboneConfig(name="squeezenet1_1")).dilation == 6
+
+
+def test_dilations_double_when_the_stride_is_halved():
+    assert parse({"name": "deeplabv3", "output_stride": 8}).aspp_dilations == (12, 24, 36)
+    assert parse({"name": "deeplabv3"}).aspp_dilations == (6, 12, 18)
+    assert parse({"name": "deeplabv3", "output_stride": 8, "aspp_dilations": (1, 2, 3)}).aspp_dilations == (1, 2, 3)
+
+
+@pytest.mark.parametrize("fields", [*LIGHT, VGG])
+def test_a_config_survives_json(fields):
+    config = parse(fields)
+    assert TypeAdapter(SegmenterConfig).validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("name", ["vgg16", "inceptionv4", "densenet121", "xception", "mit_b0", "nonsense"])
+def test_encoders_that_cannot_dilate_are_refused_with_those_that_can(name):
+    with pytest.raises(ConfigError, match=rf"encoder '{name}' cannot be dilated .*resnet50.*largefov"):
+        check_encoder(name)
+    with pytest.raises(ValidationError, match="choose one of: resnet18"):
+        DeepLabConfig(name="deeplabv3plus", encoder=name)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "inceptionv4", "densenet121", "xception"])
+def test_segmentation_models_refuses_what_we_refuse(name):
+    from segmentation_models_pytorch.encoders import get_encoder
+
+    with torch.device("meta"), pytest.raises(ValueError, match="dilated mode"):
+        get_encoder(name, weights=None, output_stride=16)
+
+
+def test_an_encoder_of_timm_is_probed():
+    check_encoder("tu-mobilenetv1_100", 8)
+    with pytest.raises(ConfigError, match=r"encoder 'tu-vgg11' cannot be built at output stride 16"):
+        check_encoder("tu-vgg11", 16)
+    with pytest.raises(ConfigError, match="encoder 'tu-nonsense' cannot be built"):
+        check_encoder("tu-nonsense")
+
+
+def encoder_maps(name, stride):
+    from segmentation_models_pytorch.encoders import get_encoder
+
+    with torch.device("meta"):
+        features = get_encoder(name, weights=None, output_stride=stride).eval()(torch.empty(1, 3, 64, 96))
+    return [tuple(map_.shape[2:]) for map_ in (features[2], features[-1])]
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet50", "se_resnet50", "efficientnet-b0", "mobilenet_v2", "dpn68", "mobileone_s0"]
+)
+def test_one_encoder_of_each_listed_family_dilates(name):
+    assert encoder_maps(name, 8) == [(16, 24), (8, 12)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("name", DILATABLE_ENCODERS)
+def test_every_listed_encoder_dilates(name, stride):
+    assert encoder_maps(name, stride) == [(16, 24), (64 // stride, 96 // stride)]
+
+
+@pytest.mark.slow
+def test_the_list_is_complete():
+    """Whatever else SMP offers is deprecated (timm-…), changes its attention (mit_…), or is refused by SMP."""
+    from segmentation_models_pytorch.encoders import encoders, get_encoder
+
+    for name in set(encoders) - set(DILATABLE_ENCODERS):
+        if name.startswith(("timm-", "mit_")):
+            continue
+        with torch.device("meta"), pytest.raises(ValueError, match="dilated mode"):
+            get_encoder(name, weights=None, output_stride=8)
+
+
+# --- nets ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", LIGHT, ids=lambda fields: fields["name"])
+@pytest.mark.parametrize("size", [(65, 97), (64, 96)])
+def test_logits_cover_any_image_and_carry_gradients_everywhere(fields, size):
+    segmenter = make(fields).train()
+    logits = segmenter(torch.randn(2, 3, *size))
+    assert logits.shape[:2] == (2, 4)
+    for cells, pixels in zip(logits.shape[2:], size, strict=True):
+        assert any(abs(cells - math.ceil(pixels / stride)) <= 1 for stride in (1, 4, 8))
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in segmenter.parameters())
+
+
+def test_deeplab_keeps_its_cells_on_divisible_images_and_pixels_on_others():
+    segmenter = make(V3PLUS).eval()
+    with torch.no_grad():
+        assert segmenter(torch.randn(1, 3, 64, 96)).shape == (1, 4, 16, 24)
+        assert segmenter(torch.randn(1, 3, 65, 97)).shape == (1, 4, 65, 97)
+        assert make(V3).eval()(torch.randn(1, 3, 64, 96)).shape == (1, 4, 8, 12)
+
+
+def test_deeplab_pads_at_the_bottom_and_right_so_that_the_rest_stays_in_place():
+    segmenter = make(V3PLUS).eval()
+    image = torch.randn(1, 3, 64, 96)
+    image[..., 60:, :] = 0
+    with torch.no_grad():
+        whole = nn.functional.interpolate(segmenter(image), size=(64, 96), mode="bilinear", align_corners=False)
+        assert torch.allclose(segmenter(image[..., :60, :]), whole[..., :60, :], atol=1e-5)
+
+
+def test_largefov_on_vgg_is_deeplab_v1():
+    """DeepLab's own numbers: 321 px give 41 cells; about 20 million parameters for 21 classes (Caffe: vgg16_20M)."""
+    with torch.device("meta"):
+        segmenter = make(VGG, num_classes=21)
+        assert segmenter(torch.empty(1, 3, 321, 321)).shape == (1, 21, 41, 41)
+    vgg, fc6, fc7, classifier = 14_714_688, 512 * 1024 * 9 + 1024, 1024 * 1024 + 1024, 1024 * 21 + 21
+    assert sum(parameter.numel() for parameter in segmenter.parameters()) == vgg + fc6 + fc7 + classifier
+    assert segmenter.fc6[0].dilation == (12, 12)
+    pools = [layer.kernel_size for layer in segmenter.backbone.modules() if isinstance(layer, nn.MaxPool2d)]
+    assert pools == [3, 3, 3, 3]
+
+
+def test_largefov_on_squeezenet_is_one_dilated_convolution_with_batch_norm():
+    segmenter = make(SQUEEZENET)
+    assert [type(layer) for layer in segmenter.fc6] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout]
+    assert segmenter.fc6[0].dilation == (6, 6)
+    assert isinstance(segmenter.fc7, nn.Identity)
+
+
+@pytest.mark.parametrize("fields", [*LIGHT, VGG], ids=lambda fields: str(fields.get("encoder", fields.get("backbone"))))
+def test_each_parameter_is_in_one_group_and_only_the_head_is_faster(fields):
+    with torch.device("meta"):
+        segmenter = make(fields)
+    trunk, head = segmenter.parameter_groups()
+    assert (trunk["lr_factor"], head["lr_factor"]) == (1.0, 10.0)
+    assert {id(p) for p in trunk["params"]} == {id(p) for p in segmenter.trunk.parameters()}
+    ids = [id(p) for group in (trunk, head) for p in group["params"]]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {id(p) for p in segmenter.parameters()}
+    assert id(segmenter.classifier.weight) in {id(p) for p in head["params"]}
+
+
+def test_a_frozen_encoder_keeps_its_statistics_while_the_decoder_learns():
+    segmenter = make({**V3PLUS, "freeze_bn": True}).train()
+    encoder_before = segmenter.encoder.bn1.running_mean.clone()
+    decoder_before = segmenter.decoder.block1[1].running_mean.clone()
+    segmenter(torch.randn(2, 3, 32, 32))
+    assert torch.equal(segmenter.encoder.bn1.running_mean, encoder_before)
+    assert not torch.equal(segmenter.decoder.block1[1].running_mean, decoder_before)
+
+
+# --- starts --------------------------------------------------------------------------------------------------
+
+
+def test_imagenet_weights_of_torchvision_fit_the_encoders_of_smp(tmp_path):
+    from torchvision import models
+
+    plain = models.resnet18(weights=None).state_dict()
+    torch.save(plain, tmp_path / "w.pth")
+    progress, said = SilentProgress(), []
+    progress.info = said.append
+    segmenter = make(V3PLUS, init="imagenet", weights={"resnet18": tmp_path / "w.pth"}, progress=progress)
+    assert torch.equal(segmenter.encoder.layer4[1].conv2.weight, plain["layer4.1.conv2.weight"])
+    assert said == ["resnet18 from w.pth: 120 tensors loaded, 2 not used (fc.bias, fc.weight)"]
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101", "mobilenet_v2"])
+def test_our_backbones_and_smps_encoders_share_tensor_names_and_shapes(name):
+    from segmentation_models_pytorch.encoders import get_encoder
+
+    with torch.device("meta"):
+        ours = build_plain_backbone(BackboneConfig(name=name, pretrained=False)).state_dict()
+        theirs = get_encoder(name, weights=None).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("fields", [SMALL, V3PLUS_MOBILE], ids=["largefov", "deeplab"])
+def test_the_classifiers_backbone_is_the_segmenters_start(fields):
+    name = backbone_name(parse(fields))
+    stride = 4 if name == "small" else 16
+    classifier = build_plain_backbone(BackboneConfig(name=name, output_stride=stride, pretrained=False))
+    segmenter = make(fields, init="classifier", classifier_backbone=classifier.state_dict())
+    for key, value in classifier.state_dict().items():
+        assert torch.equal(segmenter.trunk.state_dict()[key], value)
+
+
+def test_another_classifier_is_refused_by_tensor_name():
+    classifier = build_plain_backbone(BackboneConfig(name="squeezenet1_1", pretrained=False))
+    with pytest.raises(WeightsError, match=r"this run's classifier into small: .*another net"):
+        make(SMALL, init="classifier", classifier_backbone=classifier.state_dict())
+    with pytest.raises(WeightsError, match="needs the trained classifier's backbone"):
+        make(SMALL, init="classifier")
+
+
+def test_starts_that_cannot_be_are_known_without_building():
+    small, squeezenet, v3plus = parse(SMALL), parse(SQUEEZENET), parse(V3PLUS)
+    resnet = BackboneConfig(name="resnet50")
+    assert init_problems(squeezenet, "imagenet", None) == []
+    assert init_problems(squeezenet, "classifier", squeezenet.backbone) == []
+    assert init_problems(small, "random", None) == []
+    assert "small has no public weights" in init_problems(small, "imagenet", None)[0]
+    assert (
+        "contradicts the net's pretrained: false"
+        in init_problems(parse({**V3, "pretrained": False}), "imagenet", None)[0]
+    )
+    assert "the classifier's backbone is resnet50" in init_problems(v3plus, "classifier", resnet)[0]
+    assert "there is no classifier" in init_problems(v3plus, "classifier", None)[0]
+    with pytest.raises(ConfigError, match="small has no public weights"):
+        make(SMALL, init="imagenet")
+
+
+def test_what_a_key_must_know_of_public_weights():
+    assert pretrained_name(parse(SQUEEZENET), "imagenet") == "squeezenet1_1"
+    assert pretrained_name(parse(V3), "imagenet") == "resnet18"
+    assert pretrained_name(parse(V3), "classifier") is None
+
+
+@pytest.mark.parametrize("name", ["deeplabv3", "deeplabv3plus"])
+def test_nothing_is_downloaded_while_building(name, monkeypatch):
+    import huggingface_hub
+    import segmentation_models_pytorch.encoders as smp_encoders
+
+    def refuse(*_, **__):
+        raise AssertionError("a download was tried")
+
+    monkeypatch.setattr(smp_encoders, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with torch.device("meta"):
+        make({"name": name, "encoder": "resnet18"})

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class RunRecord:
     run_id: str
     name: str
     started: str
-    """Local time, ``YYYY-MM-DD HH:MM:SS``."""
+    """UTC, ISO with milliseconds: the order of runs."""
     state: str
     """running, done, failed or interrupted; running too when it was killed."""
     keys: Mapping[str, str]
@@ -51,7 +52,7 @@ class RunRecord:
             path=store.root / "runs" / f"{name}-{run_id}.json",
             run_id=run_id,
             name=name,
-            started=time.strftime("%Y-%m-%d %H:%M:%S"),
+            started=datetime.now(UTC).isoformat(timespec="milliseconds"),
             state="running",
             keys=dict(plan.keys),
             config=plan.run.model_dump(mode="json"),
@@ -91,8 +92,6 @@ def read_runs(store: Store) -> list[RunRecord]:
         try:
             found = read_json(path)
             fields = [found[name] for name in ("run", "name", "started", "state", "keys", "config")]
-        except FileNotFoundError:
-            continue
         except (KeyError, TypeError) as error:
             raise DamagedFileError(f"{path} is no run record ({error}); remove it") from error
         records.append(RunRecord(path, *fields))
@@ -148,7 +147,7 @@ def _candidates(store: Store) -> Iterator[tuple[str, str, Path]]:
         yield stage, key, store.path(stage, key)
     for pattern in (".work-*", ".damaged-*", ".replaced-*"):
         for folder in sorted(store.root.glob(f"[!.]*/{pattern}/")):
-            yield folder.parent.name, folder.name.split("-")[1], folder
+            yield folder.parent.name, _key_of(folder), folder
 
 
 def _size(folder: Path) -> int:
@@ -160,15 +159,20 @@ def _remove(store: Store, path: Path) -> bool:
     if path.is_file():
         path.unlink(missing_ok=True)
         return True
-    stage, key = path.parent.name, path.name.rsplit("/")[-1].lstrip(".").split("-")
-    lock = store.lock(stage, key[1] if len(key) > 1 else key[0])
+    stage, key = path.parent.name, _key_of(path)
+    lock = store.lock(stage, key)
     if not lock.try_acquire():
         return False
     try:
         # out of sight first: a removal that is interrupted must not leave half an artifact under its name
-        doomed = path.with_name(f".replaced-{path.name.lstrip('.')}-{os.getpid()}")
+        doomed = path.with_name(f".replaced-{key}-{os.getpid()}")
         path.rename(doomed)
         shutil.rmtree(doomed)
     finally:
         lock.release()
     return True
+
+
+def _key_of(folder: Path) -> str:
+    """The key in ``<key>``, ``.work-<key>`` or ``.damaged-<key>-0``."""
+    return folder.name.split("-")[1] if folder.name.startswith(".") else folder.name

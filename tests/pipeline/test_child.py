@@ -154,10 +154,9 @@ def test_errors_keep_kind_text_and_problems_on_the_way(error: Exception, kind: t
 
 
 def test_unforeseen_error_brings_its_traceback() -> None:
-    try:
-        raise KeyError("k")
-    except KeyError as error:
-        arrived = from_message(to_message(deliberate(error, "evaluate")))
+    with pytest.raises(KeyError) as caught:
+        _ = {}["k"]
+    arrived = from_message(to_message(deliberate(caught.value, "evaluate")))
     assert isinstance(arrived, InternalFailure)
     assert arrived.exit_code == 1
     assert "test_child.py" in arrived.trace

@@ -25,9 +25,7 @@ class CollectConfig(StageConfig):
 class Mischief(Runtime):
     """What goes wrong; like all of ``runtime`` it is in no key."""
 
-    mischief: Literal["none", "input", "fault", "memory", "disk", "exit", "kill", "noise", "pause", "offspring"] = (
-        "none"
-    )
+    mischief: Literal["none", "input", "fault", "disk", "exit", "kill", "noise", "offspring"] = "none"
     at_item: int = 1
     notes: Path | None = None
     """Where the stage tells the test its process ids."""
@@ -40,7 +38,7 @@ def collect(config: CollectConfig, *, out: Path, progress: Progress, runtime: Mi
         if number in done:
             continue
         if number == runtime.at_item:
-            misbehave(runtime, out, progress)
+            misbehave(runtime, out)
         write_atomic(out / f"{number}.txt", f"item {number}\n".encode())
         progress.advance(loss=1.0 / (number + 1))
     if runtime.mischief == "noise":
@@ -50,14 +48,12 @@ def collect(config: CollectConfig, *, out: Path, progress: Progress, runtime: Mi
     )
 
 
-def misbehave(runtime: Mischief, out: Path, progress: Progress) -> None:
+def misbehave(runtime: Mischief, out: Path) -> None:
     kind = runtime.mischief
     if kind == "input":
         raise DataError("two images are damaged", ["a.jpg: truncated", "b.jpg: empty"])
     if kind == "fault":
         raise KeyError("unforeseen")
-    if kind == "memory":
-        raise MemoryError
     if kind == "disk":
         raise OSError(errno.ENOSPC, "No space left on device", str(out / "x"))
     if kind == "exit":
@@ -65,24 +61,21 @@ def misbehave(runtime: Mischief, out: Path, progress: Progress) -> None:
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "noise":
-        print("stray print", flush=True)
+        sys.stdout.write("stray print\n")
+        sys.stdout.flush()
         os.system("echo from a subprocess")
-    if kind in {"pause", "offspring"}:
-        pause(runtime, progress, has_offspring=kind == "offspring")
+    if kind == "offspring":
+        wait_with_offspring(runtime)
 
 
-def pause(runtime: Mischief, progress: Progress, *, has_offspring: bool) -> None:
-    """Wait to be killed, by default alone, else with a forked and a spawned worker that would wait for ever."""
-    pids = [os.getpid()]
-    if has_offspring:
-        forked = os.fork()
-        if forked == 0:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            time.sleep(60)
-            os._exit(0)
-        spawned = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        pids += [forked, spawned.pid]
-    progress.info("paused")
+def wait_with_offspring(runtime: Mischief) -> None:
+    """Wait to be killed, beside a forked worker that ignores SIGTERM and a spawned one."""
+    forked = os.fork()
+    if forked == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
+        os._exit(0)
+    spawned = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     assert runtime.notes is not None
-    write_atomic(runtime.notes, " ".join(map(str, pids)).encode())
+    write_atomic(runtime.notes, f"{os.getpid()} {forked} {spawned.pid}".encode())
     time.sleep(60)

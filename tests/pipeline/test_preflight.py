@@ -1,0 +1,90 @@
+"""A run that cannot end well is refused before its first stage, with all problems at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import RunConfig, find_config
+from pipeline.preflight import preflight
+from pipeline.yaml_models import load_model
+from stages.errors import ConfigError, DataError, InputError, WeightsError
+
+
+def check(*overrides: str) -> object:
+    return preflight(load_model(RunConfig, find_config("demo"), overrides))
+
+
+def test_a_good_run_gives_its_listing() -> None:
+    listing = preflight(load_model(RunConfig, find_config("demo"), ["data.num_train=12", "data.num_val=4"]))
+    assert (len(listing.splits["train"]), len(listing.splits["val"])) == (12, 4)
+
+
+def test_weights_missing_of_unknown_kind_and_unknown_name(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(b"x")
+    with pytest.raises(WeightsError, match="weights are not usable") as caught:
+        check(
+            "train_classifier.backbone={name: squeezenet1_1}",
+            f"weights.squeezenet1_1={tmp_path}/none.pth",
+            "train_segmenter.init=imagenet",
+            "train_segmenter.net.backbone={name: vgg16}",
+            f"weights.vgg16={tmp_path}/w.bin",
+            f"weights.resnet5O={tmp_path}/w.bin",
+        )
+    assert [problem.split(";")[0] for problem in caught.value.problems] == [
+        f"weights.squeezenet1_1: there is no file {tmp_path}/none.pth",
+        f"weights.vgg16: expected a file ending in .pth, .pt, .safetensors, found {tmp_path}/w.bin",
+        "weights.resnet5O: there is no such backbone",
+    ]
+    assert caught.value.problems[2].endswith("did you mean 'resnet50'?")
+
+
+def test_classifier_start_on_another_backbone_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check("train_segmenter.net.backbone={name: vgg16}", "train_segmenter.init=classifier")
+    assert caught.value.problems == (
+        "train_segmenter.init: classifier needs a classifier on vgg16, but the classifier's backbone is small; "
+        "use one backbone or init: imagenet",
+    )
+
+
+def test_crf_backend_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.ops.crf._has_pydensecrf", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        check("make_masks.crf.backend=pydensecrf", "evaluate.crf=true", "evaluate.crf_config.backend=pydensecrf")
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "make_masks.crf.backend",
+        "evaluate.crf.backend",
+    ]
+    check("make_masks.crf.backend=pydensecrf", "make_masks.refine=none")
+
+
+def test_split_without_images_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check("evaluate.splits=[val, test]")
+    assert caught.value.problems[0].startswith("evaluate.splits: the data set has no images in 'test'")
+
+
+def test_problems_of_several_kinds_come_together(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        check(
+            f"data={{format: voc, root: {tmp_path}/none}}",
+            "weights.vgg61=x.pth",
+            "train_segmenter.net.backbone={name: vgg16}",
+        )
+    assert type(caught.value) is InputError
+    assert caught.value.exit_code == 2
+    assert caught.value.message == f"the run cannot start: {len(caught.value.problems)} problems"
+    text = "\n".join(caught.value.problems)
+    for part in (
+        f"{tmp_path}/none",
+        "weights.vgg61: there is no such backbone; did you mean 'vgg16'?",
+        "init: classifier",
+    ):
+        assert part in text
+
+
+def test_data_alone_keeps_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        check(f"data={{format: custom, root: {tmp_path}/none}}")

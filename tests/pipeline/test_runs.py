@@ -1,0 +1,113 @@
+"""Run records keep what runs need; pruning removes the rest, and nothing by default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_stages.table import TABLE, FakeRun
+
+from pipeline.keys import Plan, plan_run
+from pipeline.runs import RunRecord, prune, read_runs
+from pipeline.store import Store
+from stages.errors import DamagedFileError, DataError
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "artifacts")
+
+
+def finished(store: Store, factor: float, name: str = "fake") -> Plan:
+    """A run whose three artifacts are in the store."""
+    plan = plan_run(FakeRun.model_validate({"name": name, "combine": {"factor": factor}}), store.digest_cache, TABLE)
+    with RunRecord.open(store, plan):
+        for stage, key in plan.keys.items():
+            if store.lookup(stage, key) is None:
+                work, _ = store.work_dir(stage, key)
+                (work / "x.txt").write_text("12345")
+                store.publish(stage, key, content={"mask_supervision": []}, run={})
+    return plan
+
+
+def removed(store: Store, **options: object) -> list[str]:
+    found = prune(store, dry_run=False, **options)  # type: ignore[arg-type]
+    assert not any(removal.path.exists() for removal in found)
+    return sorted(removal.path.relative_to(store.root).as_posix() for removal in found)
+
+
+def test_same_artifacts_under_the_same_name_are_one_record(store: Store) -> None:
+    for _ in range(3):
+        finished(store, 1.0)
+    finished(store, 2.0)
+    finished(store, 1.0, "other")
+    records = read_runs(store)
+    assert sorted((record.name, record.state) for record in records) == [("fake", "done")] * 2 + [("other", "done")]
+    assert records[0].config["combine"] == {"factor": 1.0, "is_used": True}
+
+
+def test_records_say_how_the_run_ended(store: Store) -> None:
+    plan = plan_run(FakeRun(), store.digest_cache, TABLE)
+    with RunRecord.open(store, plan):
+        assert [found.state for found in read_runs(store)] == ["running"]
+    assert [found.state for found in read_runs(store)] == ["done"]
+    with pytest.raises(DataError), RunRecord.open(store, plan):
+        raise DataError("no")
+    assert read_runs(store)[0].state == "failed"
+    with pytest.raises(KeyboardInterrupt), RunRecord.open(store, plan) as record:
+        raise KeyboardInterrupt
+    assert {found.run_id: found.state for found in read_runs(store)}[record.run_id] == "interrupted"
+
+
+def test_prune_keeps_what_runs_need_and_only_says_by_default(store: Store) -> None:
+    plan = finished(store, 1.0)
+    orphan, _ = store.work_dir("collect", "f" * 20)
+    (orphan / "x").write_text("123")
+    store.work_dir("finish", plan.keys["finish"])  # unfinished work of a kept run stays
+    aside = store.set_aside("combine", plan.keys["combine"])
+    expected = sorted([aside.relative_to(store.root).as_posix(), f"collect/.work-{'f' * 20}"])
+    said = prune(store)
+    assert sorted(removal.path.relative_to(store.root).as_posix() for removal in said) == expected
+    assert {removal.reason: removal.size_bytes for removal in said if removal.path == orphan} == {
+        "no kept run needs it": 3
+    }
+    assert orphan.exists()
+    assert removed(store) == expected
+    assert removed(store) == []
+    assert store.lookup("collect", plan.keys["collect"]) is not None
+    assert store.work_path("finish", plan.keys["finish"]).exists()
+
+
+def test_prune_of_older_runs_keeps_what_the_newest_shares(store: Store) -> None:
+    first = finished(store, 1.0)
+    oldest = read_runs(store)[0]
+    second = finished(store, 2.0)
+    assert removed(store, keep=2) == []
+    expected = [f"runs/{oldest.path.name}", *(f"{stage}/{first.keys[stage]}" for stage in ("combine", "finish"))]
+    assert removed(store, keep=1) == sorted(expected)
+    assert first.keys["collect"] == second.keys["collect"]
+    assert all(store.lookup(stage, key) is not None for stage, key in second.keys.items())
+
+
+def test_prune_leaves_alone_what_is_being_built(store: Store) -> None:
+    work, _ = store.work_dir("collect", "e" * 20)
+    (work / "x").write_text("1")
+    lock = store.lock("collect", "e" * 20)
+    assert lock.try_acquire()
+    assert removed(store) == []
+    assert work.exists()
+    lock.release()
+    assert removed(store) == [f"collect/.work-{'e' * 20}"]
+
+
+def test_prune_refuses_when_a_record_does_not_read_back(store: Store) -> None:
+    finished(store, 1.0)
+    (store.root / "runs" / "broken.json").write_text("{")
+    store.work_dir("collect", "e" * 20)
+    with pytest.raises(DamagedFileError, match=r"broken\.json"):
+        prune(store, dry_run=False)
+    (store.root / "runs" / "broken.json").write_text("{}")
+    with pytest.raises(DamagedFileError, match="is no run record"):
+        prune(store, dry_run=False)
+    with pytest.raises(ValueError, match="keep must be at least 0"):
+        prune(store, keep=-1)

@@ -1,0 +1,64 @@
+"""What must not be imported where: a config is checked, and a finished run repeated, without the heavy libraries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "torchvision", "prefect", "albumentations", "cv2", "scipy", "matplotlib", "timm", "pydensecrf")
+
+CHECK = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+{{code}}
+print(sorted(name for name in {HEAVY!r} if name in sys.modules))
+"""
+
+CASES = {
+    "a config is read": "from pipeline.config import load_config; load_config(Path('configs/demo.yaml'))",
+    "a wrong config is refused": """
+from pipeline.config import load_config
+from stages.errors import ConfigError
+try:
+    load_config(Path('configs/demo.yaml'), ['make_masks.thresold=0.3', 'seed=x'])
+except ConfigError as error:
+    assert len(error.problems) == 2, error
+else:
+    raise AssertionError('accepted')
+""",
+    "keys are computed": """
+import tempfile
+from pipeline.config import load_config
+from pipeline.keys import plan_run
+plan_run(load_config(Path('configs/demo.yaml')), Path(tempfile.mkdtemp()) / 'digests.json')
+""",
+    "the runner and the child are imported": "import pipeline.runner, pipeline.runs, pipeline.child",
+}
+
+
+@pytest.mark.parametrize("code", CASES.values(), ids=list(CASES))
+def test_nothing_heavy_is_imported_when(code: str) -> None:
+    answer = subprocess.run(
+        [sys.executable, "-c", CHECK.replace("{code}", code)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert answer.stdout.strip() == "[]", answer.stdout + answer.stderr
+
+
+def test_checking_a_config_takes_less_than_a_second_of_cpu() -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.monotonic()
+    code = CHECK.replace("{code}", CASES["a wrong config is refused"])
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    # CPU time, because the machine that tests may be busy; wall time is only a safety net
+    assert seconds < 1.0
+    assert time.monotonic() - started < 20

@@ -4,7 +4,7 @@ Reads: the segmenter, images, true masks, attention shards, pseudo-masks.
 Writes: ``predictions/<id>.png`` (single scale, class indices), ``confusions.npz`` (counts of each image and scored
 thing), ``sweep.json`` (mIoU of the attention maps at every threshold), ``metrics.json``.  Until these are there, counts
 of finished batches are kept under ``partial/``, so that a stopped evaluation continues.
-Source: VOC's devkit and deeplab-pytorch: one confusion matrix over all images, truth 255 dropped, mean of the classes' IoU.
+Source: VOC's devkit and deeplab-pytorch: one confusion matrix, truth 255 dropped, mean of the classes' IoU.
 """
 
 from __future__ import annotations

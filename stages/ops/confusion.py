@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +169,7 @@ def read_confusions(path: Path) -> dict[str, SparseConfusions]:
         DamagedFileError: the file does not read back.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             things = [name.removesuffix(".ids") for name in archive.files if name.endswith(".ids")]
             return {
                 thing: SparseConfusions(
@@ -180,7 +181,7 @@ def read_confusions(path: Path) -> dict[str, SparseConfusions]:
                 )
                 for thing in things
             }
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DamagedFileError(f"{path} does not hold readable confusion counts ({error}); rebuild evaluate") from error
 
 

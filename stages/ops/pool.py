@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -69,6 +70,7 @@ def map_ordered(
         initargs=(context,),
     )
     try:
+        _launch(executor)
         yield from take_in_order(executor, functools.partial(_work, function), jobs, limit=processes * in_flight)
     except BrokenProcessPool as error:
         raise EnvironmentFailure(
@@ -90,6 +92,18 @@ def take_in_order(
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+
+
+def _launch(executor: ProcessPoolExecutor) -> None:
+    """Start the forked workers before any thread of the executor's."""
+    with warnings.catch_warnings():
+        # from Python 3.12 on, a fork beside any thread warns; numpy's idle BLAS threads are made for it
+        warnings.simplefilter("ignore", DeprecationWarning)
+        executor.submit(_be_ready)
+
+
+def _be_ready() -> None:
+    """A first job for a worker to start with."""
 
 
 def _start_method(module: str) -> BaseContext:

@@ -173,6 +173,6 @@ def map_probabilities(maps: NDArray[np.uint8], config: SeedConfig) -> NDArray[np
 def _rescale(scores: NDArray[np.float32], level: float) -> NDArray[np.float32]:
     """Map [0, level] to [0, 1/2] and [level, 1] to [1/2, 1]."""
     above = 0.5 + 0.5 * (scores - level) / (1 - level)
-    if level == 0:
+    if level < 1 / _TOP:  # below the smallest stored value: nothing to stretch
         return np.where(scores > 0, above, 0).astype(np.float32)
     return np.where(scores > level, above, 0.5 * scores / level).astype(np.float32)

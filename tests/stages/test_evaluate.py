@@ -1,0 +1,403 @@
+"""Scores by hand on flat-coloured rectangles; continuing, subsets of masks, scales, CRF, errors."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from tiny_masks import CLASSES, COLOURS, TRAIN, VAL, size_of, truth_of, write_world
+from torch import Tensor, nn
+
+import stages.prediction
+from stages.contracts import Runtime, SilentProgress, read_index_mask, read_json, write_json
+from stages.data.transforms import IMAGE_MEAN, IMAGE_STD
+from stages.errors import DamagedFileError, DataError
+from stages.evaluate import EvaluateConfig, evaluate
+from stages.make_masks import MakeMasksConfig, make_masks
+from stages.nets.backbones import BackboneConfig
+from stages.nets.segmenters import LargeFovConfig, build_segmenter
+from stages.nets.trained import save_segmenter
+from stages.ops.confusion import mean_iou, read_confusions
+from stages.ops.crf import CrfConfig
+from stages.ops.inference import in_fitting_batches, multi_scale_probabilities, network_size, predict_logits
+
+ONE = Runtime(processes=1, device="cpu", workers=0)
+SINGLE = EvaluateConfig(multi_scale=False)
+
+
+class ColourNet(nn.Module):
+    """Knows each class by its colour; takes birds (3) for dogs (2) where it is told to."""
+
+    def __init__(self, *, confuse: bool) -> None:
+        super().__init__()
+        mean, std = np.array(IMAGE_MEAN), np.array(IMAGE_STD)
+        colours = torch.from_numpy((COLOURS / 255 - mean) / std).float()
+        self.register_buffer("colours", colours.view(1, 4, 3, 1, 1))
+        self.confuse = confuse
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(tuple(images.shape))
+        logits = -10 * (images[:, None] - self.colours).square().sum(2)
+        if self.confuse:
+            logits[:, 2] = torch.maximum(logits[:, 2], logits[:, 3])
+            logits[:, 3] = -1000
+        return logits
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved, untrained, real segmenter."""
+    folder = tmp_path_factory.mktemp("segmenter")
+    config = LargeFovConfig(backbone=BackboneConfig(name="small", output_stride=4), channels=8)
+    torch.manual_seed(0)
+    save_segmenter(folder, config, build_segmenter(config, 4, init="random", weights={}), CLASSES)
+    return folder
+
+
+@pytest.fixture
+def use_colours(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ColourNet]:
+    """Put a ColourNet in the place of the trained net."""
+
+    def use(*, confuse: bool = False) -> ColourNet:
+        net = ColourNet(confuse=confuse)
+        monkeypatch.setattr(stages.prediction, "load_segmenter", lambda folder, device: net)
+        return net
+
+    return use
+
+
+class World:
+    """The tiny data set with pseudo-masks cut at one threshold."""
+
+    def __init__(self, root: Path, segmenter: Path, *, threshold: float = 0.3, masks: bool = True) -> None:
+        self.images, self.data, self.attention = write_world(root, masks=masks)
+        self.masks, self.segmenter, self.out = root / "made", segmenter, root / "out"
+        self.progress = SilentProgress()
+        self.made = MakeMasksConfig(threshold=threshold, refine="none")
+        make_masks(
+            self.made, images=self.images, attention=self.attention, data_root=self.data, out=self.masks,
+            progress=self.progress, runtime=ONE,
+        )  # fmt: skip
+
+    def evaluate(self, config: EvaluateConfig = SINGLE, *, weak: bool = True, runtime: Runtime = ONE, **others: object):
+        arguments: dict[str, object] = {"masks_config": self.made if weak else None, **others}
+        return evaluate(
+            config, images=self.images, segmenter=self.segmenter, attention=self.attention if weak else None,
+            masks=self.masks if weak else None, data_root=self.data, out=self.out, progress=self.progress,
+            runtime=runtime, **arguments,
+        ).metrics  # fmt: skip
+
+    def rewrite_index(self, change: Callable[[dict], None]) -> None:
+        index = read_json(self.images / "index.json")
+        change(index)
+        write_json(self.images / "index.json", index)
+
+
+HALF = (3168 / (3168 + 192) + 192 / 256 + 96 / 144 + 192 / 272) / 4
+"""mIoU where every object of the training images lacks two columns: background, cat, dog, bird."""
+
+
+def test_segmenter_scores_by_hand(tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]) -> None:
+    use_colours(confuse=True)
+    world = World(tmp_path, segmenter)
+    metrics = world.evaluate(weak=False)
+    iou = {"background": 1.0, "cat": 1.0, "dog": 144 / (144 + 144 + 128), "bird": 0.0}
+    assert metrics == {
+        "segmenter.miou": pytest.approx(sum(iou.values()) / 4),
+        "segmenter.iou": pytest.approx(iou),
+        "segmenter.pixel_accuracy": pytest.approx(1 - (144 + 128) / (3 * 768)),
+    }
+    assert read_json(world.out / "metrics.json") == metrics
+    prediction = read_index_mask(world.out / "predictions" / "v1.png")
+    truth = truth_of((1, 2), size_of("v1"))
+    np.testing.assert_array_equal(prediction, np.where(truth == 3, 2, truth))
+    with Image.open(world.out / "predictions" / "v1.png") as image:
+        assert image.mode == "P"
+    stored = read_confusions(world.out / "confusions.npz")["segmenter"]
+    assert stored.ids == tuple(VAL), "in the order of the list, whatever the batches were"
+    assert mean_iou(stored.total()) == metrics["segmenter.miou"]
+    assert mean_iou(stored.total({"v0"})) == 1
+    assert not (world.out / "partial").exists()
+
+
+def test_training_scores_by_hand(tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]) -> None:
+    use_colours()
+    world = World(tmp_path, segmenter, threshold=0.5)
+    metrics = world.evaluate()
+    assert metrics["attention.miou"] == pytest.approx(HALF)
+    assert metrics["masks.miou"] == metrics["masks.miou_labelled"] == metrics["masks.miou_before_crf"]
+    assert metrics["masks.miou"] == pytest.approx(HALF)
+    assert metrics["masks.coverage"] == 1
+    assert metrics["attention.miou_oracle"] == 1
+    assert metrics["attention.threshold_oracle"] == 10 / 255, "the lowest cut that drops the background's 10"
+    sweep = read_json(world.out / "sweep.json")
+    assert (sweep["configured"], sweep["oracle"], sweep["split"], sweep["images"]) == (0.5, 10 / 255, "train_score", 5)
+    assert sweep["thresholds"][::50] == [0, 0.5, 1]
+    assert sweep["miou"][39] == 1
+    assert sweep["miou"][40] == pytest.approx(HALF)
+    assert sweep["miou"][100] == pytest.approx(3168 / 3840 / 4)
+    assert set(read_confusions(world.out / "confusions.npz")) == {
+        "attention", "masks", "masks_before_crf", "masks_labelled", "segmenter"
+    }  # fmt: skip
+    assert world.progress.warnings == []
+
+
+def test_worse_masks_are_reported(tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]) -> None:
+    use_colours()
+    world = World(tmp_path, segmenter, threshold=0.5)
+    metrics = world.evaluate(masks_config=MakeMasksConfig(threshold=0.3))
+    assert metrics["masks.miou_before_crf"] == 1
+    assert f"100.0% mIoU before, {HALF:.1%} after" in world.progress.warnings[0]
+
+
+def test_unsure_pixels_are_background_in_one_score_and_absent_in_the_other(
+    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]
+) -> None:
+    use_colours()
+    world = World(tmp_path, segmenter)
+    for image_id, labels in TRAIN.items():
+        mask = truth_of(labels, size_of(image_id))
+        mask[:, : mask.shape[1] // 2][mask[:, : mask.shape[1] // 2] == 1] = 255
+        from stages.contracts import write_index_mask
+
+        write_index_mask(world.masks / "masks" / f"{image_id}.png", mask)
+    metrics = world.evaluate()
+    assert metrics["masks.miou_labelled"] == pytest.approx((1 + 1 + 1) / 3), "no cat is left to count"
+    assert metrics["masks.miou"] == pytest.approx((3168 / (3168 + 256) + 0 + 1 + 1) / 4)
+    assert metrics["masks.coverage"] == pytest.approx(1 - 256 / 3840)
+
+
+def test_images_whose_masks_were_trained_on_do_not_count(
+    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]
+) -> None:
+    use_colours()
+    world = World(tmp_path, segmenter, threshold=0.5)
+    metrics = world.evaluate(exclude={"t0", "t2", "t3", "t4"})
+    stored = read_confusions(world.out / "confusions.npz")
+    assert stored["masks"].ids == stored["attention"].ids == ("t1",)
+    assert metrics["masks.miou"] == pytest.approx((624 / (624 + 48) + 96 / 144) / 2)
+
+
+def test_no_training_mask_means_no_training_score(
+    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]
+) -> None:
+    use_colours()
+    world = World(tmp_path, segmenter, masks=False)
+    assert world.evaluate() == {}
+    assert sorted(path.stem for path in (world.out / "predictions").iterdir()) == sorted(VAL)
+    assert not (world.out / "sweep.json").exists()
+
+
+def test_val_may_have_masks_for_some_images_and_test_for_none(
+    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]
+) -> None:
+    net = use_colours(confuse=True)
+    world = World(tmp_path, segmenter)
+
+    def change(index: dict) -> None:
+        index["splits"] |= {"val": ["v0", "v1"], "test": ["v2"]}
+        next(record for record in index["images"] if record["id"] == "v1")["mask"] = None
+
+    world.rewrite_index(change)
+    said: list[str] = []
+    world.progress.info = said.append  # type: ignore[method-assign]
+    metrics = world.evaluate(EvaluateConfig(splits=("val", "test")), weak=False)
+    assert metrics["segmenter.iou"] == {"background": 1.0, "cat": 1.0}
+    assert sorted(path.stem for path in (world.out / "predictions").iterdir()) == sorted(VAL)
+    assert said == [
+        "val: 1 of 2 images are predicted without a score (no true mask)",
+        "test: 1 of 1 images are predicted without a score (no true mask)",
+    ]
+    assert {shape[-2:] for shape in net.seen if shape[-1] == 24 and shape[-2] == 32} == {(32, 24)}
+    assert sum(shape[0] for shape in net.seen if shape[-2:] == (32, 24)) == 1, "an unscored image needs one scale"
+
+
+def test_multi_scale_and_crf_are_scored(tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]) -> None:
+    net = use_colours()
+    world = World(tmp_path, segmenter)
+    crf = CrfConfig(bilateral_sxy_px=20, bilateral_srgb=10, iterations=3)
+    config = EvaluateConfig(scales=(0.5, 1.0), crf=True, crf_config=crf)
+    metrics = world.evaluate(config, weak=False)
+    assert metrics["segmenter.miou"] == 1
+    assert 0.6 < metrics["segmenter.miou_ms"] <= 1
+    assert metrics["segmenter.miou_ms_crf"] > 0.9
+    assert sorted({shape[-2:] for shape in net.seen}) == [(12, 16), (16, 12), (24, 32), (32, 24)]
+    shutil.rmtree(world.out)
+    assert world.evaluate(config, weak=False, runtime=Runtime(processes=2, device="cpu")) == metrics
+    shutil.rmtree(world.out)
+    torch_crf = config.model_copy(update={"crf_config": crf.model_copy(update={"backend": "torch"})})
+    assert world.evaluate(torch_crf, weak=False)["segmenter.miou_ms_crf"] == metrics["segmenter.miou_ms_crf"]
+
+
+def test_a_stopped_evaluation_continues_with_the_same_bytes(
+    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = use_colours(confuse=True)
+    world = World(tmp_path, segmenter, threshold=0.5)
+    config = EvaluateConfig(scales=(0.5, 1.0))
+    whole = world.evaluate(config)
+    files = {path: path.read_bytes() for path in world.out.rglob("*.*")}
+    shutil.rmtree(world.out)
+
+    advance, counted = world.progress.advance, []
+
+    def stop_after_the_first_batch(count: int = 1, **values: float) -> None:
+        counted.append(count)
+        if sum(counted) == len(TRAIN) + 3:
+            raise KeyboardInterrupt
+
+    world.progress.advance = stop_after_the_first_batch  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        world.evaluate(config)
+    kept = sorted(path.name for path in (world.out / "partial").iterdir())
+    assert kept == [
+        "segmenter-00000.npz", "training-00000.npz", "training-00000.sweep.json", "training-00001.npz",
+        "training-00001.sweep.json",
+    ]  # fmt: skip
+    world.progress.advance = advance  # type: ignore[method-assign]
+    net.seen.clear()
+    monkeypatch.setattr("stages.scoring.upsample_maps", lambda _: pytest.fail("a finished shard is scored again"))
+    assert world.evaluate(config) == whole
+    assert {path: path.read_bytes() for path in world.out.rglob("*.*")} == files
+    assert {shape[0] for shape in net.seen} == {1}, "only the batch that was not finished"
+
+
+def test_processes_do_not_change_the_training_scores(
+    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]
+) -> None:
+    use_colours()
+    world = World(tmp_path, segmenter, threshold=0.5)
+    one = world.evaluate()
+    first = (world.out / "confusions.npz").read_bytes()
+    shutil.rmtree(world.out)
+    assert world.evaluate(runtime=Runtime(processes=2, device="cpu")) == one
+    assert (world.out / "confusions.npz").read_bytes() == first
+
+
+def test_a_real_segmenter_is_loaded_and_predicts(tmp_path: Path, segmenter: Path) -> None:
+    world = World(tmp_path, segmenter)
+    metrics = world.evaluate(EvaluateConfig(scales=(0.5, 1.0), short_side_px=40), weak=False)
+    assert 0 <= metrics["segmenter.miou"] <= 1
+    assert read_index_mask(world.out / "predictions" / "v0.png").shape == size_of("v0")
+
+
+def test_other_classes_are_refused(tmp_path: Path, segmenter: Path) -> None:
+    world = World(tmp_path, segmenter)
+    world.rewrite_index(lambda index: index["classes"].update(names=["cat", "dog", "cow"]))
+    with pytest.raises(DamagedFileError, match="trained on the classes cat, dog, bird; the data has cat, dog, cow"):
+        world.evaluate()
+
+
+def test_a_wrong_true_mask_is_named(tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]) -> None:
+    use_colours()
+    world = World(tmp_path, segmenter)
+    Image.new("RGB", (32, 24)).save(world.data / "masks" / "v0.png")
+    with pytest.raises(DataError, match=r"v0\.png: expected a mask of class indices"):
+        world.evaluate()
+
+
+def test_a_changed_image_is_named(tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]) -> None:
+    use_colours()
+    world = World(tmp_path, segmenter)
+    Image.new("RGB", (9, 8)).save(world.data / "images" / "v2.png")
+    with pytest.raises(DataError, match=r"v2\.png: expected \(24, 32\) pixels .* found \(8, 9\)"):
+        world.evaluate()
+
+
+def test_missing_attention_is_named(tmp_path: Path, segmenter: Path) -> None:
+    world = World(tmp_path, segmenter)
+    (world.attention / "shards" / "attention-00001.npz").unlink()
+    with pytest.raises(DamagedFileError, match="has attention for 3 of 5 scored images"):
+        world.evaluate()
+
+
+def test_half_of_the_weak_inputs_is_refused(tmp_path: Path, segmenter: Path) -> None:
+    with pytest.raises(ValueError, match="belong together"):
+        World(tmp_path, segmenter).evaluate(masks_config=None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"crf": True, "multi_scale": False}, "needs multi_scale: true"),
+        ({"scales": (0.5, 0.0)}, r"scales must lie in \(0, 4\]"),
+        ({"splits": ("val", "val")}, "splits must differ"),
+        ({"splits": ("train",)}, "'val' or 'test'"),
+    ],
+)
+def test_wrong_config_is_refused(wrong: dict[str, object], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
+        EvaluateConfig.model_validate(wrong)
+
+
+def test_no_torch_is_imported() -> None:
+    code = "import sys, stages.evaluate as e; e.EvaluateConfig(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network's view
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_network_size() -> None:
+    assert network_size((375, 500), None) == (375, 500)
+    assert network_size((375, 500), None, 0.5) == (188, 250)
+    assert network_size((375, 500), 288) == (288, 384)
+    assert network_size((500, 375), 100, 1.5) == (200, 150)
+    assert network_size((1, 1), None, 0.1) == (1, 1)
+
+
+class _LeftRight(nn.Module):
+    """Scores class 1 by the column: not symmetric, so a forgotten flip shows; quarter resolution."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        cells = images[:, :1, ::4, ::4]
+        ramp = torch.linspace(-2, 2, cells.shape[-1]).expand_as(cells)
+        return torch.cat([torch.zeros_like(ramp), ramp + cells], 1)
+
+
+def test_multi_scale_is_the_mean_of_softmax_over_scales_and_flips() -> None:
+    model, images = _LeftRight(), torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(2, 2, 16, 24)
+    for scale in (0.5, 1.0):
+        expected += torch.softmax(predict_logits(model, images, scale=scale), 1) / 4
+        expected += torch.softmax(predict_logits(model, images.flip(-1), scale=scale).flip(-1), 1) / 4
+    single = predict_logits(model, images)
+    for known in (None, single):
+        result = multi_scale_probabilities(model, images, scales=(0.5, 1.0), flip=True, single_scale=known)
+        torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(result.sum(1), torch.ones(2, 16, 24))
+    with pytest.raises(ValueError, match="at least one scale"):
+        multi_scale_probabilities(model, images, scales=(), flip=True)
+
+
+def test_a_batch_that_does_not_fit_is_halved() -> None:
+    sizes: list[int] = []
+
+    def hungry(batch: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError
+        return batch * 2, batch + 1
+
+    doubled, raised = in_fitting_batches(hungry, torch.arange(5))
+    assert (doubled.tolist(), raised.tolist()) == ([0, 2, 4, 6, 8], [1, 2, 3, 4, 5])
+    assert sizes == [5, 2, 3, 1, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        in_fitting_batches(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError), torch.arange(2))

@@ -1,0 +1,278 @@
+"""Pseudo-masks: by hand without refinement, fitted to edges with it; pool, continuing, warnings and errors."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+from tiny_masks import COLOURS, TRAIN, attention_of, size_of, truth_of, write_world
+
+from stages.contracts import AttentionRecord, Runtime, SilentProgress, read_index_mask, read_json, write_attention_shard
+from stages.errors import DamagedFileError, DataError, EnvironmentFailure
+from stages.make_masks import MakeMasksConfig, make_masks, refine_mask
+from stages.ops.crf import CrfConfig, resolve_crf_backend
+from stages.ops.pool import map_ordered, num_processes
+from stages.ops.seeds import ConfidentThresholds
+
+ONE = Runtime(processes=1, device="cpu")
+SMALL_CRF = CrfConfig(bilateral_sxy_px=20, bilateral_srgb=10, gaussian_sxy_px=1, gaussian_weight=1, iterations=5)
+needs_native = pytest.mark.skipif(resolve_crf_backend("auto") != "pydensecrf", reason="pydensecrf2 is not installed")
+
+
+def _make(config: MakeMasksConfig, world: tuple[Path, Path, Path], out: Path, runtime: Runtime = ONE):
+    prepared, data, attention = world
+    progress = SilentProgress()
+    result = make_masks(
+        config, images=prepared, attention=attention, data_root=data, out=out, progress=progress, runtime=runtime
+    )
+    return result, progress
+
+
+def _masks(out: Path) -> dict[str, np.ndarray]:
+    return {path.stem: read_index_mask(path) for path in sorted((out / "masks").iterdir())}
+
+
+def test_thresholded_masks_and_numbers_by_hand(tmp_path: Path) -> None:
+    """At 0.3 (byte 76) the weak columns of 100 are foreground too, so the masks are the truth."""
+    result, progress = _make(MakeMasksConfig(threshold=0.3, refine="none"), write_world(tmp_path), tmp_path / "out")
+    masks = _masks(tmp_path / "out")
+    assert set(masks) == set(TRAIN)
+    for image_id, labels in TRAIN.items():
+        np.testing.assert_array_equal(masks[image_id], truth_of(labels, size_of(image_id)))
+    foreground = sum(int((mask > 0).sum()) for mask in masks.values())
+    assert result.metrics == {
+        "masks.coverage": 1.0,
+        "masks.foreground_ratio": foreground / (5 * 24 * 32),
+        "masks.foreground_ratio_before_crf": foreground / (5 * 24 * 32),
+    }
+    assert result.mask_supervision == ()
+    assert progress.warnings == []
+    stats = read_json(tmp_path / "out" / "stats.json")["images"]
+    assert stats["t0"] == {
+        "pixels": 768, "foreground_before": 8 * 16, "foreground_after": 8 * 16, "unsure": 0, "vanished": []
+    }  # fmt: skip
+
+
+def test_masks_are_palette_png(tmp_path: Path) -> None:
+    _make(MakeMasksConfig(refine="none"), write_world(tmp_path), tmp_path / "out")
+    with Image.open(tmp_path / "out" / "masks" / "t0.png") as image:
+        assert image.mode == "P"
+        assert image.getpalette()[3:6] == [128, 0, 0]
+
+
+@pytest.mark.parametrize("unary", ["labels", "maps"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("pydensecrf", marks=needs_native)])
+def test_the_crf_finds_the_whole_object(unary: str, backend: str) -> None:
+    """At 0.5 the weak columns are missing before; they have the object's colour, so the CRF adds them."""
+    record = attention_of("t2", (0, 2), shrink=2)
+    truth = truth_of((0, 2), size_of("t2"))
+    config = MakeMasksConfig(threshold=0.5, unary=unary, crf=SMALL_CRF.model_copy(update={"backend": backend}))
+    before = refine_mask(COLOURS[truth], record, config.model_copy(update={"refine": "none"}))
+    assert (before != truth).sum() == 2 * 2 * 16
+    np.testing.assert_array_equal(refine_mask(COLOURS[truth], record, config), truth)
+
+
+def test_confident_masks_leave_the_doubtful_unsure() -> None:
+    """In a flat image the CRF has no edge to follow, so the weak columns stay between the two thresholds."""
+    record = attention_of("t0", (0,), shrink=4)
+    truth = truth_of((0,), size_of("t0"))
+    config = MakeMasksConfig(
+        confident=ConfidentThresholds(foreground_threshold=0.5, background_threshold=0.2),
+        crf=CrfConfig(bilateral_weight=0, gaussian_weight=0.1, gaussian_sxy_px=1),
+    )
+    mask = refine_mask(np.full((*truth.shape, 3), 90, np.uint8), record, config)
+    expected = np.where(record.maps[0] == 255, 1, np.where(record.maps[0] == 100, 255, 0))
+    np.testing.assert_array_equal(mask, expected)
+    without = refine_mask(COLOURS[truth], record, config.model_copy(update={"refine": "none"}))
+    np.testing.assert_array_equal(without, expected)
+
+
+def test_processes_change_nothing(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    config = MakeMasksConfig(crf=SMALL_CRF)
+    one, _ = _make(config, world, tmp_path / "one")
+    two, _ = _make(config, world, tmp_path / "two", Runtime(processes=2, device="cpu"))
+    assert one == two
+    for name in (*(f"masks/{image_id}.png" for image_id in TRAIN), "stats.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_stopped_run_continues_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    config = MakeMasksConfig(crf=SMALL_CRF)
+    whole, _ = _make(config, world, tmp_path / "out")
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    kept = tmp_path / "out" / "masks" / "t0.png"
+    stamp = kept.stat().st_mtime_ns
+    (tmp_path / "out" / "masks" / "t1.png").unlink()
+    (tmp_path / "out" / "masks" / "t2.png").write_bytes(b"half a png")
+    (tmp_path / "out" / "stats.json").unlink()
+    again, _ = _make(config, world, tmp_path / "out")
+    assert again == whole
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == files
+    assert kept.stat().st_mtime_ns == stamp, "a finished mask must not be made again"
+
+
+def test_no_true_mask_is_read(tmp_path: Path) -> None:
+    with_masks, _ = _make(MakeMasksConfig(crf=SMALL_CRF), write_world(tmp_path / "a"), tmp_path / "a" / "out")
+    without, _ = _make(MakeMasksConfig(crf=SMALL_CRF), write_world(tmp_path / "b", masks=False), tmp_path / "b" / "out")
+    assert with_masks == without
+
+
+def test_a_crf_that_eats_objects_is_reported(tmp_path: Path) -> None:
+    """A kernel that sees neither place nor colour lets the larger background win everywhere."""
+    greedy = CrfConfig(bilateral_sxy_px=10_000, bilateral_srgb=1000, bilateral_weight=100)
+    result, progress = _make(MakeMasksConfig(crf=greedy), write_world(tmp_path), tmp_path / "out")
+    assert result.metrics["masks.foreground_ratio"] == 0
+    assert "the CRF shrank the foreground to 0% of its area" in progress.warnings[0]
+    assert "the CRF nearly removed an object in 4 of 5 images" in progress.warnings[1]
+
+
+def test_masks_without_foreground_are_reported(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    for path in (tmp_path / "attention" / "shards").iterdir():
+        path.unlink()
+    empty = [
+        AttentionRecord(
+            i, size_of(i), labels, np.zeros((len(labels), 4, 4), np.uint8), np.zeros(len(labels), np.float32)
+        )
+        for i, labels in TRAIN.items()
+    ]
+    write_attention_shard(tmp_path / "attention" / "shards" / "attention-00000.npz", empty)
+    _, progress = _make(MakeMasksConfig(crf=SMALL_CRF), world, tmp_path / "out")
+    assert progress.warnings[0].startswith("the pseudo-masks have no foreground at all")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_damaged_image_is_named(tmp_path: Path, processes: int) -> None:
+    world = write_world(tmp_path)
+    (world[1] / "images" / "t2.png").write_bytes(b"not a png")
+    with pytest.raises(DataError, match=r"t2\.png: not a readable image"):
+        _make(MakeMasksConfig(crf=SMALL_CRF), world, tmp_path / "out", Runtime(processes=processes, device="cpu"))
+
+
+def test_a_changed_image_is_named(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    Image.new("RGB", (9, 8)).save(world[1] / "images" / "t1.png")
+    with pytest.raises(DataError, match=r"t1\.png: expected \(32, 24\) pixels .* found \(8, 9\)"):
+        _make(MakeMasksConfig(crf=SMALL_CRF), world, tmp_path / "out")
+
+
+def test_missing_attention_is_named(tmp_path: Path) -> None:
+    world = write_world(tmp_path, shards=5)
+    (world[2] / "shards" / "attention-00002.npz").unlink()
+    with pytest.raises(DamagedFileError, match="no attention for 1 training images \\(t2"):
+        _make(MakeMasksConfig(refine="none"), world, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"label_confidence": 0.5}, {"threshold": 1.0}, {"unary": "map"}, {"crf": {"preset": "x"}}, {"sxy": 1}]
+)
+def test_wrong_config_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        MakeMasksConfig.model_validate(wrong)
+
+
+def test_no_torch_is_imported() -> None:
+    code = "import sys, stages.make_masks as m; m.MakeMasksConfig(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pool
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _scale(context: int, job: int) -> int:
+    time.sleep(0.01 * (job % 3))
+    return context * job
+
+
+def _fail(context: str, job: int) -> int:
+    if job == 3:
+        raise DataError(context, ["image 3"])
+    return job
+
+
+def _vanish(_: None, job: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return job
+
+
+def test_results_come_in_order_and_jobs_are_taken_lazily() -> None:
+    taken: list[int] = []
+
+    def jobs():
+        for job in range(40):
+            taken.append(job)
+            yield job
+
+    results = map_ordered(_scale, jobs(), context=10, processes=2, in_flight=3)
+    assert next(results) == 0
+    assert len(taken) == 6
+    assert list(results) == [10 * job for job in range(1, 40)]
+
+
+def test_an_error_of_a_worker_keeps_its_message_and_problems() -> None:
+    with pytest.raises(DataError, match="broken") as caught:
+        list(map_ordered(_fail, range(9), context="broken", processes=2))
+    assert caught.value.problems == ("image 3",)
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_worker_is_an_environment_failure() -> None:
+    with pytest.raises(EnvironmentFailure, match=r"worker process of _vanish was killed.*runtime\.processes \(now 2\)"):
+        list(map_ordered(_vanish, range(3), context=None, processes=2))
+
+
+def test_zero_processes_are_one_per_core() -> None:
+    assert num_processes(0) == len(os.sched_getaffinity(0))
+    assert num_processes(3) == 3
+
+
+WORLD_THAT_DIES = """
+import os, sys, time
+import stages.ops.pool as pool
+
+def work(_, job):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+if {threads}:
+    import threading
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+if __name__ == "__main__":
+    list(pool.map_ordered(work, range(2), context=None, processes=2))
+"""
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_workers_end_with_their_parent(tmp_path: Path, threads: bool) -> None:
+    """With another thread alive a clean process serves the workers, else they are forked; both must end."""
+    script = tmp_path / "dies.py"
+    script.write_text(WORLD_THAT_DIES.format(threads=threads))
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    workers = [int(parent.stdout.readline()) for _ in range(2)]
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(_is_alive(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

@@ -155,7 +155,7 @@ def to_network_input(images: Tensor, device: torch.device) -> Tensor:
         device: Where the network is.
 
     Returns:
-        float32 (B, 3, H, W), contiguous in that order.
+        float32 (B, 3, H, W); in memory the channels stay innermost, where convolutions are quicker (not on mps).
     """
     import torch
 
@@ -164,4 +164,5 @@ def to_network_input(images: Tensor, device: torch.device) -> Tensor:
     mean = torch.tensor(IMAGE_MEAN, device=device).mul_(255).view(1, 3, 1, 1)
     scale = torch.tensor(IMAGE_STD, device=device).mul_(255).reciprocal_().view(1, 3, 1, 1)
     moved = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    return moved.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).mul_(scale)
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    return moved.to(torch.float32, memory_format=layout).sub_(mean).mul_(scale)

@@ -92,7 +92,7 @@ def test_processes_give_the_same_batches():
 
 
 def test_a_dead_process_is_an_environment_failure():
-    with pytest.raises(EnvironmentFailure, match="died .killed for memory.*lower runtime.workers"):
+    with pytest.raises(EnvironmentFailure, match=r"died .killed for memory.*lower runtime.workers"):
         list(iterate_batches(Deadly(), KEYS, workers=1, processes=True))
 
 

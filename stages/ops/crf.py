@@ -220,12 +220,12 @@ class _PydenseCrf:
         self._crf.addPairwiseBilateral(
             sxy=numbers.bilateral_sxy_px,
             srgb=numbers.bilateral_srgb,
-            rgbim=np.ascontiguousarray(image),
+            rgbim=np.array(image, dtype=np.uint8, order="C"),  # pydensecrf refuses a read-only array
             compat=numbers.bilateral_weight,
         )
 
     def infer(self, unary: NDArray[np.float32], iterations: int) -> NDArray[np.float32]:
         if unary.shape != self._shape:
             raise ValueError(f"expected a unary {self._shape}, got {unary.shape}")
-        self._crf.setUnaryEnergy(np.ascontiguousarray(unary.reshape(self._shape[0], -1), dtype=np.float32))
+        self._crf.setUnaryEnergy(np.array(unary.reshape(self._shape[0], -1), dtype=np.float32, order="C"))
         return np.array(self._crf.inference(iterations), dtype=np.float32).reshape(self._shape)

@@ -1,6 +1,6 @@
 """Mean field of the dense CRF on a permutohedral lattice, in torch operations only.
 
-For machines without pydensecrf2, which has no wheel, and for any torch device.  Probabilities agree with pydensecrf's
+For machines without pydensecrf2, which has no wheel, and for CUDA.  Probabilities agree with pydensecrf's
 within 1e-3, save single pixels near a tie, where the iterations amplify either one's float32 rounding.
 Reads and writes no file.  Splatting, blurring and slicing are weighted sums of rows, so each is one ``embedding_bag``,
 which is deterministic (no atomic additions) and parallel.
@@ -167,14 +167,15 @@ class TorchCrf:
         Args:
             image: RGB, uint8 (H, W, 3).
             numbers: Weights and widths.
-            device: A torch device.
+            device: cpu or cuda; mps works on the CPU.
         """
         height, width = image.shape[:2]
         self._size = (height, width)
-        self._device = torch.device(device)
+        # MPS lacks some of the integer operations that the lattice is built with
+        self._device = torch.device("cpu" if device.startswith("mps") else device)
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         position = torch.stack([columns, rows], -1).reshape(-1, 2).float().to(self._device)
-        colour = torch.from_numpy(np.ascontiguousarray(image)).reshape(-1, 3).float().to(self._device)
+        colour = torch.tensor(np.ascontiguousarray(image)).reshape(-1, 3).float().to(self._device)
         bilateral = torch.cat([position / numbers.bilateral_sxy_px, colour / numbers.bilateral_srgb], 1)
         with torch.inference_mode():
             self._kernels = (
@@ -187,7 +188,7 @@ class TorchCrf:
         if unary.shape[1:] != self._size:
             raise ValueError(f"expected a unary (L, *{self._size}), got {unary.shape}")
         with torch.inference_mode():
-            energy = torch.from_numpy(np.ascontiguousarray(unary)).reshape(len(unary), -1).T.contiguous()
+            energy = torch.tensor(np.ascontiguousarray(unary)).reshape(len(unary), -1).T.contiguous()
             energy = energy.to(self._device)
             marginals = torch.softmax(-energy, 1)
             for _ in range(iterations):

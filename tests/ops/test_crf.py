@@ -101,6 +101,14 @@ class TestBothBackends:
         again = kernels.infer(probability_unary(probabilities), 10)
         np.testing.assert_array_equal(again, dense_crf(image, probabilities, config))
 
+    def test_arrays_may_be_read_only_and_strided(self, backend: str) -> None:
+        image, probabilities = _scene(3)
+        config = CrfConfig(backend=backend)
+        expected = dense_crf(image, probabilities, config)
+        image, probabilities = np.asfortranarray(image), np.asfortranarray(probabilities)
+        image.flags.writeable = probabilities.flags.writeable = False
+        np.testing.assert_array_equal(dense_crf(image, probabilities, config), expected)
+
     def test_wrong_unary_is_refused(self, backend: str) -> None:
         image, probabilities = _scene(3)
         with pytest.raises(ValueError, match="expected a unary"):

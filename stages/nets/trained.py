@@ -75,10 +75,13 @@ def load_segmenter(folder: Path, device: torch.device | str = "cpu") -> Segmente
     Raises:
         DamagedFileError: a file is missing or damaged.
     """
+    import torch
+
     from stages.nets.segmenters import build_segmenter
     from stages.nets.weights import load_weights
 
     record = read_segmenter_record(folder)
-    segmenter = build_segmenter(record.net, record.num_classes, init="random", weights={})
+    with torch.random.fork_rng(devices=[]):  # the random start is overwritten at once: the caller's numbers stay
+        segmenter = build_segmenter(record.net, record.num_classes, init="random", weights={})
     load_weights(segmenter, folder / WEIGHTS_FILE)
     return segmenter.to(device).eval()

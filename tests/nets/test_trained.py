@@ -23,7 +23,9 @@ def test_a_saved_segmenter_comes_back_with_the_same_answers(fields, tmp_path):
     config, segmenter = make(fields)
     segmenter(torch.randn(2, 3, 32, 32))  # moves the BatchNorm statistics
     save_segmenter(tmp_path, config, segmenter, ClassList(names=("cat", "dog")))
+    state = torch.get_rng_state()
     loaded = load_segmenter(tmp_path, "cpu")
+    assert torch.equal(torch.get_rng_state(), state)
     images = torch.randn(1, 3, 33, 49)
     assert not loaded.training
     with torch.no_grad():

@@ -21,9 +21,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from pipeline.failures import deliberate, to_message
 from pipeline.provenance import describe_machine
@@ -38,8 +38,16 @@ MIN_FREE_BYTES = 200 * 2**20
 _PROGRESS_EVERY_S = 0.1
 
 
+class CheckRequest(BaseModel):
+    """The table's check of a run, instead of a stage."""
+
+    table: str
+    run: dict[str, Any]
+    check: Literal[True]
+
+
 class Request(BaseModel):
-    """What the parent asks for."""
+    """One stage."""
 
     table: str
     run: dict[str, Any]
@@ -142,25 +150,38 @@ def main() -> int:
     os.dup2(2, 1)
     events = Events(descriptor)
     faulthandler.enable()
-    request = Request.model_validate_json(sys.stdin.buffer.readline())
+    request = TypeAdapter(CheckRequest | Request).validate_json(sys.stdin.buffer.readline())
     _die_with_parent()
     progress = ChildProgress(events)
+    doing = request.stage if isinstance(request, Request) else "the check of the networks"
     try:
-        built = build(request, progress)
+        answer = answer_stage(request, progress) if isinstance(request, Request) else answer_check(request, progress)
     except Exception as error:
         progress.flush()
-        events.send("error", **to_message(deliberate(error, request.stage)))
+        events.send("error", **to_message(deliberate(error, doing)))
         return 1
     progress.flush()
-    events.send(
-        "result",
-        state=built.state,
-        path=str(built.artifact.path),
-        seconds=built.seconds,
-        metrics=built.artifact.metrics,
-        warnings=list(built.warnings),
-    )
+    events.send("result", **answer)
     return 0
+
+
+def answer_check(request: CheckRequest, progress: ChildProgress) -> dict[str, Any]:
+    """Run the table's check; nothing to report when it raises nothing."""
+    table = load_table(request.table)
+    table.check(table.run_type.model_validate(request.run), progress)
+    return {}
+
+
+def answer_stage(request: Request, progress: ChildProgress) -> dict[str, Any]:
+    """Build the artifact and describe it."""
+    built = build(request, progress)
+    return {
+        "state": built.state,
+        "path": str(built.artifact.path),
+        "seconds": built.seconds,
+        "metrics": built.artifact.metrics,
+        "warnings": list(built.warnings),
+    }
 
 
 def build(request: Request, progress: ChildProgress) -> Built:

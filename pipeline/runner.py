@@ -298,11 +298,25 @@ def run_pipeline(
             raise _missing(table.names[first], (name,), invocation)
     outcomes: list[StageOutcome] = []
     with _terminate_as_interrupt(), RunRecord.open(store, plan) as record:
+        _check_networks(plan, table.names[: last + 1], store, max(forced_from, first), listener or SilentListener())
         for position, name in enumerate(table.names[: last + 1]):
             is_forced = position >= max(forced_from, first)
             body = partial(ensure, name, run, store, force=is_forced, listener=listener, plan=plan, table=table)
             outcomes.append(around(name, body))
     return RunOutcome(record.run_id, tuple(outcomes), record.path)
+
+
+def _check_networks(plan: Plan, names: Collection[str], store: Store, forced_from: int, listener: Listener) -> None:
+    """Find out in a child, with torch, what would otherwise come to light only after the first training."""
+    missing = [
+        name
+        for position, name in enumerate(names)
+        if name in plan.keys and (position >= forced_from or store.lookup(name, plan.keys[name]) is None)
+    ]
+    if plan.table.needs_check(plan.run, missing):
+        listener.log("info", "checking that the networks can be built and their weights fit")
+        request = {"table": plan.table.location, "run": plan.run.model_dump(mode="json"), "check": True}
+        run_child(request, listener)
 
 
 def stage_positions(

@@ -47,7 +47,7 @@ def run_child(request: Mapping[str, Any], listener: ChildListener, *, threads: i
     """Run one stage in a child and wait for it.
 
     Args:
-        request: ``pipeline.child.Request`` as JSON.
+        request: ``pipeline.child.Request`` or ``CheckRequest`` as JSON.
         listener: Hears progress and log lines, in this thread.
         threads: Threads of the child's numeric libraries; 0 leaves their defaults.
 
@@ -79,7 +79,7 @@ def run_child(request: Mapping[str, Any], listener: ChildListener, *, threads: i
                 if isinstance(error, InternalFailure):
                     listener.log("error", error.trace)
                 raise error
-        raise conversation.unanswered(str(request["stage"]))
+        raise conversation.unanswered(str(request.get("stage", "the check of the networks")))
     finally:
         conversation.end()
 
@@ -104,14 +104,17 @@ class _Conversation:
         self._process = process
         self._lines: queue.Queue[tuple[str, str]] = queue.Queue()
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
-        for name, stream in (("event", process.stdout), ("output", process.stderr)):
-            threading.Thread(target=self._read, args=(name, stream), daemon=True).start()
+        self._readers = [
+            threading.Thread(target=self._read, args=(name, stream), daemon=True)
+            for name, stream in (("event", process.stdout), ("output", process.stderr))
+        ]
+        for reader in self._readers:
+            reader.start()
 
     def _read(self, name: str, stream: IO[bytes]) -> None:
-        with contextlib.suppress(ValueError, OSError):  # closed by end() while reading
+        with stream:
             for line in stream:
                 self._lines.put((name, line.decode(errors="replace").rstrip("\n")))
-        self._lines.put((name, ""))
 
     def ask(self, request: Mapping[str, Any]) -> None:
         """Send the request; the pipe stays open behind it."""
@@ -179,10 +182,11 @@ class _Conversation:
             raise
         finally:
             self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-                with contextlib.suppress(OSError):
-                    if stream is not None:
-                        stream.close()
+            with contextlib.suppress(OSError):
+                if self._process.stdin is not None:
+                    self._process.stdin.close()
+            for reader in self._readers:
+                reader.join(timeout=1.0)  # ends with the pipe; a process outside the group may still hold that
 
     def _end_group(self) -> None:
         if not _signal_group(self._process.pid, signal.SIGTERM):

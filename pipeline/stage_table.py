@@ -6,7 +6,7 @@ Nothing is read or written here.  Tests bring tables of their own; ``TABLE`` is 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from pydantic import BaseModel
 
 from pipeline.config import RunConfig
 from pipeline.model_errors import did_you_mean
+from pipeline.network_check import check_networks, needs_check
 from pipeline.preflight import preflight
-from stages.contracts import StageResult
+from stages.contracts import Progress, StageResult
 from stages.data.config import DataConfig
 from stages.data.listing import digest_data
 from stages.errors import ConfigError
@@ -80,6 +81,10 @@ class StageTable:
     read_data: Callable[[Any, Path], DataState]
     """Check the run's inputs and digest its data; the path is a cache of file digests."""
     specs: tuple[StageSpec, ...]
+    needs_check: Callable[[Any, Collection[str]], bool] = lambda run, stages: False
+    """Whether ``check`` is worth a process before ``stages`` are built."""
+    check: Callable[[Any, Progress], None] = lambda run, progress: None
+    """What can only be found out with torch, and should be before the first training; runs in a child."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -188,6 +193,8 @@ TABLE = StageTable(
     location="pipeline.stage_table:TABLE",
     run_type=RunConfig,
     read_data=_read_data,
+    needs_check=needs_check,
+    check=check_networks,
     specs=(
         StageSpec(
             name="prepare_data",

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import RunConfig, find_config
+from pipeline.network_check import check_networks, needs_check
 from pipeline.preflight import preflight
 from pipeline.yaml_models import load_model
+from stages.contracts import SilentProgress
 from stages.errors import ConfigError, DataError, InputError, WeightsError
 
 
@@ -88,3 +90,38 @@ def test_problems_of_several_kinds_come_together(tmp_path: Path) -> None:
 def test_data_alone_keeps_its_own_error(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         check(f"data={{format: custom, root: {tmp_path}/none}}")
+
+
+# -- the check that needs torch ---------------------------------------------------------------------------------------
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_model(RunConfig, find_config("demo"), overrides)
+
+
+ALL = ("prepare_data", "train_classifier", "make_attention", "make_masks", "train_segmenter", "evaluate")
+
+
+def test_networks_are_checked_only_where_a_training_would_be_lost() -> None:
+    imagenet = ["train_segmenter.init=imagenet", "train_segmenter.net.backbone={name: squeezenet1_1}"]
+    assert needs_check(config(*imagenet), ALL)
+    assert not needs_check(config(*imagenet), ALL[4:])
+    assert not needs_check(config(), ALL)
+    encoder = ["train_segmenter.init=random", "train_segmenter.net={name: deeplabv3plus, encoder: tu-resnet18}"]
+    assert needs_check(config(*encoder), ALL)
+
+
+def test_weights_that_do_not_fit_are_named_for_every_network(tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"features.0.weight": torch.zeros(1, 2)}, tmp_path / "w.pth")
+    run = config(
+        "train_classifier.backbone={name: squeezenet1_1}",
+        "train_segmenter.init=imagenet",
+        "train_segmenter.net.backbone={name: squeezenet1_1}",
+        f"weights.squeezenet1_1={tmp_path}/w.pth",
+    )
+    with pytest.raises(WeightsError, match="a network of this run cannot be built") as caught:
+        check_networks(run, SilentProgress())
+    assert {problem.split(":")[0] for problem in caught.value.problems} == {"train_classifier", "train_segmenter"}
+    assert any("features.0.weight" in problem for problem in caught.value.problems)

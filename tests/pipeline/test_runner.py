@@ -75,7 +75,7 @@ def is_alive(pid: int) -> bool:
     return state != "Z"
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
@@ -131,6 +131,16 @@ def test_from_needs_what_comes_before_it(store: Store) -> None:
         run(store, force=["combin"])
     run(store, until="collect")
     assert states(run(store, from_="combine", until="combine")) == ["cached", "built"]
+
+
+def test_networks_are_checked_before_the_first_stage(store: Store) -> None:
+    notes = Notes()
+    with pytest.raises(ConfigError, match="factor is negative") as caught:
+        run(store, fake(is_checked=True, combine={"factor": -1.0}), listener=notes)
+    assert caught.value.problems == ("combine.factor: -1.0",)
+    assert ("info", "checked") in notes.logs
+    assert notes.started == []
+    assert list(store.artifacts()) == []
 
 
 def test_deliberate_error_arrives_whole_and_the_outcome_says_failed(store: Store) -> None:
@@ -223,7 +233,12 @@ def test_kill_9_of_the_command_ends_child_and_workers_and_a_second_worker_takes_
         [sys.executable, "-c", PARENT, config.model_dump_json(), str(store.root)],
         env={**os.environ, "PYTHONPATH": path},
     )
-    wait_until(notes_file.exists)
+    try:
+        wait_until(notes_file.exists)
+    except BaseException:
+        parent.kill()
+        parent.wait()
+        raise
     pids = [int(pid) for pid in notes_file.read_text().split()]
     assert all(map(is_alive, pids))
 

@@ -9,22 +9,33 @@ from pydantic import Field
 from fake_stages.collect import CollectConfig, Mischief
 from fake_stages.combine import CombineConfig
 from pipeline.stage_table import DataState, StageSpec, StageTable
-from stages.contracts import StageConfig
+from stages.contracts import Progress, StageConfig
+from stages.errors import ConfigError
 
 
 class FakeRun(StageConfig):
     name: str = "fake"
     digest: str = "d"
     root: Path | None = None
+    is_checked: bool = False
     collect: CollectConfig = Field(default_factory=CollectConfig)
     combine: CombineConfig = Field(default_factory=CombineConfig)
     runtime: Mischief = Field(default_factory=Mischief)
+
+
+def check(run: FakeRun, progress: Progress) -> None:
+    """The check before the first stage, in a child."""
+    progress.info("checked")
+    if run.combine.factor < 0:
+        raise ConfigError("factor is negative", [f"combine.factor: {run.combine.factor}"])
 
 
 TABLE = StageTable(
     location="fake_stages.table:TABLE",
     run_type=FakeRun,
     read_data=lambda run, cache_file: DataState(run.digest, run.root),
+    needs_check=lambda run, stages: run.is_checked and "combine" in stages,
+    check=check,
     specs=(
         StageSpec(
             name="collect",

@@ -20,7 +20,7 @@ from pipeline.cli_data import data_app
 from pipeline.cli_doctor import doctor
 from pipeline.cli_run import report, run, stage, status
 from pipeline.cli_store import artifacts_app, config_app
-from pipeline.output import INTERRUPTED, Output
+from pipeline.output import INTERRUPTED, Output, run_document
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """click's UsageError; some releases of typer bring a click of their own, and only this class is public in all."""
@@ -74,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     output = Output(is_json="--json" in words)
-    signal.signal(signal.SIGTERM, _interrupt)
+    if words[:1] in (["run"], ["stage"]):
+        output.document = run_document(None)  # a wrong command line gets the same keys as any other end
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(words, prog_name="wsss", obj=output, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
@@ -83,10 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end_usage(error, output)
     except Exception as error:  # the one place for every error
         return _end_error(error, output, " ".join(["wsss", *words[:1]]))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code == INTERRUPTED:
         output.finish(code=INTERRUPTED, message="interrupted; the same command continues where it stopped")
         return INTERRUPTED
-    if not code and output.document:
+    if output.document and not code:
         output.finish()
     return int(code or 0)
 

@@ -19,12 +19,12 @@ from pipeline.cli_options import (
     JsonOption,
     OverridesOption,
 )
-from pipeline.output import Output, get_output
+from pipeline.output import Output, get_output, run_document
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.keys import Plan
-    from pipeline.runner import RunOutcome, StageOutcome, StageStatus
+    from pipeline.runner import RunOutcome, StageStatus
     from pipeline.store import Artifact, Store
 
 LAST_STAGE = "evaluate"
@@ -56,7 +56,7 @@ def run(
 ) -> None:
     """Run a config to its mIoU; what is in the store is reused."""
     output = get_output(context)
-    output.document = _document(config, None, ())
+    output.document = run_document(config)
     run_config = _load(config, overrides)
 
     from pipeline.console import ConsoleListener, make_console, print_end, print_metrics, print_plan
@@ -80,9 +80,9 @@ def run(
         outcome = execute(call, resolve_engine(engine.value), listener)
     finally:
         listener.close()
-        output.document = _document(config, None, listener.outcomes)
+        output.document = run_document(config, stages=listener.outcomes)
     report_path = _ensure_report(run_config, plan, store, outcome)
-    output.document = _document(config, outcome.run_id, outcome.stages, report_path)
+    output.document = run_document(config, outcome.run_id, outcome.stages, report_path)
     print_metrics(console, outcome.metrics)
     warnings = [(stage.stage, text) for stage in outcome.stages for text in stage.warnings]
     print_end(console, warnings, report_path)
@@ -99,7 +99,7 @@ def stage(
 ) -> None:
     """Run one stage from cached inputs; exit 3 when one is missing."""
     output = get_output(context)
-    output.document = _document(config, None, ())
+    output.document = run_document(config)
     run_config = _load(config, overrides)
 
     from pipeline.console import ConsoleListener, make_console, print_end, print_metrics
@@ -120,8 +120,8 @@ def stage(
         )
     finally:
         listener.close()
-        output.document = _document(config, None, listener.outcomes)
-    output.document = _document(config, outcome.run_id, outcome.stages)
+        output.document = run_document(config, stages=listener.outcomes)
+    output.document = run_document(config, outcome.run_id, outcome.stages)
     print_metrics(console, outcome.metrics)
     print_end(console, [(name, text) for text in outcome.stages[0].warnings], None)
 
@@ -196,29 +196,6 @@ def _invocation(config: str, overrides: Sequence[str] | None, artifacts: Path) -
     if artifacts != DEFAULT_ARTIFACTS:
         words += ["--artifacts", str(artifacts)]
     return shlex.join(words)
-
-
-def _document(
-    config: str, run_id: str | None, stages: Sequence[StageOutcome], report_path: Path | None = None
-) -> dict[str, Any]:
-    """The JSON document of ``run`` and ``stage``; the same keys however far it came."""
-    return {
-        "run": run_id,
-        "config": config,
-        "stages": [
-            {
-                "stage": outcome.stage,
-                "key": outcome.key,
-                "path": outcome.path,
-                "state": outcome.state,
-                "seconds": round(outcome.seconds, 3),
-                "metrics": dict(outcome.metrics),
-            }
-            for outcome in stages
-        ],
-        "metrics": {name: value for outcome in stages for name, value in outcome.metrics.items()},
-        "report": report_path,
-    }
 
 
 def _ensure_report(run_config: RunConfig, plan: Plan, store: Store, outcome: RunOutcome) -> Path | None:

@@ -206,7 +206,8 @@ def _print_classes(console: Console, name: str, values: Mapping[str, float | Non
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(escape(name))
     table.add_column("IoU", justify="right")
-    for label, value in values.items():
+    # background first, as in every table of the field; JSON has sorted the names
+    for label, value in sorted(values.items(), key=lambda item: item[0] != "background"):
         table.add_row(escape(label), "–" if value is None else f"{value * 100:.1f} %")
     console.print()
     console.print(table)

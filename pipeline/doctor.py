@@ -12,9 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from stages.errors import WsssError
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 DISTRIBUTION = "wsss-pipeline"
 LEAST_PYTHON = (3, 11)
@@ -51,10 +54,11 @@ def examine(artifacts: Path) -> list[Check]:
         ("cores", check_cores),
         ("memory", check_memory),
     )
-    return [_run(name, check) for name, check in checks]
+    return [run_check(name, check) for name, check in checks]
 
 
-def _run(name: str, check: Callable[[], Check]) -> Check:
+def run_check(name: str, check: Callable[[], Check]) -> Check:
+    """One check; what it raises becomes what it found."""
     try:
         return check()
     except WsssError as error:
@@ -85,10 +89,9 @@ def check_packages(requirements: Sequence[str] | None = None) -> Check:
             requirements = importlib.metadata.requires(DISTRIBUTION) or ()
         except importlib.metadata.PackageNotFoundError:
             return Check("packages", "warning", f"{DISTRIBUTION} is not installed", "pip install -e .")
+    needed = [found for found in map(Requirement, requirements) if _applies(found)]
     wrong, shown = [], []
-    for requirement in map(Requirement, requirements):
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
+    for requirement in needed:
         found = _version(requirement.name)
         if found is None or not requirement.specifier.contains(found, prereleases=True):
             wrong.append(f"{requirement} (found {found or 'none'})")
@@ -97,7 +100,12 @@ def check_packages(requirements: Sequence[str] | None = None) -> Check:
     if wrong:
         remedy = f"pip install {' '.join(repr(line.split(' (')[0]) for line in wrong)}"
         return Check("packages", "failed", "; ".join(wrong), remedy)
-    return Check("packages", "ok", f"all {len(requirements)} requirements met; {', '.join(shown)}")
+    return Check("packages", "ok", ", ".join([f"{len(needed)} requirements met", *shown]))
+
+
+def _applies(requirement: Requirement) -> bool:
+    """Whether it holds on this machine without any extra."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
 def _version(name: str) -> str | None:

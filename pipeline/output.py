@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from pipeline.runner import StageOutcome
 
 INTERRUPTED = 130
 
@@ -45,6 +48,29 @@ class Output:
 def get_output(context: typer.Context) -> Output:
     """The Output that ``main`` made for this command."""
     return context.ensure_object(Output)
+
+
+def run_document(
+    config: str | None, run_id: str | None = None, stages: Sequence[StageOutcome] = (), report: Path | None = None
+) -> dict[str, Any]:
+    """The JSON document of ``wsss run`` and ``wsss stage``; the same keys however far it came."""
+    return {
+        "run": run_id,
+        "config": config,
+        "stages": [
+            {
+                "stage": outcome.stage,
+                "key": outcome.key,
+                "path": outcome.path,
+                "state": outcome.state,
+                "seconds": round(outcome.seconds, 3),
+                "metrics": dict(outcome.metrics),
+            }
+            for outcome in stages
+        ],
+        "metrics": {name: value for outcome in stages for name, value in outcome.metrics.items()},
+        "report": report,
+    }
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401 - JSON is any

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,39 @@ def describe_machine() -> dict[str, Any]:
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": f"{os.cpu_count()} cores",
+        "memory": _memory(),
+        "device": _gpu_names(),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "revision": code_revision(),
     }
+
+
+def _cpu_model() -> str:
+    """The processor's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _memory() -> str | None:
+    """Main memory; None where the system does not tell it."""
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+    return f"{size / 2**30:.0f} GiB"
+
+
+def _gpu_names() -> str | None:
+    """The CUDA devices, None without one; asks torch only where a stage has loaded it already."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
 
 
 def _version(name: str) -> str | None:

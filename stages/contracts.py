@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -283,8 +283,9 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@cache
 def voc_palette() -> NDArray[np.uint8]:
-    """VOC's 256 colours, uint8 (256, 3): bit k of the index goes, three at a time, to the high bits of R, G, B.
+    """VOC's 256 colours, uint8 (256, 3), read-only: bit k of the index goes, by threes, to the high bits of R, G, B.
 
     Source: VOCdevkit, VOCcode/VOClabelcolormap.m.
     """
@@ -295,6 +296,7 @@ def voc_palette() -> NDArray[np.uint8]:
             for channel in range(3):
                 palette[index, channel] |= ((rest >> channel) & 1) << shift
             rest >>= 3
+    palette.flags.writeable = False
     return palette
 
 

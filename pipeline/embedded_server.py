@@ -23,6 +23,7 @@ from types import TracebackType
 
 from filelock import FileLock
 
+from pipeline.spawn import PYTHON, find_our_code
 from stages.errors import EnvironmentFailure
 
 STARTUP_TIMEOUT_S = 120.0
@@ -81,12 +82,12 @@ class EmbeddedServer:
             raise EnvironmentFailure(f"PREFECT_HOME {self.home} cannot be written ({error.strerror})") from error
         with log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.embedded_server"],
+                [*PYTHON, "-m", "pipeline.embedded_server"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for the run, which still has to tell the server
-                env={**os.environ, **_SERVER_ENVIRONMENT},
+                env=find_our_code() | _SERVER_ENVIRONMENT,
             )
         assert self._process.stdout is not None
         port = self._process.stdout.readline().strip().decode()

@@ -24,6 +24,10 @@ from typing import IO, Any, Protocol
 from pipeline.failures import InternalFailure, from_message
 from stages.errors import EnvironmentFailure
 
+PYTHON = (sys.executable, "-P")
+"""How a process of ours begins: without -P a folder ``pipeline`` or ``stages`` of the user's, in the working directory,
+would be imported in place of ours."""
+
 GRACE_S = 5.0
 """Seconds between asking a child's process group to end and killing it."""
 
@@ -60,7 +64,7 @@ def run_child(request: Mapping[str, Any], listener: ChildListener, *, threads: i
         EnvironmentFailure: the child was ended by a signal.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.child"],
+        [*PYTHON, "-m", "pipeline.child"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -86,13 +90,18 @@ def run_child(request: Mapping[str, Any], listener: ChildListener, *, threads: i
 
 def _environment(threads: int) -> dict[str, str]:
     """This process's environment, and what must be set before the first import of the child."""
-    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONUNBUFFERED": "1"}
+    environment = find_our_code() | {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONUNBUFFERED": "1"}
     if threads > 0:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             environment[name] = str(threads)
+    return environment
+
+
+def find_our_code() -> dict[str, str]:
+    """This process's environment, completed so that a new interpreter imports the same code, whatever its folder."""
+    environment = dict(os.environ)
     here = str(Path(__file__).resolve().parent.parent)
     if here not in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        # a checkout that is not installed: the child must find the same code whatever its working directory
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     return environment
 

@@ -189,6 +189,16 @@ def test_stray_prints_do_not_disturb_the_answer(store: Store) -> None:
     assert ("warning", "this was noisy") in notes.logs
 
 
+def test_code_of_the_users_with_our_names_is_not_imported(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pipeline", "stages"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        (tmp_path / "mine" / name / "__init__.py").write_text("raise SystemExit('not ours')")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert states(run(store, until="collect")) == ["built"]
+
+
 def test_interrupt_ends_the_whole_group_and_the_next_run_continues(store: Store, tmp_path: Path) -> None:
     """SIGTERM to the command, while a worker of the stage ignores SIGTERM and another waits."""
     notes_file = tmp_path / "pids"

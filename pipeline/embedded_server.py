@@ -26,6 +26,7 @@ from filelock import FileLock
 from pipeline.spawn import PYTHON, find_our_code
 from stages.errors import EnvironmentFailure
 
+HOST = "127.0.0.1"
 STARTUP_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 10.0
 _SERVER_ENVIRONMENT = {
@@ -55,6 +56,15 @@ def set_prefect_environment(environment: MutableMapping[str, str] = os.environ, 
     }
     for name, value in defaults.items():
         environment.setdefault(name, value)
+
+
+def bypass_proxy(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Keep requests to this machine out of a configured HTTP proxy, which could not answer them."""
+    found = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    names = [name.strip() for name in found.split(",") if name.strip()]
+    if HOST not in names and "*" not in names:
+        names.append(HOST)
+    environment["no_proxy"] = environment["NO_PROXY"] = ",".join(names)
 
 
 class EmbeddedServer:
@@ -93,7 +103,8 @@ class EmbeddedServer:
         port = self._process.stdout.readline().strip().decode()
         if not port:
             raise self._failure("did not start")
-        self.url = f"http://127.0.0.1:{port}/api"
+        self.url = f"http://{HOST}:{port}/api"
+        bypass_proxy()
         return self.url
 
     def wait(self, timeout_s: float = STARTUP_TIMEOUT_S) -> None:
@@ -192,7 +203,7 @@ def main() -> None:
     config = uvicorn.Config(
         "prefect.server.api.server:create_app",
         factory=True,
-        host="127.0.0.1",
+        host=HOST,
         port=0,
         log_level="error",
         lifespan="on",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.embedded_server import EmbeddedServer, set_prefect_environment
+from pipeline.embedded_server import EmbeddedServer, bypass_proxy, set_prefect_environment
 from pipeline.engines import resolve_engine
 from stages.errors import EnvironmentFailure
 
@@ -143,6 +143,16 @@ def test_prefect_is_private_and_local_unless_the_user_says_otherwise(tmp_path: P
     assert environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
     assert environment["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] == "120"
     assert environment["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] == "DEBUG"
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [({}, "127.0.0.1"), ({"NO_PROXY": "a.org, b.org"}, "a.org,b.org,127.0.0.1"), ({"no_proxy": "*"}, "*")],
+)
+def test_a_proxy_does_not_stand_between_a_run_and_its_own_server(found: dict[str, str], expected: str):
+    environment = {"http_proxy": "http://proxy.example:3128", **found}
+    bypass_proxy(environment)
+    assert environment["no_proxy"] == environment["NO_PROXY"] == expected
 
 
 def test_a_home_that_cannot_be_written_is_a_failure_of_the_machine(tmp_path: Path):

@@ -2,10 +2,12 @@
 
 Reads and writes ``<store>/runs/<name>-<run id>.json``; pruning removes folders of the store.
 A run that used the same artifacts under the same name as an earlier one replaces its record.
+A run holds a lock for as long as it lives, however it ends: what it uses is never pruned.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.keys import Plan
+from pipeline.locks import KeyLock
 from pipeline.store import Store
 from stages.contracts import read_json, write_json
 from stages.errors import DamagedFileError, EnvironmentFailure, WsssError
@@ -57,6 +60,9 @@ class RunRecord:
             keys=dict(plan.keys),
             config=plan.run.model_dump(mode="json"),
         )
+        lock = KeyLock(record._lock_path)
+        with contextlib.suppress(EnvironmentFailure):  # where it cannot be had, nothing can be pruned either
+            lock.try_acquire()
         try:
             record._write("running")
         except OSError as error:
@@ -71,10 +77,37 @@ class RunRecord:
             state = "failed"
             raise
         finally:
-            record._write(state)
-        for older in read_runs(store):
-            if older.path != record.path and older.name == name and older.keys == record.keys:
-                older.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
+                record._write(state)
+            with contextlib.suppress(OSError):
+                record._lock_path.unlink(missing_ok=True)
+            lock.release()
+        record._replace_older(store)
+
+    def is_alive(self) -> bool:
+        """Whether the run's process is still at work.
+
+        Raises:
+            EnvironmentFailure: the file system has no flock.
+        """
+        if self.state != "running" or not self._lock_path.exists():
+            return False
+        lock = KeyLock(self._lock_path)
+        is_free = lock.try_acquire()
+        lock.release()
+        return not is_free
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.parent.parent / ".locks" / f"run-{self.run_id}"
+
+    def _replace_older(self, store: Store) -> None:
+        """Remove the records of earlier runs that used the same artifacts."""
+        with contextlib.suppress(DamagedFileError, EnvironmentFailure):  # untidy, but this run is done all the same
+            for older in read_runs(store):
+                is_same = older.path != self.path and older.name == self.name and older.keys == self.keys
+                if is_same and not older.is_alive():
+                    older.path.unlink(missing_ok=True)
 
     def _write(self, state: str) -> None:
         fields = {"run": self.run_id, "name": self.name, "started": self.started, "state": state}
@@ -110,11 +143,12 @@ class Removal:
 def prune(store: Store, *, keep: int | None = None, dry_run: bool = True) -> list[Removal]:
     """Remove what no kept run needs: artifacts, unfinished work, what was set aside.
 
-    A run needs every artifact in its record, finished or not.  What another process is building is left alone.
+    A run needs every artifact in its record, finished or not.  A run that is at work is always kept, and what another
+    process is building is left alone.
 
     Args:
         store: The store.
-        keep: Number of newest runs to keep; None keeps all.
+        keep: Number of newest runs to keep, and those at work; None keeps all.
         dry_run: Only say what would be removed.
 
     Returns:
@@ -122,11 +156,12 @@ def prune(store: Store, *, keep: int | None = None, dry_run: bool = True) -> lis
 
     Raises:
         DamagedFileError: a run record does not read back; nothing is removed then.
+        EnvironmentFailure: the file system has no flock; the same.
     """
     if keep is not None and keep < 0:
         raise ValueError(f"keep must be at least 0 runs, got {keep}")
     records = read_runs(store)
-    kept = records if keep is None else records[:keep]
+    kept = [record for rank, record in enumerate(records) if keep is None or rank < keep or record.is_alive()]
     needed = {(stage, key) for record in kept for stage, key in record.keys.items()}
     removals = [
         Removal(record.path, "an older run", record.path.stat().st_size) for record in records if record not in kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,40 @@ def test_prune_of_older_runs_keeps_what_the_newest_shares(store: Store) -> None:
     assert removed(store, keep=1) == sorted(expected)
     assert first.keys["collect"] == second.keys["collect"]
     assert all(store.lookup(stage, key) is not None for stage, key in second.keys.items())
+
+
+def test_prune_keeps_runs_that_are_at_work_and_not_those_that_were_killed(store: Store) -> None:
+    plan = finished(store, 1.0)
+    with RunRecord.open(store, plan) as record:
+        finished(store, 2.0)
+        finished(store, 1.0)  # the same artifacts once more: a run at work keeps its record
+        assert record.is_alive()
+        removed(store, keep=0)
+        assert all(store.lookup(stage, key) is not None for stage, key in plan.keys.items())
+        assert [found.run_id for found in read_runs(store)] == [record.run_id]
+        text = record.path.read_text()
+    record.path.write_text(text)  # as a kill leaves it: running, and nobody holds the lock
+    assert not read_runs(store)[0].is_alive()
+    assert not list((store.root / ".locks").glob("run-*"))
+    removed(store, keep=0)
+    assert list(store.folders()) == []
+
+
+def test_a_finished_run_is_done_whatever_is_wrong_with_the_records(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = finished(store, 1.0)
+    (store.root / "runs" / "broken.json").write_text("{")
+    with RunRecord.open(store, plan):
+        pass
+
+    def fill_the_disk(_: RunRecord, state: str) -> None:
+        if state != "running":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunRecord, "_write", fill_the_disk)
+    with pytest.raises(DataError), RunRecord.open(store, plan):
+        raise DataError("the first error is the one to hear of")
 
 
 def test_prune_leaves_alone_what_is_being_built(store: Store) -> None:

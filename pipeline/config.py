@@ -75,7 +75,7 @@ def find_config(name: str) -> Path:
         raise ConfigError(f"{name} is a folder; name a YAML config inside it")
     names = ", ".join(shipped) or "none"
     guess = did_you_mean(path.name.removesuffix(".yaml"), list(shipped))
-    raise ConfigError(f"there is no config file {name}{guess} Shipped configs: {names}")
+    raise ConfigError(f"there is no config file {name}{guess or ';'} shipped configs: {names}")
 
 
 def shipped_configs() -> list[Path]:

@@ -140,6 +140,8 @@ def _sentence(
         return (*path, key), "missing", f"; expected {_one_of(allowed)}"
     if kind in {"value_error", "assertion_error"}:
         return path, str(detail["msg"]).split(", ", 1)[-1], "" if isinstance(found, dict) else f", found {_show(found)}"
+    if kind == "string_pattern_mismatch":
+        return path, f"expected text of the form {context['pattern']}", f", found {_show(found)}"
     if kind in _PLAIN_WORDS:
         return path, _PLAIN_WORDS[kind], f", found {_show(found)}"
     message = str(detail["msg"]).replace("Input should", "should", 1)

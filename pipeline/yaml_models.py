@@ -70,7 +70,10 @@ def load_model(model: type[Model], path: Path, overrides: Sequence[str] = ()) ->
     """
     document = read_document(path)
     for override in overrides:
-        apply_override(document, override)
+        try:
+            apply_override(document, override)
+        except ConfigError as error:
+            document.problems.append(error.message)
     problems = list(document.problems)
     found = dict(loose_values(model, document.values))
     validated: Model | None = None

@@ -205,6 +205,11 @@ def test_overrides_make_sections_and_win_in_order(tmp_path: Path) -> None:
     assert (run.make_masks.crf.iterations, run.weights, run.seed) == (5, {"vgg16": Path("a/b.pth")}, 2)
 
 
+def test_a_malformed_override_hides_no_other_problem(tmp_path: Path) -> None:
+    found = problems(tmp_path, GOOD, "seed", "a..b=3", "make_masks.treshold=1")
+    assert [line.partition(":")[0] for line in found] == ["--set seed", "--set a..b=3", "make_masks.treshold"]
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,6 @@ def _cached(stage: str, key: str, store: Store, listener: Listener, started: flo
 
 
 def _build(stage: str, plan: Plan, store: Store, listener: Listener, *, force: bool) -> StageOutcome:
-    runtime = getattr(plan.run, "runtime", None)
     request = {
         "table": plan.table.location,
         "run": plan.run.model_dump(mode="json"),
@@ -113,7 +112,7 @@ def _build(stage: str, plan: Plan, store: Store, listener: Listener, *, force: b
         "force": force,
     }
     started = time.monotonic()
-    answer = run_child(request, listener, threads=0 if runtime is None else runtime.threads)
+    answer = run_child(request, listener, threads=_threads(plan))
     seconds = time.monotonic() - started
     warnings = tuple(answer["warnings"])
     return StageOutcome(
@@ -159,9 +158,9 @@ def run_stage(
     return RunOutcome(record.run_id, (outcome,), record.path)
 
 
-def _missing(stage: str, missing: tuple[str, ...], invocation: str) -> MissingArtifactError:
+def _missing(stage: str, missing: Sequence[str], invocation: str) -> MissingArtifactError:
     return MissingArtifactError(
-        f"{stage} reads the artifact of {' and '.join(missing)}, which is not in the store; "
+        f"{stage} rests on the artifact of {' and '.join(missing)}, which is not in the store; "
         f"make it with: wsss run {invocation} --until {missing[-1]}"
     )
 
@@ -208,9 +207,9 @@ def run_pipeline(
     first, last, forced_from = stage_positions(table, from_, until, force)
     plan = plan or plan_run(run, store.digest_cache, table)
     around = around or (lambda stage, body: body())
-    for name in table.names[:first]:
-        if name in plan.keys and store.lookup(name, plan.keys[name]) is None:
-            raise _missing(table.names[first], (name,), invocation)
+    missing = [n for n in table.names[:first] if n in plan.keys and store.lookup(n, plan.keys[n]) is None]
+    if missing:
+        raise _missing(table.names[first], missing, invocation)
     outcomes: list[StageOutcome] = []
     with _terminate_as_interrupt(), RunRecord.open(store, plan) as record:
         _check_networks(plan, table.names[: last + 1], store, max(forced_from, first), listener or SilentListener())
@@ -231,7 +230,12 @@ def _check_networks(plan: Plan, names: Collection[str], store: Store, forced_fro
     if plan.table.needs_check(plan.run, missing):
         listener.log("info", "checking that the networks can be built and their weights fit")
         request = {"table": plan.table.location, "run": plan.run.model_dump(mode="json"), "check": True}
-        run_child(request, listener)
+        run_child(request, listener, threads=_threads(plan))
+
+
+def _threads(plan: Plan) -> int:
+    runtime = getattr(plan.run, "runtime", None)
+    return 0 if runtime is None else runtime.threads
 
 
 def stage_positions(
@@ -240,7 +244,7 @@ def stage_positions(
     """Positions of the first, the last and the first forced stage.
 
     Raises:
-        ConfigError: an unknown stage, or a first one after the last.
+        ConfigError: an unknown stage, a first one after the last, or a forced one that would not run.
     """
     order = {table.spec(name).name: position for position, name in enumerate(table.names)}
     for name in (from_, until, *force):
@@ -250,6 +254,10 @@ def stage_positions(
     last = order[until] if until is not None else len(order) - 1
     if first > last:
         raise ConfigError(f"--from {from_} comes after --until {until}; order: {', '.join(order)}")
+    unforced = [f"--force {name}" for name in force if not first <= order[name] <= last]
+    if unforced:
+        bounds = f"{table.names[first]} … {table.names[last]}"
+        raise ConfigError(f"{' and '.join(unforced)}: this run covers {bounds} only; change --from, --until or --force")
     return first, last, min((order[name] for name in force), default=len(order))
 
 

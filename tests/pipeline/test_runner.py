@@ -106,7 +106,7 @@ def test_status_and_single_stages(store: Store) -> None:
     assert [line.state for line in status(config, store, TABLE)] == ["missing", "skipped", "missing"]
     with pytest.raises(MissingArtifactError) as caught:
         run_stage("finish", fake(), store, invocation="c.yaml --set a=b", table=TABLE)
-    expected = "finish reads the artifact of combine, which is not in the store; make it with: "
+    expected = "finish rests on the artifact of combine, which is not in the store; make it with: "
     assert caught.value.message == expected + "wsss run c.yaml --set a=b --until combine"
     assert not store.root.exists()
     assert states(run_stage("collect", config, store, table=TABLE)) == ["built"]
@@ -129,8 +129,20 @@ def test_from_needs_what_comes_before_it(store: Store) -> None:
         run(store, from_="finish", until="combine")
     with pytest.raises(ConfigError, match="there is no stage 'combin'; did you mean 'combine'"):
         run(store, force=["combin"])
+    with pytest.raises(
+        MissingArtifactError, match=r"finish rests on the artifact of collect and combine.* --until combine"
+    ):
+        run(store, from_="finish")
     run(store, until="collect")
     assert states(run(store, from_="combine", until="combine")) == ["cached", "built"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"from_": "combine", "force": ["collect"]}, {"until": "collect", "force": ["finish"]}]
+)
+def test_a_forced_stage_that_would_not_run_is_refused(store: Store, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"--force \w+: this run covers \w+ … \w+ only"):
+        run(store, **options)
 
 
 def test_networks_are_checked_before_the_first_stage(store: Store) -> None:

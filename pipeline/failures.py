@@ -23,6 +23,9 @@ _REMEDIES: Mapping[int, str] = {
     errno.EMFILE: "too many open files; raise ulimit -n or lower runtime.workers and runtime.processes",
     errno.ENFILE: "too many open files on this machine; close other programs",
     errno.ENOMEM: "out of memory; lower runtime.processes, runtime.workers or the batch size",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
+    errno.EISDIR: "a folder stands where a file is needed; choose another path",
+    errno.ENAMETOOLONG: "the path is too long; choose a shorter one",
     errno.EIO: "the disk failed; check it",
     errno.EAGAIN: "no more processes or memory; lower runtime.processes and runtime.workers",
 }
@@ -48,7 +51,7 @@ def deliberate(error: BaseException, doing: str) -> WsssError:
     """
     if isinstance(error, WsssError):
         return error
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(error):
         where = f" ({error})" if str(error) else ""
         return EnvironmentFailure(
             f"{doing}: out of memory{where}; lower the batch size, runtime.processes or runtime.workers"
@@ -59,6 +62,12 @@ def deliberate(error: BaseException, doing: str) -> WsssError:
         return EnvironmentFailure(f"{doing}: {name}{remedy}")
     text = "".join(traceback.format_exception(error))
     return InternalFailure(f"{doing} failed: {type(error).__name__}: {error}", trace=text)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python, a CUDA device, or torch's allocator on the CPU, which raises a plain RuntimeError, has no more."""
+    is_device = type(error).__name__ == "OutOfMemoryError"
+    return is_device or isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error)
 
 
 def to_message(error: WsssError) -> dict[str, Any]:

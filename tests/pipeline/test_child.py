@@ -139,6 +139,12 @@ def test_full_disk_is_found_before_the_work(store: Store, monkeypatch: pytest.Mo
         (PermissionError(errno.EACCES, "x", "/d/f"), EnvironmentFailure, "make_masks: /d/f: permission denied"),
         (OSError(errno.EROFS, "x"), EnvironmentFailure, "make_masks: the file system is read-only"),
         (FileNotFoundError(errno.ENOENT, "gone", "/d/f"), InternalFailure, "make_masks failed: FileNotFoundError"),
+        (
+            IsADirectoryError(errno.EISDIR, "x", "/d"),
+            EnvironmentFailure,
+            "make_masks: /d: a folder stands where a file",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), EnvironmentFailure, "make_masks: out of memory"),
         (KeyError("k"), InternalFailure, "make_masks failed: KeyError: 'k'"),
         (DataError("d", ["one", "two"]), DataError, "d"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), EnvironmentFailure, "make_masks: out of memory (CUDA)"),

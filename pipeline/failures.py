@@ -58,7 +58,8 @@ def deliberate(error: BaseException, doing: str) -> WsssError:
         )
     remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
     if remedy is not None and isinstance(error, OSError):
-        name = f"{error.filename}: " if error.filename else ""
+        path = error.filename2 or error.filename  # of a rename: the name that was wanted
+        name = f"{path}: " if path else ""
         return EnvironmentFailure(f"{doing}: {name}{remedy}")
     text = "".join(traceback.format_exception(error))
     return InternalFailure(f"{doing} failed: {type(error).__name__}: {error}", trace=text)

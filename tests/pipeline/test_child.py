@@ -140,7 +140,7 @@ def test_full_disk_is_found_before_the_work(store: Store, monkeypatch: pytest.Mo
         (OSError(errno.EROFS, "x"), EnvironmentFailure, "make_masks: the file system is read-only"),
         (FileNotFoundError(errno.ENOENT, "gone", "/d/f"), InternalFailure, "make_masks failed: FileNotFoundError"),
         (
-            IsADirectoryError(errno.EISDIR, "x", "/d"),
+            IsADirectoryError(errno.EISDIR, "x", "/t", None, "/d"),
             EnvironmentFailure,
             "make_masks: /d: a folder stands where a file",
         ),

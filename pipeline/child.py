@@ -211,6 +211,8 @@ def build(request: Request, progress: ChildProgress) -> Built:
             run={
                 "started": begun,
                 "seconds": round(seconds, 3),
+                "resumed": is_resumed,
+                "runtime": request.run.get("runtime"),
                 "metrics": _plain(result.metrics),
                 "warnings": progress.warnings,
                 **describe_machine(),

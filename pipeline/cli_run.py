@@ -61,6 +61,7 @@ def run(
 
     from pipeline.console import ConsoleListener, make_console, print_end, print_metrics, print_plan
     from pipeline.engines import RunCall, execute, resolve_engine
+    from pipeline.estimate import estimate
     from pipeline.keys import plan_run
     from pipeline.runner import stage_positions, status
     from pipeline.stage_table import TABLE
@@ -70,7 +71,8 @@ def run(
     first, last, forced = stage_positions(TABLE, from_, until, force or ())
     plan = plan_run(run_config, store.digest_cache)
     console = make_console(is_json=output.is_json)
-    print_plan(console, status(run_config, store, plan=plan)[: last + 1], forced=max(first, forced))
+    stages, forced_from = status(run_config, store, plan=plan)[: last + 1], max(first, forced)
+    print_plan(console, stages, forced=forced_from, found=estimate(plan, store, stages, forced=forced_from))
     listener = ConsoleListener(console, plan.table.names)
     invocation = _invocation(config, overrides, artifacts)
     call = RunCall(

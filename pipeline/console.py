@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from pipeline.estimate import Estimate, describe_disk, describe_stage, describe_time
 from pipeline.report_tables import format_seconds, metric_rows
 
 if TYPE_CHECKING:
@@ -167,20 +168,29 @@ _PLAN_TITLES = {
 }
 
 
-def print_plan(console: Console, stages: Sequence[StageStatus], *, forced: int) -> None:
-    """Say before the start what will be built and what is there already.
+def print_plan(console: Console, stages: Sequence[StageStatus], *, forced: int, found: Estimate | None = None) -> None:
+    """Say before the start what will be built, about how long that takes, and what is there already.
 
     Args:
         console: Where to.
         stages: The stages of the run in order.
         forced: Position of the first stage that is built whatever is there; past the end when none is.
+        found: The estimate of those that will be built.
     """
+    found = found or {}
     groups: dict[str, list[str]] = {}
     for position, stage in enumerate(stages):
         is_forced = position >= forced and stage.state != "skipped"
-        groups.setdefault("to build" if is_forced else _PLAN_TITLES[stage.state], []).append(stage.stage)
-    for title, names in groups.items():
-        console.print(f"{title + ':':14}{', '.join(names)}")
+        groups.setdefault("to build" if is_forced else _PLAN_TITLES[stage.state], []).append(
+            f"{stage.stage} ({describe_stage(found[stage.stage])})" if stage.stage in found else stage.stage
+        )
+    lines = {title: ", ".join(names) for title, names in groups.items()}
+    if found:
+        lines["time"] = describe_time(found)
+        lines["disk"] = describe_disk(found) or ""
+    for title, text in lines.items():
+        if text:
+            console.print(f"{title + ':':14}{text}")
 
 
 def print_metrics(console: Console, metrics: Mapping[str, Any]) -> None:

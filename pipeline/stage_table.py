@@ -19,7 +19,7 @@ from pipeline.network_check import check_networks, needs_check
 from pipeline.preflight import preflight
 from stages.contracts import Progress, StageResult
 from stages.data.config import DataConfig
-from stages.data.listing import digest_data
+from stages.data.listing import DataListing, digest_data
 from stages.errors import ConfigError
 from stages.nets.segmenters import pretrained_name
 from stages.nets.weights import weights_identity
@@ -34,6 +34,8 @@ class DataState:
     """Changes whenever a list, a label or a byte of an image or mask does; independent of where the data lies."""
     root: Path | None = None
     """Folder of the user's data; None where prepare_data generates it."""
+    listing: DataListing | None = None
+    """The data set's lists; no key rests on them but through the digest."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class StageTable:
 
 def _read_data(run: RunConfig, cache_file: Path) -> DataState:
     listing = preflight(run)
-    return DataState(digest=digest_data(listing, run.data, cache_file), root=listing.root)
+    return DataState(digest=digest_data(listing, run.data, cache_file), root=listing.root, listing=listing)
 
 
 def _is_weak(run: RunConfig) -> bool:

@@ -12,6 +12,7 @@ identical results; ``run`` says when, where and how long.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -120,13 +121,17 @@ class Store:
         return artifact
 
     def _open(self, stage: str, key: str) -> Artifact:
-        manifest = self._manifest(stage, key)
+        manifest = self.manifest(stage, key)
         for name, entry in manifest["content"]["files"].items():
             _check_size(self.path(stage, key) / name, entry["size"])
         return Artifact(stage, key, self.path(stage, key), manifest)
 
-    def _manifest(self, stage: str, key: str) -> dict[str, Any]:
-        """The manifest, checked to be one of this schema and of this artifact."""
+    def manifest(self, stage: str, key: str) -> dict[str, Any]:
+        """The manifest, checked to be one of this schema and of this artifact; the files are not looked at.
+
+        Raises:
+            DamagedFileError: there is none, or it is another's.
+        """
         path = self.path(stage, key) / MANIFEST
         manifest = read_json(path)
         try:
@@ -138,6 +143,13 @@ class Store:
         if not is_ours:
             raise DamagedFileError(f"{path} does not describe {stage} {key}")
         return manifest
+
+    def newest_manifests(self, stage: str) -> Iterator[dict[str, Any]]:
+        """The manifests of a stage's artifacts, the newest first; damaged ones are left out."""
+        files = [file for file in self.root.glob(f"{stage}/*/{MANIFEST}") if not file.parent.name.startswith(".")]
+        for file in sorted(files, key=_modified_ns, reverse=True):
+            with contextlib.suppress(DamagedFileError):
+                yield self.manifest(stage, file.parent.name)
 
     def folders(self) -> Iterator[tuple[str, str]]:
         """(stage, key) of every artifact folder, whole or damaged, sorted."""
@@ -225,7 +237,7 @@ class Store:
     def verify(self, stage: str, key: str) -> list[str]:
         """Read every file of an artifact and compare it with the manifest; what is wrong, file by file."""
         try:
-            manifest = self._manifest(stage, key)
+            manifest = self.manifest(stage, key)
         except DamagedFileError as error:
             return [error.message]
         problems = []
@@ -248,6 +260,14 @@ def _check_size(file: Path, size: int) -> None:
         raise DamagedFileError(f"{file} is missing") from None
     if found != size:
         raise DamagedFileError(f"{file} has {found} bytes instead of {size}")
+
+
+def _modified_ns(file: Path) -> int:
+    """When ``file`` was written; 0 for one that another process has removed meanwhile."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _files(folder: Path) -> list[Path]:

@@ -219,11 +219,14 @@ def test_run_status_artifacts_and_report(folder: Path, wsss, wsss_json):
     assert Path(stage["path"], "manifest.json").is_file()
     assert document["metrics"] == {"data.num_train": 6, "data.num_val": 2}
     assert document["report"] is None, "the run has not reached its end"
-    assert err.startswith("to build:     prepare_data\n")
+    assert err.startswith(
+        "to build:     prepare_data (8 images)\ntime:         the first run on a machine has no estimate"
+    )
     assert "\n1/6 prepare_data" in err
 
     out, _ = wsss("run", "tiny.yaml", "--until", "prepare_data")
     assert "1/6 prepare_data        cached" in out
+    assert "time:" not in out
     assert wsss_json("stage", "prepare_data", "tiny.yaml")["stages"][0]["state"] == "cached"
     assert wsss_json("stage", "prepare_data", "tiny.yaml", "--force")["stages"][0]["state"] == "built"
 

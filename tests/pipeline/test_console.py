@@ -15,7 +15,9 @@ from pipeline.console import (
     print_metrics,
     print_plan,
 )
+from pipeline.estimate import StageEstimate
 from pipeline.runner import StageOutcome, StageStatus
+from pipeline.workload import Work
 
 STAGES = ("prepare_data", "train_classifier", "evaluate")
 
@@ -148,6 +150,27 @@ def test_plan_says_what_is_built_and_what_is_there():
     file.truncate(file.seek(0))
     print_plan(console, stages, forced=1)
     assert "to build:     b, c, e" in file.getvalue()
+
+
+def test_plan_with_an_estimate_says_work_time_and_disk():
+    console = Console(file=(file := io.StringIO()), width=200)
+    stages = [
+        StageStatus("prepare_data", "cached", None, None),
+        StageStatus("train_classifier", "partial", None, None),
+        StageStatus("make_masks", "missing", None, None),
+    ]
+    found = {
+        "train_classifier": StageEstimate(Work(480, "steps", 1.0, ()), 170.0, is_begun=True),
+        "make_masks": StageEstimate(Work(1032, "images", 1.0, (), 12.34e6), 430.0, is_begun=False),
+    }
+    print_plan(console, stages, forced=9, found=found)
+    assert file.getvalue().splitlines() == [
+        "in the store: prepare_data",
+        "to continue:  train_classifier (480 steps, at most about 3 min)",
+        "to build:     make_masks (1,032 images, about 7 min)",
+        "time:         at most about 10 min in all, going by earlier runs on this machine",
+        "disk:         at most 12.3 MB of masks",
+    ]
 
 
 def test_metrics_are_percentages_and_classes_begin_with_background():

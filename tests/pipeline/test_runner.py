@@ -233,6 +233,9 @@ def test_interrupt_ends_the_whole_group_and_the_next_run_continues(store: Store,
     record = next((store.root / "runs").glob("*.json"))
     assert '"state": "interrupted"' in record.read_text()
     assert states(run(store, until="collect")) == ["resumed"]
+    (artifact,) = store.artifacts()
+    assert artifact.run["resumed"], "its seconds are those of the last part only"
+    assert artifact.run["runtime"]["mischief"] == "none"
 
 
 PARENT = """

@@ -1,0 +1,223 @@
+"""How much work a stage is, counted from what its key is made of and from how many images there are.
+
+Reads the index of a ``prepare_data`` artifact; writes nothing; torch-free.  A run's plan and an artifact's manifest
+describe a stage in the same words (``content``), so both are counted by the same functions and can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.contracts import ImageIndex, ImageRecord, read_json
+from stages.data.records import DataListing, ListedImage
+from stages.data.splits import hash_share
+from stages.training import TrainingConfig
+
+Content = Mapping[str, Any]
+"""``content`` of a manifest, or what a key of a plan is the hash of."""
+
+_PHOTOGRAPH = 4 / 3
+"""Longer over shorter side of an image nobody has opened yet."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What decides how much work a data set is."""
+
+    num_train: int
+    num_holdout: int
+    """Training images that the classifier does not see."""
+    num_full_masks: int
+    """Training images with a true mask to train on."""
+    num_val: int
+    num_scored: int
+    """Images of val with a true mask."""
+    num_test: int
+    num_labels: int
+    """Labels of all training images together: the number of attention maps."""
+    mean_px: float | None
+    """Mean height × width of the images; None before prepare_data has opened them."""
+    side_ratio: float = _PHOTOGRAPH
+    """Mean of longer over shorter side."""
+
+    def seen_px(self, short_side_px: int | None) -> float | None:
+        """Mean pixels of an image resized to this shorter side (None: not resized); None where that is unknown."""
+        return self.mean_px if short_side_px is None else short_side_px**2 * self.side_ratio
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much one stage has to do."""
+
+    count: int
+    unit: str
+    """What is counted: steps or images."""
+    cost: float | None
+    """Grows in proportion to the time along one path; None where the sizes of the images are unknown."""
+    path: tuple[object, ...]
+    """Two builds of a stage compare only if this is equal: networks, precision, backends."""
+    disk_bytes: float | None = None
+    """The most that the maps or masks take on disk: their size before compression."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def facts_of_index(prepared: Path) -> DataFacts:
+    """What ``prepare_data`` found out; ``prepared`` is its output folder."""
+    index = ImageIndex.model_validate(read_json(prepared / "index.json"))
+    sizes = [image.size for image in index.images]
+    return _facts(index.images, index.splits, len(index.splits.get("holdout", ())), sizes)
+
+
+def facts_of_listing(listing: DataListing, prepare_data: Content) -> DataFacts:
+    """What the lists tell before ``prepare_data``, whose content is given, has opened an image."""
+    has_val_labels = any(image.labels is not None for image in _of(listing.images, listing.splits, "val"))
+    ratio = prepare_data["config"]["holdout_ratio"]
+    holdout = () if has_val_labels else hash_share(listing.splits["train"], ratio, "holdout")
+    size_px = prepare_data["data"].get("size_px")  # generated images have one size, which the config gives
+    sizes = [] if size_px is None else [(size_px, size_px)]
+    return _facts(listing.images, listing.splits, len(holdout), sizes)
+
+
+def _facts(
+    images: Sequence[ListedImage | ImageRecord],
+    splits: Mapping[str, Sequence[str]],
+    num_holdout: int,
+    sizes: Sequence[tuple[int, int]],
+) -> DataFacts:
+    train, val = _of(images, splits, "train"), _of(images, splits, "val")
+    count = len(sizes)
+    return DataFacts(
+        num_train=len(train),
+        num_holdout=num_holdout,
+        num_full_masks=sum(image.full_mask is not None for image in train),
+        num_val=len(val),
+        num_scored=sum(image.mask is not None for image in val),
+        num_test=len(splits.get("test", ())),
+        num_labels=sum(len(image.labels or ()) for image in train),
+        mean_px=sum(height * width for height, width in sizes) / count if count else None,
+        side_ratio=sum(max(size) / min(size) for size in sizes) / count if count else _PHOTOGRAPH,
+    )
+
+
+def _of(
+    images: Sequence[ListedImage | ImageRecord], splits: Mapping[str, Sequence[str]], split: str
+) -> list[ListedImage | ImageRecord]:
+    ids = set(splits.get(split, ()))
+    return [image for image in images if image.id in ids]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def count_work(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work | None:
+    """How much work a stage is; None for a stage that nobody has told how to count.
+
+    Args:
+        content: Of the stage.
+        inputs: Contents of the artifacts that it reads, by stage.
+        data: The images.
+    """
+    count = _COUNTERS.get(content["stage"])
+    return None if count is None else count(content, inputs, data)
+
+
+def _prepare_data(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
+    del inputs
+    count = data.num_train + data.num_val + data.num_test
+    is_generated = content["data"]["format"] == "synthetic"
+    return Work(count, "images", _times(count, data.mean_px if is_generated else 1.0), (is_generated,))
+
+
+def _train_classifier(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
+    del inputs
+    config = content["config"]
+    path = (*_backbone(config["backbone"]), config["method"]["name"])
+    return _training(config, data.num_train - data.num_holdout, path)
+
+
+def _train_segmenter(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
+    del inputs
+    config = content["config"]
+    num_samples = data.num_full_masks if config["supervision"] == "full" else data.num_train
+    return _training(config, num_samples, _segmenter(config["net"]))
+
+
+def _training(config: Content, num_samples: int, path: tuple[object, ...]) -> Work:
+    """Steps × batch × crop area."""
+    training = TrainingConfig.model_validate(config["training"])
+    steps = training.num_steps(num_samples)
+    cost = float(steps * training.batch_size * config["augment"]["crop_px"] ** 2)
+    return Work(steps, "steps", cost, (*path, training.precision))
+
+
+def _make_attention(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
+    """Images × the pixels of all their views."""
+    config, classifier = content["config"], inputs["train_classifier"]["config"]
+    cost = _times(data.num_train * _views(config), data.seen_px(config["short_side_px"]))
+    path = (*_backbone(classifier["backbone"]), classifier["method"]["name"])
+    disk = _times(data.num_labels / config["map_stride"] ** 2, data.mean_px)
+    return Work(data.num_train, "images", cost, path, disk)
+
+
+def _make_masks(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
+    """Images × their pixels; the iterations of a CRF are not counted, since its set-up costs as much."""
+    del inputs
+    config = content["config"]
+    path = (config["refine"], _backend(config["crf"]), config["unary"], config["confident"] is not None)
+    pixels = _times(data.num_train, data.mean_px)
+    return Work(data.num_train, "images", pixels, path, pixels)
+
+
+def _evaluate(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
+    """Predicted images × the pixels of their views; only scored images are seen at several scales."""
+    config = content["config"]
+    count = sum({"val": data.num_val, "test": data.num_test}[split] for split in config["splits"])
+    num_scored = data.num_scored if "val" in config["splits"] else 0
+    views = _views(config) if config["multi_scale"] else 1.0
+    cost = _times(count - num_scored + num_scored * views, data.seen_px(config["short_side_px"]))
+    net = _segmenter(inputs["train_segmenter"]["config"]["net"])
+    path = (*net, _backend(config["crf_config"]), "make_masks" in content["inputs"])
+    return Work(count, "images", cost, path)
+
+
+_COUNTERS: Mapping[str, Callable[[Content, Mapping[str, Content], DataFacts], Work]] = {
+    "prepare_data": _prepare_data,
+    "train_classifier": _train_classifier,
+    "make_attention": _make_attention,
+    "make_masks": _make_masks,
+    "train_segmenter": _train_segmenter,
+    "evaluate": _evaluate,
+}
+
+
+def _times(factor: float, pixels: float | None) -> float | None:
+    return None if pixels is None else factor * pixels
+
+
+def _views(config: Content) -> float:
+    """Area of all scaled and mirrored views of an image over its own."""
+    return sum(scale**2 for scale in config["scales"]) * (2 if config["flip"] else 1)
+
+
+def _backbone(config: Content) -> tuple[object, ...]:
+    return config["name"], config["output_stride"]
+
+
+def _segmenter(net: Content) -> tuple[object, ...]:
+    if "backbone" in net:
+        return net["name"], *_backbone(net["backbone"])
+    return net["name"], net["encoder"], net["output_stride"]
+
+
+def _backend(crf: Content | None) -> str | None:
+    """Which CRF runs; None where none does, which is how a key says it."""
+    return None if crf is None else crf["backend"]

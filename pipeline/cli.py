@@ -8,6 +8,7 @@ Commands import what they need when they run, so that ``--help`` and config erro
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -73,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; by default ``sys.argv``.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    output = Output(is_json="--json" in words)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # words for people must not fail at a terminal's encoding
+    output = Output(is_json="--json" in words and "--help" not in words)
     if words[:1] in (["run"], ["stage"]):
         output.document = run_document(None)  # a wrong command line gets the same keys as any other end
     before = signal.signal(signal.SIGTERM, _interrupt)
@@ -88,7 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     if code == INTERRUPTED:
-        output.finish(code=INTERRUPTED, message="interrupted; the same command continues where it stopped")
+        next_time = "the same command continues where it stopped"
+        if "--force" in words:
+            next_time = "with --force the same command starts over, without it what is in the store is used"
+        output.finish(code=INTERRUPTED, message=f"interrupted; {next_time}")
         return INTERRUPTED
     if output.document and not code:
         output.finish()

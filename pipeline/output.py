@@ -38,7 +38,8 @@ class Output:
         if self.is_json:
             error = {"code": code, "message": message, "problems": list(problems)}
             document = self.document | ({"error": error} if code else {})
-            sys.stdout.write(json.dumps(plain(document), allow_nan=False, ensure_ascii=False) + "\n")
+            # ASCII alone: stdout may have another encoding than UTF-8, and a file's name may be no text at all
+            sys.stdout.write(json.dumps(plain(document), allow_nan=False, ensure_ascii=True) + "\n")
             sys.stdout.flush()
         elif code:
             lines = [f"error: {message}", *(f"  - {problem}" for problem in problems)]

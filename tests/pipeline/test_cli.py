@@ -201,6 +201,22 @@ def test_an_interrupt_is_130(wsss, monkeypatch: pytest.MonkeyPatch):
     assert json.loads(out)["error"]["code"] == 130
     _, err = wsss("run", "tiny.yaml", code=130)
     assert "the same command continues" in err
+    _, err = wsss("run", "tiny.yaml", "--force", "evaluate", code=130)
+    assert "with --force the same command starts over" in err
+
+
+def test_any_name_can_be_said_on_any_terminal(folder: Path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "pipeline.cli", "run", "é\udcff.yaml", "--json"]
+    answer = subprocess.run(command, capture_output=True, env=environment)
+    assert answer.returncode == 2, answer.stderr
+    assert "é\udcff.yaml" in json.loads(answer.stdout)["error"]["message"]
+
+
+def test_help_is_no_document(wsss):
+    out, _ = wsss("run", "--help", "--json")
+    assert out.startswith("Usage: ")
+    assert '"stages"' not in out
 
 
 # -- a run, and what is in the store afterwards -----------------------------------------------------------------------

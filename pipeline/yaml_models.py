@@ -132,19 +132,20 @@ def apply_override(document: Document, override: str) -> None:
 
 def _parse(text: str, source: str, document: Document) -> object:
     """The plain value of ``text``; lines and duplicate keys go to ``document``."""
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        return None if node is None else _Reader(loader, source, document).value(node, ())
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            return None if node is None else _Reader(loader, source, document).value(node, ())
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = source if mark is None or source.startswith("--set") else f"{source}:{mark.line + 1}"
-        reason = getattr(error, "problem", None) or str(error)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{where}: not valid YAML: {reason}") from error
     except RecursionError as error:
         raise ConfigError(f"{source}: an anchor contains itself, or sections are nested too deeply") from error
-    finally:
-        loader.dispose()
 
 
 @dataclass(frozen=True)

@@ -217,6 +217,7 @@ def test_a_malformed_override_hides_no_other_problem(tmp_path: Path) -> None:
         ("a..b=3", "--set a..b=3: expected dotted.path=value"),
         ("name.x=3", "--set name.x=3: name is the value 'demo', not a section"),
         ("seed=[1", "--set seed=[1: not valid YAML"),
+        ("name=\x07", "--set name=\x07: not valid YAML: unacceptable character #x0007"),
     ],
 )
 def test_malformed_overrides(tmp_path: Path, override: str, expected: str) -> None:

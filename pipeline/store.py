@@ -137,7 +137,8 @@ class Store:
         try:
             content = manifest["content"]
             is_ours = [content["schema"], content["stage"], content["key"]] == [SCHEMA, stage, key]
-            is_ours &= {"files", "mask_supervision"} <= content.keys() and isinstance(manifest["run"], dict)
+            is_ours &= isinstance(content["mask_supervision"], list) and isinstance(manifest["run"], dict)
+            is_ours &= all({"size", "sha256"} <= entry.keys() for entry in content["files"].values())
         except (KeyError, TypeError, AttributeError):
             is_ours = False
         if not is_ours:

@@ -70,6 +70,13 @@ def test_temporary_files_are_not_published(store: Store) -> None:
     assert not (artifact.path / ".tmp-half").exists()
 
 
+def rewrite(path: Path, **content: object) -> None:
+    """Replace parts of a manifest's content."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["content"] |= content
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -79,6 +86,10 @@ def test_temporary_files_are_not_published(store: Store) -> None:
         (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is not readable JSON"),
         (lambda path: (path / "manifest.json").write_text("{}"), f"does not describe {STAGE} {KEY}"),
         (lambda path: (path / "manifest.json").write_text("[]"), f"does not describe {STAGE} {KEY}"),
+        (lambda path: rewrite(path, files=[]), f"does not describe {STAGE} {KEY}"),
+        (lambda path: rewrite(path, files={"stats.json": {"size": 2}}), f"does not describe {STAGE} {KEY}"),
+        (lambda path: rewrite(path, files={"stats.json": 2}), f"does not describe {STAGE} {KEY}"),
+        (lambda path: rewrite(path, mask_supervision=None), f"does not describe {STAGE} {KEY}"),
     ],
 )
 def test_damage_is_named_and_never_a_hit(store: Store, damage, expected: str) -> None:

@@ -23,6 +23,7 @@ _REMEDIES: Mapping[int, str] = {
     errno.EMFILE: "too many open files; raise ulimit -n or lower runtime.workers and runtime.processes",
     errno.ENFILE: "too many open files on this machine; close other programs",
     errno.ENOMEM: "out of memory; lower runtime.processes, runtime.workers or the batch size",
+    errno.EEXIST: "a file stands where a folder is needed; choose another path",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
     errno.EISDIR: "a folder stands where a file is needed; choose another path",
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one",

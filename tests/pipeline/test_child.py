@@ -144,6 +144,7 @@ def test_full_disk_is_found_before_the_work(store: Store, monkeypatch: pytest.Mo
             EnvironmentFailure,
             "make_masks: /d: a folder stands where a file",
         ),
+        (FileExistsError(errno.EEXIST, "x", "/d"), EnvironmentFailure, "make_masks: /d: a file stands where a folder"),
         (RuntimeError("DefaultCPUAllocator: can't allocate"), EnvironmentFailure, "make_masks: out of memory"),
         (KeyError("k"), InternalFailure, "make_masks failed: KeyError: 'k'"),
         (DataError("d", ["one", "two"]), DataError, "d"),

@@ -155,6 +155,9 @@ def _class_names(config: CustomConfig, rows: Mapping[str, LabelLine], problems: 
     if len(names) > 254:
         problems.add("labels", f"{config.labels_path}: {len(names):,} different class names; at most 254 are possible")
         return ()
+    if "background" in names:
+        text = f"{config.labels_path}: 'background' is no class of yours (mask value 0 is given)"
+        problems.add("labels", f"{text}; leave the labels of an image without any class empty")
     return names
 
 

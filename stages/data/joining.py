@@ -43,7 +43,7 @@ def join_sources(sources: Sources, problems: Problems) -> DataListing:
     """One listing out of ``sources``; images without a file are left out of it and added to ``problems``."""
     disjoint = {split: sources.lists[split] for split in PREDICTED_SPLITS if split in sources.lists}
     check_splits(disjoint, problems)
-    for listed in {listed.source: listed for listed in sources.lists.values()}.values():
+    for listed in dict.fromkeys(sources.lists.values()):
         _check_image_files(sources, listed, problems)
     splits = {split: _present(sources, split) for split in ("train", "val")}
     if "test" in sources.lists:
@@ -54,7 +54,7 @@ def join_sources(sources: Sources, problems: Problems) -> DataListing:
             images.setdefault(image_id, _listed(sources, image_id, split))
     warnings = _check_val_masks(sources, splits["val"], problems)
     splits["train_score"], score_warnings = _train_score(sources, set(splits["train"]))
-    warnings += score_warnings + _label_warnings(sources, splits["train"])
+    warnings += score_warnings + _label_warnings(sources, splits["train"], problems)
     classes = ClassList(names=sources.class_names)
     values = dict(sources.mask_values)
     return DataListing(sources.root, classes, tuple(images.values()), splits, values, tuple(warnings))
@@ -111,11 +111,19 @@ def _train_score(sources: Sources, train: set[str]) -> tuple[tuple[str, ...], li
     return scored, warnings
 
 
-def _label_warnings(sources: Sources, train: tuple[str, ...]) -> list[str]:
-    """What is odd in the labels of the training images: none at all, or a class that never occurs."""
+def _label_warnings(sources: Sources, train: tuple[str, ...], problems: Problems) -> list[str]:
+    """What is odd in the labels of the training images: images of no class, or a class that never occurs.
+
+    No label on any image is a problem: there is nothing to learn.
+    """
     labels = [sources.labels.get(image_id, ()) for image_id in train]
     empty = sum(not present for present in labels)
     seen = {index for present in labels for index in present}
+    is_explained = "unknown class" in problems.by_kind or not any(image_id in sources.labels for image_id in train)
+    if not seen and not is_explained:
+        text = f"none of the {len(train):,} training images has a label of the classes {', '.join(sources.class_names)}"
+        problems.add("labels", f"{text}; correct the labels, the train list or data.classes")
+        return []
     absent = [name for index, name in enumerate(sources.class_names) if index not in seen]
     warnings: list[str] = []
     if empty:

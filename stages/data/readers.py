@@ -207,7 +207,7 @@ def read_annotation(path: Path, problems: Problems) -> tuple[str, ...]:
     try:
         parser.feed(path.read_bytes())
         parser.close()
-    except (OSError, ValueError, ElementTree.ParseError) as error:
+    except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:  # LookupError: unknown encoding
         problems.add("bad annotation", f"{path}: not a readable VOC annotation ({error}); restore the file")
         return ()
     return target.close()

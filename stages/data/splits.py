@@ -86,6 +86,7 @@ def _check_overlap(lists: Mapping[str, IdList], first: str, second: str, problem
 
 
 def some(ids: Sequence[str], limit: int = 5) -> str:
-    """The first few of ``ids`` for a message."""
+    """The first few of ``ids`` for a message; a file name that is not UTF-8 is spelled so that it can be written."""
     shown = ", ".join(f"'{image_id}'" for image_id in ids[:limit])
+    shown = shown.encode(errors="backslashreplace").decode()
     return shown if len(ids) <= limit else f"{shown}, …"

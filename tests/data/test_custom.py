@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from stages.data.custom import CustomConfig
 from stages.data.listing import list_data
 from stages.data.records import DataListing
+from stages.data.splits import some
 from stages.errors import DataError
 
 
@@ -130,3 +131,25 @@ def test_images_in_the_root_itself(own_data: Path) -> None:
         path.rename(own_data / path.name)
     listing = list_data(CustomConfig(root=own_data, images="."))
     assert {image.image for image in listing.images} == {"a.jpg", "b.png", "c 1.jpg", "d.JPEG"}
+
+
+def test_background_in_the_csv_is_no_class(own_data: Path) -> None:
+    labels = own_data / "labels.csv"
+    labels.write_text(labels.read_text(encoding="utf-8").replace("d,", "d,background"), encoding="utf-8")
+    assert problems_of(CustomConfig(root=own_data)) == [
+        f"{labels}: 'background' is no class of yours (mask value 0 is given); "
+        "leave the labels of an image without any class empty"
+    ]
+
+
+def test_lists_of_one_name_in_two_folders_are_both_checked(own_data: Path, tmp_path: Path) -> None:
+    for split, content in (("train", "a\nb\ngone\n"), ("val", "e\n")):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "ids.txt").write_text(content, encoding="utf-8")
+    lists = {"train_list": tmp_path / "train/ids.txt", "val_list": tmp_path / "val/ids.txt"}
+    lines = problems_of(CustomConfig.model_validate({"root": own_data, **lists}))
+    assert lines == ["ids.txt line 3: image 'gone' has no file in images; remove the line or add the image"]
+
+
+def test_an_unused_file_whose_name_is_not_utf8_can_be_spoken_of() -> None:
+    assert some(["caf\udce9"]) == r"'caf\udce9'"

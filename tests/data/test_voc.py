@@ -171,3 +171,17 @@ def test_the_real_animals_list_with_their_numbers() -> None:
     assert [listing.mask_values[value] for value in (8, 10, 12, 13, 17, 255)] == [1, 2, 3, 4, 5, 255]
     assert listing.warnings == ()
     assert sum(0 in (image.labels or ()) for image in listing.images) == 211
+
+
+def test_an_annotation_in_an_unknown_encoding_is_named(tiny_voc: Path) -> None:
+    text = '<?xml version="1.0" encoding="voc-8"?><annotation></annotation>'
+    (tiny_voc / "Annotations/a.xml").write_text(text, encoding="utf-8")
+    assert "a.xml: not a readable VOC annotation (unknown encoding: voc-8)" in problems_of(config(tiny_voc))
+
+
+def test_training_images_without_any_label_are_refused(tiny_voc: Path) -> None:
+    text = problems_of(config(tiny_voc, classes=("dog", "sheep")))
+    assert text == (
+        "none of the 2 training images has a label of the classes dog, sheep; "
+        "correct the labels, the train list or data.classes"
+    )

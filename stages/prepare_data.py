@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import Field
 
 from stages.contracts import ImageIndex, ImageRecord, Progress, Runtime, StageConfig, StageResult, write_json
-from stages.data.check import CheckedImage, check_images
+from stages.data.check import CheckedImage, check_any_object, check_images
 from stages.data.custom import CustomConfig
 from stages.data.listing import list_data
 from stages.data.records import PROBLEMS_SHOWN, DataListing
@@ -55,8 +55,8 @@ def prepare_data(
         Metrics ``data.num_train``, ``data.num_val``, ``data.num_test``, ``data.num_skipped``.
 
     Raises:
-        DataError: lists or labels are wrong, or an image or mask does not read and ``on_bad_image`` is fail; names
-            every problem.
+        DataError: lists or labels are wrong, an image or mask does not read and ``on_bad_image`` is fail, or not
+            one mask of val has an object; names every problem.
     """
     listing = list_data(data)
     for text in listing.warnings:
@@ -68,6 +68,9 @@ def prepare_data(
     val = set(listing.splits["val"])
     checked = {image.id: image for image in check_images(listing, root, val, progress, processes=processes)}
     kept = _keep_good(listing, checked, data, progress)
+    useless = check_any_object(listing, checked.values())
+    if useless:
+        raise DataError("the scores on val would be worthless:", useless)
     index = _index(kept, checked, config)
     write_json(out / "index.json", index.model_dump(mode="json"))
     return StageResult(metrics=_metrics(index, skipped=len(listing.images) - len(kept.images)))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from stages.data.listing import scan_data
 from stages.data.records import DataListing, ListedImage
 from stages.data.synthetic import SyntheticConfig
 from stages.data.voc import VocConfig
+from stages.errors import EnvironmentFailure
 
 _BATCH = 32
 _FILES_PER_PROCESS = 400
@@ -79,7 +81,7 @@ def check_data(
     checked = list(check_images(scan.listing, scan.listing.root, deep, progress, processes=processes))
     for image in checked:
         lines.extend((*image.image_problems, *image.mask_problems))
-    return lines + _check_any_object(scan.listing, checked)
+    return lines + check_any_object(scan.listing, checked)
 
 
 def check_images(
@@ -94,6 +96,9 @@ def check_images(
             no pixel of a training mask is looked at where weak supervision is promised.
         progress: Counts images.
         processes: Worker processes; 0 chooses.
+
+    Raises:
+        EnvironmentFailure: a worker was killed.
     """
     tasks = [_Task(root, image, listing.mask_values, image.id in deep) for image in listing.images]
     batches = [tasks[start : start + _BATCH] for start in range(0, len(tasks), _BATCH)]
@@ -106,8 +111,13 @@ def check_images(
     # spawn, not fork: the caller may have threads (Prefect, torch) whose locks a fork would copy in a locked state
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=min(wanted, len(batches)), mp_context=context) as pool:
-        for checked in pool.map(_check_batch, batches):
-            yield from _counted(checked, progress)
+        try:
+            for checked in pool.map(_check_batch, batches):
+                yield from _counted(checked, progress)
+        except BrokenProcessPool as error:
+            raise EnvironmentFailure(
+                "a process that checks images was killed, most likely for memory; lower runtime.processes and run again"
+            ) from error
 
 
 def _counted(checked: Sequence[CheckedImage], progress: Progress) -> Sequence[CheckedImage]:
@@ -237,7 +247,7 @@ def _voc_colours() -> dict[tuple[int, ...], int]:
     return {tuple(map(int, colour)): index for index, colour in enumerate(voc_palette())}
 
 
-def _check_any_object(listing: DataListing, checked: Sequence[CheckedImage]) -> list[str]:
+def check_any_object(listing: DataListing, checked: Iterable[CheckedImage]) -> list[str]:
     """Masks of which not one has an object: usually 0/255 masks of one class, whose 255 means 'ignore'."""
     read = [image.has_object for image in checked if image.has_object is not None and not image.mask_problems]
     if not read or any(read):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import stages.data.check as check_module
 from stages.contracts import SilentProgress, read_index_mask, voc_palette, write_index_mask
 from stages.data.check import check_data, check_mask
 from stages.data.custom import CustomConfig
 from stages.data.synthetic import SyntheticConfig
+from stages.errors import EnvironmentFailure
 
 AsCustom = Callable[..., CustomConfig]
 
@@ -146,3 +149,22 @@ def test_several_processes_give_the_same_lines_in_the_same_order(broken: Path, a
         (broken / f"JPEGImages/{name}.jpg").write_bytes(b"no image")
     config = as_custom(broken)
     assert check_data(config, SilentProgress(), processes=2) == check(config)
+
+
+def test_a_killed_worker_is_the_machines_fault(
+    broken: Path, as_custom: AsCustom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed:
+        def __init__(self, **options: object) -> None: ...
+
+        def __enter__(self) -> Killed:
+            return self
+
+        def __exit__(self, *reason: object) -> None: ...
+
+        def map(self, *work: object) -> Iterator[object]:
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(check_module, "ProcessPoolExecutor", Killed)
+    with pytest.raises(EnvironmentFailure, match=r"lower runtime\.processes"):
+        check_data(as_custom(broken), SilentProgress(), processes=2)

@@ -155,3 +155,11 @@ def test_problems_of_the_lists_come_before_any_decoding(folder: Path, tmp_path: 
     with pytest.raises(DataError, match="image 'train_00000' has no file"):
         prepare(custom(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_val_masks_without_an_object_are_refused_before_any_training(folder: Path, tmp_path: Path) -> None:
+    for path in (folder / "SegmentationClass").glob("val_*.png"):
+        write_index_mask(path, np.where(read_index_mask(path) > 0, 255, 0).astype(np.uint8))
+    with pytest.raises(DataError, match=r"none of the \d masks has a pixel of a class"):
+        prepare(custom(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import http.client
 import shutil
 import socket
 import tarfile
@@ -73,7 +74,7 @@ def fetch_voc(
         The folder VOCdevkit/VOC2012, for ``data.root``.
 
     Raises:
-        InputError: no network or a wrong archive; says what to fetch by hand and where to put it.
+        InputError: no network, a wrong archive, or no folder; says what to fetch by hand and where to put it.
         EnvironmentFailure: too little disk.
         OSError: the disk became full.
         DataError: the unpacked data are not complete.
@@ -82,7 +83,10 @@ def fetch_voc(
     if (root / "ImageSets/Segmentation/trainaug.txt").is_file() and _has_voc(root):
         progress.info(f"{root} is complete")
         return root
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{directory}: is a file or lies below one; name a folder") from error
     if not _has_voc(root):
         _unpack(directory, voc_archive, (voc_archive, sbd_archive), progress)
     if not _has_sbd(directory):
@@ -147,7 +151,7 @@ def _download(directory: Path, archive: Archive, wanted: Sequence[Archive]) -> N
         with _timeout():
             download_url(archive.url, str(directory), filename=part.name, md5=archive.md5)
         part.replace(directory / archive.name)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from stages.contracts import Progress, write_atomic, write_index_mask
 from stages.data.readers import file_names, read_id_list
@@ -107,10 +107,15 @@ def _write_mask(image_id: str, classes: Path, voc: Path, target: Path, *, is_off
         write_atomic(target, source.read_bytes())
         return
     mask = read_sbd_mask(classes / f"{image_id}.mat")
-    with Image.open(voc / "JPEGImages" / f"{image_id}.jpg") as image:
-        if (image.height, image.width) != mask.shape:
-            text = f"{classes / image_id}.mat: expected {image.height}×{image.width} pixels as its image"
-            raise DataError(f"{text}, found {mask.shape[0]}×{mask.shape[1]}; unpack benchmark.tgz again")
+    jpeg = voc / "JPEGImages" / f"{image_id}.jpg"
+    try:
+        with Image.open(jpeg) as image:
+            height, width = image.height, image.width
+    except UnidentifiedImageError as error:
+        raise DataError(f"{jpeg}: is no readable image; unpack VOCtrainval_11-May-2012.tar again") from error
+    if (height, width) != mask.shape:
+        text = f"{classes / image_id}.mat: expected {height}×{width} pixels as its image"
+        raise DataError(f"{text}, found {mask.shape[0]}×{mask.shape[1]}; unpack benchmark.tgz again")
     write_index_mask(target, mask)
 
 
@@ -133,6 +138,6 @@ def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
     except Exception as error:  # scipy's reader answers damaged bytes with whatever its parser trips over
         text = f"{path}: is no readable SBD mask ({type(error).__name__}: {error}); unpack benchmark.tgz again"
         raise DataError(text) from error
-    if mask.ndim != 2 or mask.size == 0 or mask.min() < 0 or mask.max() > _NUM_CLASSES:
+    if mask.dtype.kind not in "iuf" or mask.ndim != 2 or mask.size == 0 or mask.min() < 0 or mask.max() > _NUM_CLASSES:
         raise DataError(f"{path}: expected class indices 0 … {_NUM_CLASSES} in two dimensions; it is no mask of SBD")
     return mask.astype(np.uint8)

@@ -211,7 +211,10 @@ def _claim(config: SyntheticConfig, out: Path) -> None:
         if marker.is_file() and read_json(marker) == wanted:
             return
         raise DataError(f"{out} is not empty and holds no synthetic set of this config; name a new folder")
-    write_json(marker, wanted)
+    try:
+        write_json(marker, wanted)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(f"{out}: is a file or lies below one; name a new folder") from error
 
 
 def _write_val_groups(config: SyntheticConfig, path: Path) -> None:

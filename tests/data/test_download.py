@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import socket
 import tarfile
@@ -111,3 +112,26 @@ def test_the_addresses_are_those_of_torchvision() -> None:
     entry = DATASET_YEAR_DICT["2012"]
     assert (VOC_ARCHIVE.name, VOC_ARCHIVE.url, VOC_ARCHIVE.md5) == (entry["filename"], entry["url"], entry["md5"])
     assert (SBD_ARCHIVE.name, SBD_ARCHIVE.url, SBD_ARCHIVE.md5) == (SBDataset.filename, SBDataset.url, SBDataset.md5)
+
+
+def test_a_transfer_that_breaks_off_leaves_nothing_and_says_what_to_fetch(
+    archives: tuple[Archive, Archive], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torchvision.datasets.utils as torchvision_utils
+
+    def break_off(url: str, root: str, filename: str, md5: str) -> None:
+        (Path(root) / filename).write_bytes(b"half")
+        raise http.client.IncompleteRead(b"half")
+
+    monkeypatch.setattr(torchvision_utils, "download_url", break_off)
+    (tmp_path / "data/voc.tar").unlink()
+    with pytest.raises(InputError, match=r"could not fetch voc\.tar"):
+        fetch(tmp_path / "data", archives)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["sbd.tgz"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(archives: tuple[Archive, Archive], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(InputError, match="is a file or lies below one"):
+            fetch(folder, archives)

@@ -102,3 +102,16 @@ def test_the_images_size_is_compared_height_first(sbd: Path, tiny_voc: Path) -> 
     Image.fromarray(np.zeros((10, 12, 3), dtype=np.uint8)).save(tiny_voc / "JPEGImages/d.jpg")
     with pytest.raises(DataError, match="could not be made"):
         convert_sbd(sbd, tiny_voc, SilentProgress(), expected=3)
+
+
+def test_a_damaged_image_and_a_mask_of_another_type_are_named(sbd: Path, tiny_voc: Path, tmp_path: Path) -> None:
+    (tiny_voc / "JPEGImages/d.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="could not be made") as caught:
+        convert_sbd(sbd, tiny_voc, SilentProgress(), expected=3)
+    assert "d.jpg: is no readable image" in caught.value.problems[0]
+    cells = np.empty((2, 2), dtype=object)
+    cells[:] = "cell"
+    write_mat(tmp_path / "x.mat", np.zeros((2, 2)))
+    savemat(tmp_path / "x.mat", {"GTcls": {"Segmentation": cells}})
+    with pytest.raises(DataError, match="it is no mask of SBD"):
+        read_sbd_mask(tmp_path / "x.mat")

@@ -199,3 +199,10 @@ def test_another_config_does_not_mix_into_a_set(synthetic_folder: Path) -> None:
     with pytest.raises(DataError, match="no synthetic set of this config"):
         generate_synthetic(SyntheticConfig(num_train=3, num_val=3, size_px=64, num_classes=3), synthetic_folder)
     assert digests(synthetic_folder) == before
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(DataError, match="is a file or lies below one"):
+            generate_synthetic(SyntheticConfig(num_train=2, num_val=1, size_px=64), folder)

@@ -184,6 +184,13 @@ def test_own_files_are_damaged_when_they_hold_another_net(tmp_path):
         load_weights(nn.Linear(2, 3), tmp_path / "none.safetensors")
 
 
+@pytest.mark.parametrize("content", [b"]]", b"\x80\x02}q\x00X\x09\x00", b"<!DOCTYPE html><html></html>", b""])
+def test_whatever_torch_trips_over_is_a_file_that_does_not_fit(content, tmp_path):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"w\.pth: not a readable weight file \(\S"):
+        read_tensors(tmp_path / "w.pth")
+
+
 @pytest.mark.real
 @pytest.mark.skipif(
     not REAL_SQUEEZENET.exists(), reason=f"the real weights are not beside the project: {REAL_SQUEEZENET}"

@@ -38,13 +38,14 @@ def save_checkpoint(out: Path, identity: Mapping[str, Any], state: Mapping[str, 
 def load_checkpoint(out: Path, identity: Mapping[str, Any], progress: Progress) -> dict[str, Any] | None:
     """Read the state that ``save_checkpoint`` wrote for the same ``identity``, on the CPU.
 
-    A damaged checkpoint is set aside with a warning.
+    A damaged checkpoint is set aside with a warning; one that the machine cannot read now (permission, memory) stays.
 
     Returns:
         The state, or None when there is no (whole) checkpoint.
 
     Raises:
         InputError: the checkpoint belongs to another training.
+        OSError: the file cannot be read.
     """
     import torch
 
@@ -54,6 +55,8 @@ def load_checkpoint(out: Path, identity: Mapping[str, Any], progress: Progress) 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         found, state = content["identity"], content["state"]
+    except (OSError, MemoryError):
+        raise
     except Exception as error:
         aside = path.replace(path.with_suffix(".damaged"))
         progress.warn(f"{path} does not read back ({type(error).__name__}): moved to {aside.name}, starting at step 0")

@@ -427,3 +427,16 @@ def test_importing_the_configs_needs_no_torch():
         "sys.exit(any(m in sys.modules for m in ('torch', 'albumentations', 'cv2', 'scipy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "permission denied"), MemoryError()])
+def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch, error):
+    run(tmp_path)
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)):
+        run(tmp_path)
+    assert (tmp_path / "checkpoint.pt").is_file()

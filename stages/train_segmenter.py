@@ -50,6 +50,12 @@ VERSION = 1
 NUM_COLLAPSE_SAMPLES = 16
 """Training crops that are looked at after the training, to see whether the net says anything but background."""
 
+_WHY_TWO = "its image pooling is followed by a BatchNorm, which cannot learn from a single value"
+
+
+def _needs_two_samples(net: SegmenterConfig) -> bool:
+    return net.name != "largefov"
+
 
 class TrainSegmenterConfig(StageConfig):
     """Network, supervision, loss, augmentation and schedule of the segmenter."""
@@ -76,6 +82,8 @@ class TrainSegmenterConfig(StageConfig):
             problems = init_problems(self.net, self.init, None)
             if problems:
                 raise ValueError("; ".join(problems))
+        if _needs_two_samples(self.net) and self.training.batch_size == 1:
+            raise ValueError(f"{self.net.name} needs a training.batch_size of at least 2: {_WHY_TWO}")
         return self
 
 
@@ -111,7 +119,7 @@ def train_segmenter(
 
     Raises:
         MissingArtifactError: ``masks`` or ``classifier`` is needed and not given.
-        DataError: no training image has a mask, or an image or true mask cannot be read.
+        DataError: no training image has a mask, or one and the net needs two; an image or true mask cannot be read.
         DamagedFileError: a pseudo-mask does not fit its image or its classes.
         WeightsError: the start weights cannot be had or do not fit.
         InputError: the loss is no longer finite.
@@ -119,6 +127,8 @@ def train_segmenter(
     runtime = runtime or Runtime()
     image_set = open_image_set(images, data_root)
     records, mask_folder = _supervised_records(config, image_set, masks, progress)
+    if len(records) == 1 and _needs_two_samples(config.net):
+        raise DataError(f"{config.net.name} needs at least 2 training images with a mask, found 1: {_WHY_TWO}")
     segmenter = _build_seeded(config, image_set.index.classes.num_classes, classifier, weights, seed, progress)
     dataset = MaskedImages(image_set, records, mask_folder, Augmenter(config.augment), seed)
     history = train(
@@ -183,7 +193,10 @@ class MaskedImages:
         if self.mask_folder is None:
             return self.image_set.read_mask(record, "full")
         path = self.mask_folder / f"{record.id}.png"
-        mask = read_index_mask(path)
+        try:
+            mask = read_index_mask(path)
+        except DataError as error:
+            raise DamagedFileError(f"{error.message}; rebuild make_masks") from error
         num_classes = self.image_set.index.classes.num_classes
         if mask.shape != record.size or ((mask >= num_classes) & (mask != IGNORE_INDEX)).any():
             raise DamagedFileError(

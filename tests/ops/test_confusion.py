@@ -225,3 +225,13 @@ def test_probabilities_of_maps_agree_with_the_threshold_rule(threshold: float, b
     np.testing.assert_array_equal(
         to_class_indices(probabilities.argmax(0), record.labels), initial_mask(record, config, maps=maps)
     )
+
+
+def test_counts_whose_packed_bytes_are_damaged_are_named(tmp_path: Path) -> None:
+    write_confusions(tmp_path / "c.npz", {"x": _sparse()[0]})
+    data = bytearray((tmp_path / "c.npz").read_bytes())
+    for position in range(50, 120):
+        data[position] = 255
+    (tmp_path / "c.npz").write_bytes(bytes(data))
+    with pytest.raises(DamagedFileError, match=r"c\.npz does not hold readable confusion counts"):
+        read_confusions(tmp_path / "c.npz")

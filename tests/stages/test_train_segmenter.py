@@ -274,3 +274,21 @@ def test_a_collapsed_net_is_warned_of(folders, tmp_path, monkeypatch):
 def test_imagenet_init_of_a_net_without_public_weights_is_refused_by_the_config():
     with pytest.raises(ValueError, match="small has no public weights"):
         make_config(init="imagenet")
+
+
+def test_a_pseudo_mask_that_does_not_read_is_damaged(folders, tmp_path):
+    for path in (folders[1] / "masks").iterdir():
+        path.write_bytes(b"no mask")
+    with pytest.raises(DamagedFileError, match=r"img\d\.png: not a readable mask .*; rebuild make_masks"):
+        run(folders, tmp_path / "out")
+
+
+def test_pooled_nets_need_two_images_a_batch(folders, tmp_path):
+    net = {"name": "deeplabv3plus", "encoder": "resnet18"}
+    training = TrainingConfig(steps=1, batch_size=2, learning_rate=0.01)
+    with pytest.raises(ValueError, match=r"deeplabv3plus needs a training\.batch_size of at least 2"):
+        make_config(net=net, training=training.model_copy(update={"batch_size": 1}))
+    for number in range(3):
+        (folders[1] / "masks" / f"img{number}.png").unlink()
+    with pytest.raises(DataError, match="deeplabv3plus needs at least 2 training images with a mask, found 1"):
+        run(folders, tmp_path / "out", make_config(net=net, training=training))

@@ -244,14 +244,14 @@ class ImageSet:
         raw = read_index_mask(self.root / relative)
         if raw.shape != record.size:
             raise DataError(f"{self.root / relative}: expected {record.size} pixels as its image, found {raw.shape}")
-        lookup = np.full(256, 254, dtype=np.uint8)
+        lookup = np.full(256, -1, dtype=np.int16)
         for value, class_index in self.index.mask_values.items():
             lookup[value] = class_index
         mask = lookup[raw]
-        if (mask == 254).any():
+        if (mask < 0).any():
             unknown = sorted(set(np.unique(raw).tolist()) - set(self.index.mask_values))
             raise DataError(f"{self.root / relative}: values {unknown} are no class of this data set")
-        return mask
+        return mask.astype(np.uint8)
 
 
 def open_image_set(prepared: Path, data_root: Path | None) -> ImageSet:

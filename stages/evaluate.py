@@ -160,7 +160,7 @@ def _evaluate_segmenter(
     splits = {name: image_set.index.split(name) for name in config.splits}
     for name, records in splits.items():
         _say_what_is_not_scored(name, records, progress)
-    matrices = predict_images(
+    scores = predict_images(
         config,
         image_set,
         [record for records in splits.values() for record in records],
@@ -170,14 +170,8 @@ def _evaluate_segmenter(
         progress=progress,
         runtime=runtime,
     )
-    ids = [record.id for record in splits.get("val", ()) if record.id in matrices]
-    if not ids:
-        return {}
-    classes = image_set.index.classes
-    for thing in matrices[ids[0]]:
-        pairs = [(image_id, matrices[image_id][thing]) for image_id in ids]
-        confusions[thing] = SparseConfusions.from_matrices(classes.num_classes, pairs)
-    return _segmenter_metrics(confusions, classes.names_with_background)
+    confusions.update(scores)
+    return _segmenter_metrics(confusions, image_set.index.classes.names_with_background) if scores else {}
 
 
 def _say_what_is_not_scored(split: str, records: Sequence[ImageRecord], progress: Progress) -> None:

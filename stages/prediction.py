@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _BATCH = 8
 """Images of one size that go through the network together; also what is done at once or not at all."""
 
+_BATCH_PX = 1 << 22
+"""Pixels of such a batch, unless one image alone has more: the probabilities of all classes are kept for each."""
+
 _LIKELY = 0.01
 """The CRF of a prediction gets the classes that reach this probability somewhere: its cost grows with the labels."""
 
@@ -107,7 +110,7 @@ def predict_images(
     out: Path,
     progress: Progress,
     runtime: Runtime,
-) -> dict[str, Matrices]:
+) -> dict[str, SparseConfusions]:
     """Write the prediction of every image and count those that are scored.
 
     Args:
@@ -121,7 +124,7 @@ def predict_images(
         runtime: Device, and processes for the CRF.
 
     Returns:
-        The matrices (C, C) of each scored image by its id.
+        The counts of the scored images, in the order of ``records``, by what was scored; empty when none was.
     """
     batches = _plan(records)
     todo = [batch for batch in batches if not _partial_path(out, batch).exists()]
@@ -129,12 +132,18 @@ def predict_images(
     if todo:
         context = _Context(config=config, images=image_set, scored=scored, segmenter=segmenter, out=out)
         _predict_batches(context, todo, progress, runtime)
-    matrices: dict[str, Matrices] = {}
+    parts: dict[str, list[SparseConfusions]] = {}
     for batch in batches:
         for thing, counts in read_confusions(_partial_path(out, batch)).items():
-            for position, image_id in enumerate(counts.ids):
-                matrices.setdefault(image_id, {})[thing] = counts.matrix(position)
-    return matrices
+            parts.setdefault(thing, []).append(counts)
+    return {thing: _in_order(SparseConfusions.merge(found), records) for thing, found in parts.items()}
+
+
+def _in_order(counts: SparseConfusions, records: Sequence[ImageRecord]) -> SparseConfusions:
+    """``counts`` with its images in the order of ``records``; one dense matrix at a time."""
+    position = {image_id: number for number, image_id in enumerate(counts.ids)}
+    ids = [record.id for record in records if record.id in position]
+    return SparseConfusions.from_matrices(counts.num_classes, ((i, counts.matrix(position[i])) for i in ids))
 
 
 def _plan(records: Sequence[ImageRecord]) -> list[_Batch]:
@@ -142,9 +151,10 @@ def _plan(records: Sequence[ImageRecord]) -> list[_Batch]:
     by_size: dict[tuple[int, int], list[ImageRecord]] = {}
     for record in records:
         by_size.setdefault(record.size, []).append(record)
-    chunks = [
-        tuple(group[start : start + _BATCH]) for group in by_size.values() for start in range(0, len(group), _BATCH)
-    ]
+    chunks: list[tuple[ImageRecord, ...]] = []
+    for (height, width), group in by_size.items():
+        count = max(1, min(_BATCH, _BATCH_PX // (height * width)))
+        chunks += [tuple(group[start : start + count]) for start in range(0, len(group), count)]
     return [_Batch(number, chunk) for number, chunk in enumerate(chunks)]
 
 
@@ -279,7 +289,8 @@ def refine_prediction(
     Source:
         Differs: classes that reach 1 % in no pixel are left out; most codes keep all, at two to three times the cost.
     """
-    likely = np.flatnonzero(probabilities.max(axis=(1, 2)) >= _LIKELY)
+    least = min(_LIKELY, 0.99 / len(probabilities))  # of more than 100 classes the winner of a pixel may be less likely
+    likely = np.flatnonzero(probabilities.max(axis=(1, 2)) >= least)
     chosen = probabilities[likely]
     refined = dense_crf(image, chosen / chosen.sum(axis=0, keepdims=True), config, device=device)
     return likely[refined.argmax(axis=0)].astype(np.uint8)

@@ -24,6 +24,7 @@ from stages.contracts import (
     read_json,
     write_json,
 )
+from stages.errors import DamagedFileError, DataError
 from stages.ops.confusion import (
     SparseConfusions,
     ThresholdSweep,
@@ -183,7 +184,7 @@ def _score_image(
     strongest = to_class_indices(winner + (1 if record.labels else 0), record.labels)
     sweep.add(truth, strongest, value)
     cut = cut_byte(background_level(context.seeds))
-    masks = read_index_mask(context.masks / "masks" / f"{record.id}.png")
+    masks = _read_pseudo_mask(context.masks / "masks" / f"{record.id}.png", truth.shape)
     num_classes = sweep.num_classes
     return {
         "attention": confusion_matrix(truth, np.where(value > cut, strongest, np.uint8(0)), num_classes),
@@ -191,3 +192,20 @@ def _score_image(
         "masks": confusion_matrix(truth, masks, num_classes),
         "masks_labelled": confusion_matrix(truth, masks, num_classes, unsure="drop"),
     }
+
+
+def _read_pseudo_mask(path: Path, size: tuple[int, ...]) -> NDArray[np.uint8]:
+    """A mask that ``make_masks`` wrote.
+
+    Raises:
+        DamagedFileError: missing, unreadable or of another size.
+    """
+    try:
+        mask = read_index_mask(path)
+    except DataError as error:
+        raise DamagedFileError(f"{error.message}; rebuild make_masks") from error
+    if mask.shape != size:
+        raise DamagedFileError(
+            f"{path}: expected {size} pixels (height, width), found {mask.shape}; rebuild make_masks"
+        )
+    return mask

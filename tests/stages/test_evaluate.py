@@ -15,7 +15,18 @@ from tiny_masks import CLASSES, COLOURS, TRAIN, VAL, size_of, truth_of, write_wo
 from torch import Tensor, nn
 
 import stages.prediction
-from stages.contracts import Runtime, SilentProgress, read_index_mask, read_json, write_json
+from stages.contracts import (
+    ClassList,
+    ImageIndex,
+    ImageRecord,
+    ImageSet,
+    Runtime,
+    SilentProgress,
+    read_index_mask,
+    read_json,
+    write_index_mask,
+    write_json,
+)
 from stages.data.transforms import IMAGE_MEAN, IMAGE_STD
 from stages.errors import DamagedFileError, DataError
 from stages.evaluate import EvaluateConfig, evaluate
@@ -26,6 +37,7 @@ from stages.nets.trained import save_segmenter
 from stages.ops.confusion import mean_iou, read_confusions
 from stages.ops.crf import CrfConfig
 from stages.ops.inference import in_fitting_batches, multi_scale_probabilities, network_size, predict_logits
+from stages.prediction import refine_prediction
 
 ONE = Runtime(processes=1, device="cpu", workers=0)
 SINGLE = EvaluateConfig(multi_scale=False)
@@ -401,3 +413,45 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
     assert sizes == [5, 2, 3, 1, 2]
     with pytest.raises(torch.OutOfMemoryError):
         in_fitting_batches(lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError), torch.arange(2))
+
+
+@pytest.mark.parametrize("mask", [None, np.zeros((4, 4), np.uint8)], ids=["unreadable", "size"])
+def test_a_damaged_pseudo_mask_is_named(tmp_path: Path, segmenter: Path, mask: np.ndarray | None) -> None:
+    world = World(tmp_path, segmenter)
+    path = world.masks / "masks" / f"{next(iter(TRAIN))}.png"
+    if mask is None:
+        path.write_bytes(b"no mask")
+    else:
+        write_index_mask(path, mask)
+    with pytest.raises(DamagedFileError, match=rf"{path.name}: .*; rebuild make_masks"):
+        world.evaluate()
+
+
+def test_large_images_go_through_the_network_alone(
+    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = use_colours(confuse=True)
+    world = World(tmp_path, segmenter)
+    together = world.evaluate(weak=False)
+    counts = (world.out / "confusions.npz").read_bytes()
+    assert max(shape[0] for shape in net.seen) > 1
+    shutil.rmtree(world.out)
+    net.seen.clear()
+    monkeypatch.setattr(stages.prediction, "_BATCH_PX", 10)
+    assert world.evaluate(weak=False) == together
+    assert (world.out / "confusions.npz").read_bytes() == counts
+    assert {shape[0] for shape in net.seen} == {1}
+
+
+def test_the_crf_gets_the_winner_of_every_pixel_of_many_classes() -> None:
+    probabilities = np.full((200, 4, 4), 1 / 200, np.float32)
+    refined = refine_prediction(np.zeros((4, 4, 3), np.uint8), probabilities, CrfConfig(backend="torch", iterations=1))
+    assert refined.shape == (4, 4)
+
+
+def test_the_last_of_254_classes_has_masks_too(tmp_path: Path) -> None:
+    write_index_mask(tmp_path / "mask.png", np.array([[0, 254, 255]], np.uint8))
+    record = ImageRecord(id="a", image="a.png", size=(1, 3), mask="mask.png")
+    classes = ClassList(names=tuple(f"class {number}" for number in range(254)))
+    index = ImageIndex(classes=classes, images=(record,), splits={}, mask_values={v: v for v in range(256)})
+    np.testing.assert_array_equal(ImageSet(index, tmp_path).read_mask(record), [[0, 254, 255]])

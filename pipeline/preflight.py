@@ -85,15 +85,14 @@ def _split_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
 
 
 def _weight_problems(run: RunConfig) -> Iterator[str]:
-    """Weights that this run needs, files that are not there, and names that nothing is called by."""
+    """Files of weights that this run needs, and names that nothing is called by."""
     backbone = run.train_classifier.backbone
     net = run.train_segmenter.net
     needed = [backbone.name if backbone.pretrained else None, pretrained_name(net, run.train_segmenter.init)]
-    known = [*BACKBONE_NAMES, *DILATABLE_ENCODERS, backbone_name(net)]
-    given = [name for name in run.weights if name in known]
-    for name in dict.fromkeys(filter(None, [*needed, *given])):
+    for name in dict.fromkeys(filter(None, needed)):
         for problem in weights_problems(name, run.weights):
             yield problem if problem.startswith("weights") else f"weights.{name}: {problem}"
+    known = [*BACKBONE_NAMES, *DILATABLE_ENCODERS, backbone_name(net)]
     for name in run.weights:
         if name not in known:
             yield f"weights.{name}: there is no such backbone{did_you_mean(name, known)}"

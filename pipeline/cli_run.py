@@ -172,7 +172,7 @@ def report(
     if "prepare_data" not in found:
         command = f"wsss run {_invocation(config, overrides, artifacts)}"
         raise MissingArtifactError(f"nothing of {config} is in {artifacts} yet; build it with: {command}")
-    path = out or _report_path(run_config, plan, store)
+    path = out or _report_path(run_config, plan, store, is_complete=LAST_STAGE in found)
     build_report(run_config, _paths(found), _manifests(found), plan.data.root, path)
     output.document["report"] = path
     if not output.is_json:
@@ -205,7 +205,7 @@ def _ensure_report(run_config: RunConfig, plan: Plan, store: Store, outcome: Run
     states = {stage.stage: stage.state for stage in outcome.stages}
     if LAST_STAGE not in states:
         return None
-    path = _report_path(run_config, plan, store)
+    path = _report_path(run_config, plan, store, is_complete=True)
     if path.is_file() and all(state in ("cached", "skipped") for state in states.values()):
         return path
 
@@ -215,9 +215,10 @@ def _ensure_report(run_config: RunConfig, plan: Plan, store: Store, outcome: Run
     return build_report(run_config, _paths(found), _manifests(found), plan.data.root, path, states=states)
 
 
-def _report_path(run_config: RunConfig, plan: Plan, store: Store) -> Path:
+def _report_path(run_config: RunConfig, plan: Plan, store: Store, *, is_complete: bool) -> Path:
     """One file per result: the key of its last artifact is in the name, so it cannot show another result."""
-    return store.root / "reports" / f"{run_config.name}-{plan.keys[LAST_STAGE][:8]}.html"
+    suffix = "" if is_complete else "-partial"
+    return store.root / "reports" / f"{run_config.name}-{plan.keys[LAST_STAGE][:8]}{suffix}.html"
 
 
 def _paths(found: Mapping[str, Artifact]) -> dict[str, Path]:

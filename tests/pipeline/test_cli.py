@@ -255,6 +255,8 @@ def test_run_status_artifacts_and_report(folder: Path, wsss, wsss_json):
 
     path = Path(wsss_json("report", "tiny.yaml", "--out", "r.html")["report"])
     assert path.read_text().lower().startswith("<!doctype html>")
+    partial = Path(wsss_json("report", "tiny.yaml")["report"])
+    assert partial.stem.endswith("-partial"), "a page of an unfinished run never stands where the finished one will"
 
     check_artifacts(wsss, wsss_json, stage["key"], Path(stage["path"]))
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from stages.errors import DamagedFileError, DataError
@@ -30,6 +30,12 @@ IGNORE_INDEX = 255
 
 BACKGROUND_INDEX = 0
 """Mask value of background."""
+
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
+"""What an image file may hold, whatever its name says; a phone's MPO opens as JPEG.  No other decoder is tried."""
+
+MASK_FORMATS = ("PNG",)
+"""What a mask file may hold."""
 
 
 class StageConfig(BaseModel):
@@ -266,16 +272,39 @@ def open_image_set(prepared: Path, data_root: Path | None) -> ImageSet:
 
 
 def read_rgb(path: Path) -> NDArray[np.uint8]:
-    """Decode an image file to RGB, uint8 (H, W, 3).
+    """Decode an image file to RGB, uint8 (H, W, 3), turned upright where its EXIF tag says that it lies.
 
     Raises:
         DataError: missing, truncated or no image; the path is named.
     """
     try:
-        with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return np.array(upright(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image ({error}); replace the file or remove the image") from error
+
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation to what undoes it (EXIF 2.32, tag 0x0112)."""
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """``image`` as viewers show it: turned by its EXIF orientation; as it is where that is absent or unreadable."""
+    image.load()  # a TIFF is turned by this already
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever a damaged tag does to Pillow's parser, the pixels are there
+        return image
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,14 +349,14 @@ def read_index_mask(path: Path) -> NDArray[np.uint8]:
         DataError: missing, damaged, or of another mode (an RGB mask).
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=MASK_FORMATS) as image:
             if image.mode not in {"P", "L"}:
                 raise DataError(
                     f"{path}: expected a mask of class indices (PNG mode P or L), found mode {image.mode}; "
                     "save the indices with VOC's palette, not the colours"
                 )
             return np.array(image, dtype=np.uint8)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable mask ({error})") from error
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.contracts import IGNORE_INDEX, Progress, voc_palette
+from stages.contracts import IGNORE_INDEX, IMAGE_FORMATS, MASK_FORMATS, Progress, upright, voc_palette
 from stages.data.custom import CustomConfig
 from stages.data.listing import scan_data
 from stages.data.records import DataListing, ListedImage
@@ -30,6 +30,9 @@ from stages.errors import EnvironmentFailure
 _BATCH = 32
 _FILES_PER_PROCESS = 400
 """A further process pays for its start-up only from about this many files on."""
+
+MIN_SIDE_PX = 16
+"""A network of output stride 8 or more has nothing to look at in a smaller image."""
 
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -149,16 +152,21 @@ def check_image(path: Path) -> tuple[tuple[int, int] | None, list[str]]:
     """Decode an image to its last row.
 
     Returns:
-        (height, width) in pixels, or None where it does not decode; and what is wrong with it.
+        (height, width) in pixels as ``read_rgb`` gives it, or None where it is of no use; and what is wrong with it.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
                 if image.mode == "F" or image.mode.startswith("I"):
                     return None, [f"{path}: has {image.mode} pixels of more than 8 bits; save it with 8 bits a channel"]
-                image.load()
-                return (image.height, image.width), []
+                seen = upright(image)
+                if min(seen.size) < MIN_SIDE_PX:
+                    return None, [
+                        f"{path}: expected at least {MIN_SIDE_PX} pixels on each side, found "
+                        f"{seen.height}×{seen.width} (height×width); replace the file, or set data.on_bad_image=skip"
+                    ]
+                return (seen.height, seen.width), []
     except FileNotFoundError:
         return None, [f"{path}: the image is missing; add it or remove it from the lists and labels"]
     except _UNREADABLE as error:
@@ -180,7 +188,7 @@ def check_mask(
         The raw values in it, sorted (None when they were not read), and what is wrong with it.
     """
     try:
-        with Image.open(path) as mask:
+        with Image.open(path, formats=MASK_FORMATS) as mask:
             texts = _check_header(path, mask, size)
             if not is_deep or mask.mode not in {"P", "L"}:
                 return None, texts

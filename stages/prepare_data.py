@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import Field
 
 from stages.contracts import ImageIndex, ImageRecord, Progress, Runtime, StageConfig, StageResult, write_json
-from stages.data.check import CheckedImage, check_any_object, check_images
+from stages.data.check import CheckedImage, check_any_object, check_images, palette_warnings
 from stages.data.custom import CustomConfig
 from stages.data.listing import list_data
 from stages.data.records import PROBLEMS_SHOWN, DataListing
@@ -68,6 +68,8 @@ def prepare_data(
     val = set(listing.splits["val"])
     checked = {image.id: image for image in check_images(listing, root, val, progress, processes=processes)}
     kept = _keep_good(listing, checked, data, progress)
+    for text in palette_warnings(checked.values()):
+        progress.warn(text)
     useless = check_any_object(listing, checked.values())
     if useless:
         raise DataError("the scores on val would be worthless:", useless)

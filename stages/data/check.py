@@ -48,6 +48,8 @@ class CheckedImage:
     mask_problems: tuple[str, ...] = ()
     has_object: bool | None = None
     """Whether the mask for scores has a pixel of a class; None where its pixels were not read."""
+    moved_palettes: tuple[str, ...] = ()
+    """Its masks that have VOC's colours in another order, where that may be meant."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class _Task:
     mask_values: Mapping[int, int]
     is_deep: bool
     """Whether the masks' pixels are read; else only their headers."""
+    has_voc_palette: bool
 
 
 def check_data(
@@ -82,6 +85,8 @@ def check_data(
         return lines
     deep = {image.id for image in scan.listing.images}
     checked = list(check_images(scan.listing, scan.listing.root, deep, progress, processes=processes))
+    for text in palette_warnings(checked):
+        progress.warn(text)
     for image in checked:
         lines.extend((*image.image_problems, *image.mask_problems))
     return lines + check_any_object(scan.listing, checked)
@@ -103,7 +108,9 @@ def check_images(
     Raises:
         EnvironmentFailure: a worker was killed.
     """
-    tasks = [_Task(root, image, listing.mask_values, image.id in deep) for image in listing.images]
+    tasks = [
+        _Task(root, image, listing.mask_values, image.id in deep, listing.has_voc_palette) for image in listing.images
+    ]
     batches = [tasks[start : start + _BATCH] for start in range(0, len(tasks), _BATCH)]
     progress.begin("checking images", total=len(tasks))
     wanted = processes or min(os.cpu_count() or 1, 1 + len(tasks) // _FILES_PER_PROCESS)
@@ -135,17 +142,22 @@ def _check_batch(tasks: Sequence[_Task]) -> list[CheckedImage]:
 def _check_one(task: _Task) -> CheckedImage:
     size, image_problems = check_image(task.root / task.image.image)
     mask_problems: list[str] = []
+    moved_palettes: list[str] = []
     values: NDArray[np.uint8] | None = None
     for relative in dict.fromkeys((task.image.mask, task.image.full_mask)):
         if relative is None:
             continue
-        found, texts = check_mask(task.root / relative, size, task.mask_values, is_deep=task.is_deep)
-        mask_problems += texts
+        found, texts, moved = check_mask(task.root / relative, size, task.mask_values, is_deep=task.is_deep)
+        mask_problems += [*texts, *moved] if task.has_voc_palette else texts
+        moved_palettes += moved
         values = found if relative == task.image.mask else values
     has_object = None
     if values is not None:
         has_object = any(task.mask_values.get(int(v), 0) not in {0, IGNORE_INDEX} for v in values)
-    return CheckedImage(task.image.id, size, tuple(image_problems), tuple(mask_problems), has_object)
+    moved_palettes = [] if task.has_voc_palette else moved_palettes
+    return CheckedImage(
+        task.image.id, size, tuple(image_problems), tuple(mask_problems), has_object, tuple(moved_palettes)
+    )
 
 
 def check_image(path: Path) -> tuple[tuple[int, int] | None, list[str]]:
@@ -175,7 +187,7 @@ def check_image(path: Path) -> tuple[tuple[int, int] | None, list[str]]:
 
 def check_mask(
     path: Path, size: tuple[int, int] | None, mask_values: Mapping[int, int], *, is_deep: bool
-) -> tuple[NDArray[np.uint8] | None, list[str]]:
+) -> tuple[NDArray[np.uint8] | None, list[str], list[str]]:
     """Check a mask's mode and size, and with ``is_deep`` its values and palette.
 
     Args:
@@ -185,18 +197,20 @@ def check_mask(
         is_deep: Whether the pixels may be read.
 
     Returns:
-        The raw values in it, sorted (None when they were not read), and what is wrong with it.
+        The raw values in it, sorted (None when they were not read); what is wrong with it; and a line where it has
+        VOC's colours in another order, which in VOC's own data is wrong too.
     """
     try:
         with Image.open(path, formats=MASK_FORMATS) as mask:
             texts = _check_header(path, mask, size)
             if not is_deep or mask.mode not in {"P", "L"}:
-                return None, texts
+                return None, texts, []
             values = np.unique(np.asarray(mask, dtype=np.uint8))
             palette = mask.getpalette("RGB") if mask.mode == "P" else None
     except _UNREADABLE as error:
-        return None, [f"{path}: is no readable mask ({error}); restore the file"]
-    return values, texts + _check_values(path, values, palette, mask_values)
+        return None, [f"{path}: is no readable mask ({error}); restore the file"], []
+    moved = _check_palette(path, values, palette, mask_values)
+    return values, texts + _check_values(path, values, mask_values), moved
 
 
 def _check_header(path: Path, mask: Image.Image, size: tuple[int, int] | None) -> list[str]:
@@ -215,17 +229,22 @@ def _check_header(path: Path, mask: Image.Image, size: tuple[int, int] | None) -
     return texts
 
 
-def _check_values(
+def _check_palette(
     path: Path, values: NDArray[np.uint8], palette: Sequence[int] | None, mask_values: Mapping[int, int]
 ) -> list[str]:
-    """Values that are no class, and values that are the wrong class because a program renumbered the palette."""
+    """Values that are the wrong class if a program renumbered the palette."""
     moved = _renumbered(values, palette, mask_values)
-    if moved:
-        shown = ", ".join(f"{value} has the colour of {meant}" for value, meant in list(moved.items())[:3])
-        return [
-            f"{path}: its palette is not VOC's but a re-ordered one ({shown}): an image program re-quantised the "
-            "mask and its indices no longer mean VOC's classes; save the indices again from the original"
-        ]
+    if not moved:
+        return []
+    shown = ", ".join(f"{value} has the colour of {meant}" for value, meant in list(moved.items())[:3])
+    return [
+        f"{path}: its palette is not VOC's but a re-ordered one ({shown}): an image program re-quantised the "
+        "mask and its indices no longer mean VOC's classes; save the indices again from the original"
+    ]
+
+
+def _check_values(path: Path, values: NDArray[np.uint8], mask_values: Mapping[int, int]) -> list[str]:
+    """Values that are no class."""
     unknown = [int(value) for value in values if int(value) not in mask_values]
     if unknown:
         allowed = f"0 … {max(value for value in mask_values if value != IGNORE_INDEX)} and {IGNORE_INDEX}"
@@ -253,6 +272,14 @@ def _renumbered(
 def _voc_colours() -> dict[tuple[int, ...], int]:
     """VOC's colour to its index."""
     return {tuple(map(int, colour)): index for index, colour in enumerate(voc_palette())}
+
+
+def palette_warnings(checked: Iterable[CheckedImage]) -> list[str]:
+    """One line where masks of one's own have VOC's colours in another order: meant, or an image program's doing."""
+    moved = [text for image in checked for text in image.moved_palettes]
+    if not moved:
+        return []
+    return [f"{len(moved):,} masks have VOC's colours in another order; fine where that is meant, but e.g. {moved[0]}"]
 
 
 def check_any_object(listing: DataListing, checked: Iterable[CheckedImage]) -> list[str]:

@@ -44,6 +44,8 @@ class DataListing:
     """Raw mask value to class index (0 … K or 255)."""
     warnings: tuple[str, ...] = ()
     """What is allowed but should be known, e.g. that there are no masks to score with."""
+    has_voc_palette: bool = False
+    """Whether a mask with VOC's colours must have them in VOC's order; else its colours mean nothing."""
 
     @property
     def files(self) -> tuple[str, ...]:

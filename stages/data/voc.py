@@ -8,6 +8,7 @@ Contours from Inverse Detectors", ICCV 2011 (10,582 images = SBD and VOC train, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -128,7 +129,7 @@ def scan_voc(config: VocConfig) -> Scan:
         image_folder="JPEGImages",
         mask_folder=config.masks,
     )
-    return Scan(join_sources(sources, problems), problems)
+    return Scan(replace(join_sources(sources, problems), has_voc_palette=True), problems)
 
 
 def _files_by_id(root: Path, folder: str, suffix: str) -> dict[str, str]:

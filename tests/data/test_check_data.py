@@ -15,6 +15,7 @@ from stages.contracts import SilentProgress, read_index_mask, voc_palette, write
 from stages.data.check import check_data, check_mask
 from stages.data.custom import CustomConfig
 from stages.data.synthetic import SyntheticConfig
+from stages.data.voc import VocConfig
 from stages.errors import EnvironmentFailure
 
 AsCustom = Callable[..., CustomConfig]
@@ -90,20 +91,52 @@ def test_a_requantised_palette_is_seen_though_its_values_are_classes(tmp_path: P
     path = tmp_path / "mask.png"
     colours.quantize(3, method=Image.Quantize.MEDIANCUT).save(path)
     allowed = {value: value for value in (0, 1, 2, 3, 255)}
-    values, problems = check_mask(path, (8, 8), allowed, is_deep=True)
+    values, problems, moved = check_mask(path, (8, 8), allowed, is_deep=True)
     assert values is not None
     assert set(values.tolist()) <= set(allowed)
-    assert len(problems) == 1
-    assert "an image program re-quantised the mask" in problems[0]
+    assert problems == []
+    assert len(moved) == 1
+    assert "an image program re-quantised the mask" in moved[0]
     write_index_mask(path, mask)
-    assert check_mask(path, (8, 8), allowed, is_deep=True)[1] == []
+    assert check_mask(path, (8, 8), allowed, is_deep=True)[1:] == ([], [])
+
+
+def save_in_another_order(path: Path) -> None:
+    """The mask's indices with the colours of classes 1 and 2 exchanged."""
+    mask = Image.fromarray(read_index_mask(path))
+    colours = voc_palette().copy()
+    colours[[1, 2]] = colours[[2, 1]]
+    mask.putpalette(colours.tobytes())
+    mask.save(path)
+
+
+def test_colours_in_another_order_are_a_defect_in_voc_alone(broken: Path, as_custom: AsCustom, tiny_voc: Path) -> None:
+    path = next(
+        path for path in sorted((broken / "SegmentationClass").iterdir()) if {1, 2} & {*read_index_mask(path).flat}
+    )
+    save_in_another_order(path)
+    progress = SilentProgress()
+    assert check_data(as_custom(broken), progress, processes=1) == []
+    (warning,) = progress.warnings
+    assert warning.startswith(f"1 masks have VOC's colours in another order; fine where that is meant, but e.g. {path}")
+    for image in (tiny_voc / "JPEGImages").iterdir():
+        Image.fromarray(np.zeros((24, 20, 3), dtype=np.uint8)).save(image)
+    mask = mask_of(tiny_voc, "c")
+    for mask in (mask_of(tiny_voc, name) for name in "abc"):
+        write_index_mask(mask, np.kron(read_index_mask(mask), np.ones((2, 2), dtype=np.uint8)))
+    config = VocConfig(root=tiny_voc, train_list="train")
+    assert check_data(config, SilentProgress(), processes=1) == []
+    colours = Image.fromarray(voc_palette()[read_index_mask(mask)])
+    colours.quantize(5, method=Image.Quantize.MEDIANCUT).save(mask)
+    (problem,) = check_data(config, SilentProgress(), processes=1)
+    assert problem.startswith(f"{mask}: its palette is not VOC's but a re-ordered one")
 
 
 def test_a_palette_of_ones_own_is_fine(tmp_path: Path) -> None:
     image = Image.fromarray(np.array([[0, 1], [2, 0]], dtype=np.uint8))
     image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
     image.save(tmp_path / "mask.png")
-    assert check_mask(tmp_path / "mask.png", (2, 2), {0: 0, 1: 1, 2: 2, 255: 255}, is_deep=True)[1] == []
+    assert check_mask(tmp_path / "mask.png", (2, 2), {0: 0, 1: 1, 2: 2, 255: 255}, is_deep=True)[1:] == ([], [])
 
 
 def test_masks_of_0_and_255_have_no_object(broken: Path, as_custom: AsCustom) -> None:
@@ -139,7 +172,7 @@ def test_problems_of_every_kind_are_said_at_once(broken: Path, as_custom: AsCust
 def test_header_checks_read_no_pixel(broken: Path) -> None:
     path = mask_of(broken)
     write_index_mask(path, np.full((64, 64), 200, dtype=np.uint8))
-    assert check_mask(path, (64, 64), {0: 0}, is_deep=False) == (None, [])
+    assert check_mask(path, (64, 64), {0: 0}, is_deep=False) == (None, [], [])
     assert len(check_mask(path, (60, 64), {0: 0}, is_deep=False)[1]) == 1
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "torchvision", "prefect", "albumentations", "cv2", "scipy", "matplotlib", "timm", "pydensecrf")
+HEAVY = ("torch", "torchvision", "prefect", "albumentations", "cv2", "scipy", "matplotlib", "timm")
 
 CHECK = f"""
 import sys

@@ -7,9 +7,11 @@ Source: Krähenbühl and Koltun, "Efficient Inference in Fully Connected CRFs wi
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -79,18 +81,18 @@ class CrfConfig(StageConfig):
     """Whose numbers to take."""
     bilateral_weight: float | None = Field(default=None, ge=0, le=1000)
     """Weight of the kernel over position and colour; None takes the preset's, as for the next four."""
-    bilateral_sxy_px: float | None = Field(default=None, gt=0, le=10_000)
+    bilateral_sxy_px: float | None = Field(default=None, ge=0.1, le=10_000)
     """Its width in pixels."""
-    bilateral_srgb: float | None = Field(default=None, gt=0, le=1000)
+    bilateral_srgb: float | None = Field(default=None, ge=0.1, le=1000)
     """Its width in grey levels of 0 … 255."""
     gaussian_weight: float | None = Field(default=None, ge=0, le=1000)
     """Weight of the kernel over position alone."""
-    gaussian_sxy_px: float | None = Field(default=None, gt=0, le=10_000)
+    gaussian_sxy_px: float | None = Field(default=None, ge=0.1, le=10_000)
     """Its width in pixels."""
     iterations: int = Field(default=10, ge=0, le=1000)
     """Mean-field steps; 0 gives the unary back."""
     backend: Literal["auto", "pydensecrf", "torch"] = "auto"
-    """auto takes pydensecrf where it is installed, else torch."""
+    """auto takes pydensecrf where it can be imported, else torch."""
 
     def numbers(self) -> CrfNumbers:
         """The preset's numbers with the replacements."""
@@ -100,10 +102,10 @@ class CrfConfig(StageConfig):
 
 
 def resolve_crf_backend(backend: Literal["auto", "pydensecrf", "torch"]) -> CrfBackend:
-    """The backend that ``backend`` means on this machine; looks for pydensecrf without importing it.
+    """The backend that ``backend`` means on this machine; never imports torch.
 
     Raises:
-        ConfigError: pydensecrf is asked for and not installed.
+        ConfigError: pydensecrf is asked for and not installed, or installed and not importable.
     """
     if backend == "torch":
         return "torch"
@@ -111,6 +113,12 @@ def resolve_crf_backend(backend: Literal["auto", "pydensecrf", "torch"]) -> CrfB
         return "pydensecrf"
     if backend == "auto":
         return "torch"
+    problem = _import_problem() if _is_installed() else None
+    if problem is not None:
+        raise ConfigError(
+            f"crf.backend: pydensecrf is installed but cannot be imported ({problem}); set it to auto or torch, or "
+            "build it again: pip install --force-reinstall --no-cache-dir --no-deps pydensecrf2"
+        )
     raise ConfigError(
         "crf.backend: pydensecrf is not installed; set it to auto or torch, or install the extra: "
         "pip install 'wsss-pipeline[crf]' (needs a C++ compiler)"
@@ -118,6 +126,21 @@ def resolve_crf_backend(backend: Literal["auto", "pydensecrf", "torch"]) -> CrfB
 
 
 def _has_pydensecrf() -> bool:
+    """Whether pydensecrf works here: a key and the stage behind it must agree, so that it is there is not enough."""
+    return _is_installed() and _import_problem() is None
+
+
+@cache
+def _import_problem() -> str | None:
+    """Why pydensecrf, which is installed, cannot be imported: built for another numpy or C++ library; a few ms."""
+    try:
+        importlib.import_module("pydensecrf.densecrf")
+    except Exception as error:  # an extension module may raise anything
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _is_installed() -> bool:
     package = importlib.util.find_spec("pydensecrf")
     if package is None or package.submodule_search_locations is None:
         return False

@@ -1,4 +1,4 @@
-"""Build a run's networks once, with their weights, before hours of training end at a file that does not fit.
+"""Build a run's networks once, with their weights, before hours of training end at what does not fit the machine.
 
 Runs in a child process (it needs torch); reads weight files, downloads public ones; writes nothing else.
 """
@@ -9,27 +9,30 @@ from collections.abc import Callable, Collection
 
 from pipeline.config import RunConfig
 from stages.contracts import Progress
-from stages.errors import InputError, WeightsError
+from stages.errors import ConfigError, InputError
 from stages.nets.segmenters import DeepLabConfig, pretrained_name
 
 
 def needs_check(run: RunConfig, stages: Collection[str]) -> bool:
-    """Whether building ``stages`` would train a classifier before it finds out that the segmenter cannot be built.
+    """Whether building ``stages`` would train a classifier before it finds out that the segmenter cannot be trained.
 
     A classifier that cannot be built, and a segmenter that is trained first, are refused by their own stage at once.
     """
     config = run.train_segmenter
     is_late = {"train_classifier", "train_segmenter"} <= set(stages)
     is_tu = isinstance(config.net, DeepLabConfig) and config.net.encoder.startswith("tu-")
-    return is_late and (is_tu or pretrained_name(config.net, config.init) is not None)
+    is_half = config.training.precision == "fp16"
+    return is_late and (is_tu or is_half or pretrained_name(config.net, config.init) is not None)
 
 
 def check_networks(run: RunConfig, progress: Progress) -> None:
-    """Build both networks and load their weights.
+    """Build both networks and load their weights; look whether the device knows their precision.
 
     Raises:
-        InputError: the networks that cannot be built, each with its reason.
+        InputError: the networks that cannot be built or trained, each with its reason.
+        EnvironmentFailure: the device is not there.
     """
+    from stages.devices import resolve_device
     from stages.nets.backbone_builders import build_backbone
     from stages.nets.segmenters import build_segmenter
 
@@ -46,8 +49,14 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
             build()
         except InputError as error:
             errors[stage] = error
+    is_half = {stage: getattr(run, stage).training.precision == "fp16" for stage in checks}
+    if any(is_half.values()) and (device := resolve_device(run.runtime)).type != "cuda":
+        text = f"training.precision fp16 needs CUDA, found {device.type}; use fp32 or bf16"
+        errors |= {stage: ConfigError(text) for stage in checks if is_half[stage] and stage not in errors}
     if errors:
         problems = [f"{stage}: {line}" for stage, error in errors.items() for line in (error.message, *error.problems)]
         kinds = {type(error) for error in errors.values()}
-        raise (kinds.pop() if len(kinds) == 1 else WeightsError)("a network of this run cannot be built", problems)
+        raise (kinds.pop() if len(kinds) == 1 else InputError)(
+            "a network of this run cannot be built or trained", problems
+        )
     progress.info("the networks can be built and their weights fit")

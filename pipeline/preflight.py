@@ -6,6 +6,7 @@ Reads file names, lists and label files; opens no image and imports no torch.  W
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from pipeline.config import RunConfig
 from pipeline.model_errors import did_you_mean
@@ -22,7 +23,7 @@ def preflight(run: RunConfig) -> DataListing:
     """Check everything that can be checked without decoding an image or building a network.
 
     Returns:
-        The data set's lists, which were read on the way.
+        The data set's lists, which were read on the way; their warnings end with the config's.
 
     Raises:
         ConfigError: a choice in the config contradicts another or is not available here.
@@ -44,7 +45,25 @@ def preflight(run: RunConfig) -> DataListing:
         errors.append(WeightsError("weights are not usable", weight_problems))
     if listing is None or errors:
         raise _joined(errors)
-    return listing
+    return replace(listing, warnings=(*listing.warnings, *config_warnings(run)))
+
+
+def config_warnings(run: RunConfig) -> list[str]:
+    """What can run and is seldom meant: a network that is tested at another size than it was trained at."""
+    pairs = [("train_segmenter", run.train_segmenter.augment.short_side_px, "evaluate", run.evaluate.short_side_px)]
+    if run.train_segmenter.supervision == "weak":
+        trained = run.train_classifier.augment.short_side_px
+        pairs.insert(0, ("train_classifier", trained, "make_attention", run.make_attention.short_side_px))
+    return [
+        f"{training}.augment.short_side_px is {_pixels(trained)} and {use}.short_side_px is {_pixels(used)}: the "
+        "network sees images at another size than it was trained at, which costs accuracy; give both the same"
+        for training, trained, use, used in pairs
+        if trained != used
+    ]
+
+
+def _pixels(short_side_px: int | None) -> str:
+    return "null (the file's size)" if short_side_px is None else f"{short_side_px}"
 
 
 def _joined(errors: list[InputError]) -> InputError:

@@ -212,6 +212,8 @@ def run_pipeline(
         raise _missing(table.names[first], missing, invocation)
     outcomes: list[StageOutcome] = []
     with _terminate_as_interrupt(), RunRecord.open(store, plan) as record:
+        for text in plan.data.warnings:
+            (listener or SilentListener()).log("warning", text)
         _check_networks(plan, table.names[: last + 1], store, max(forced_from, first), listener or SilentListener())
         for position, name in enumerate(table.names[: last + 1]):
             is_forced = position >= max(forced_from, first)

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pipeline.config import RunConfig
 from pipeline.model_errors import did_you_mean
 from pipeline.network_check import check_networks, needs_check
-from pipeline.preflight import preflight
+from pipeline.preflight import config_warnings, preflight
 from stages.contracts import Progress, StageResult
 from stages.data.config import DataConfig
 from stages.data.listing import DataListing, digest_data
@@ -36,6 +36,8 @@ class DataState:
     """Folder of the user's data; None where prepare_data generates it."""
     listing: DataListing | None = None
     """The data set's lists; no key rests on them but through the digest."""
+    warnings: tuple[str, ...] = ()
+    """What a run should say before its first stage, beside what prepare_data says."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,9 @@ class StageTable:
 
 def _read_data(run: RunConfig, cache_file: Path) -> DataState:
     listing = preflight(run)
-    return DataState(digest=digest_data(listing, run.data, cache_file), root=listing.root, listing=listing)
+    warnings = config_warnings(run)
+    digest = digest_data(listing, run.data, cache_file, warn=warnings.append)
+    return DataState(digest=digest, root=listing.root, listing=listing, warnings=tuple(warnings))
 
 
 def _is_weak(run: RunConfig) -> bool:

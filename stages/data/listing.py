@@ -10,13 +10,14 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from stages.contracts import write_atomic
 from stages.data.custom import CustomConfig, scan_custom
 from stages.data.records import PROBLEMS_SHOWN, DataListing, ListedImage, Scan
+from stages.data.splits import some
 from stages.data.synthetic import GENERATOR_VERSION, SyntheticConfig, scan_synthetic
 from stages.data.voc import VocConfig, scan_voc
 from stages.errors import DataError
@@ -48,7 +49,13 @@ def list_data(config: VocConfig | CustomConfig | SyntheticConfig) -> DataListing
     return scan.listing
 
 
-def digest_data(listing: DataListing, config: VocConfig | CustomConfig | SyntheticConfig, cache_file: Path) -> str:
+def digest_data(
+    listing: DataListing,
+    config: VocConfig | CustomConfig | SyntheticConfig,
+    cache_file: Path,
+    *,
+    warn: Callable[[str], None] | None = None,
+) -> str:
     """Digest what the data set is: classes, splits, labels, and the contents of every image and mask.
 
     Absolute paths do not enter: a copied or moved data set has the same digest.  The digest of a file is kept in
@@ -58,6 +65,7 @@ def digest_data(listing: DataListing, config: VocConfig | CustomConfig | Synthet
         listing: From ``list_data(config)``.
         config: The config it was listed by.
         cache_file: JSON file, made when absent.
+        warn: Hears of images that stand in both train and val under two ids.
 
     Returns:
         64 hexadecimal digits.
@@ -69,7 +77,28 @@ def digest_data(listing: DataListing, config: VocConfig | CustomConfig | Synthet
         # The pictures follow from the config; how a bad image is treated changes no picture.
         parts: object = [GENERATOR_VERSION, config.model_dump(mode="json", exclude={"on_bad_image"})]
         return _sha256_json(parts)
-    return _sha256_json([_describe(listing), _file_digests(listing.root, listing.files, cache_file)])
+    digests = _file_digests(listing.root, listing.files, cache_file)
+    if warn is not None:
+        for text in _same_contents(listing, dict(digests)):
+            warn(text)
+    return _sha256_json([_describe(listing), digests])
+
+
+def _same_contents(listing: DataListing, digests: Mapping[str, str]) -> list[str]:
+    """A line where images of train and val have different ids and the same bytes."""
+    content = {image.id: digests[image.image] for image in listing.images}
+    trained = {content[image_id]: image_id for image_id in reversed(listing.splits["train"])}
+    pairs = [
+        f"{trained[content[image_id]]} = {image_id}"
+        for image_id in listing.splits["val"]
+        if content[image_id] in trained
+    ]
+    if not pairs:
+        return []
+    return [
+        f"{len(pairs):,} images of val are the same file as an image of train under another name: {some(pairs)}; "
+        "scores on trained images are worthless, remove one of each pair"
+    ]
 
 
 def _sha256_json(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,6 +75,22 @@ def test_digests_of_settled_files_come_from_the_cache(broken: Path, as_custom: A
     assert digest(config, cache) != first
     cache.write_text("damaged", encoding="utf-8")
     assert digest(config, cache) == first
+
+
+def test_one_photo_under_two_names_in_train_and_val_is_said(broken: Path, as_custom: AsCustom) -> None:
+    config, cache = as_custom(broken), broken.parent / "cache.json"
+    warnings: list[str] = []
+    expected = digest(config, cache)
+    assert digest_data(list_data(config), config, cache, warn=warnings.append) == expected
+    assert warnings == []
+    images = broken / "JPEGImages"
+    for val, train in (("val_00000", "train_00004"), ("val_00002", "train_00001")):
+        shutil.copy(images / f"{train}.jpg", images / f"{val}.jpg")
+    digest_data(list_data(config), config, cache, warn=warnings.append)
+    assert warnings == [
+        "2 images of val are the same file as an image of train under another name: 'train_00004 = val_00000', "
+        "'train_00001 = val_00002'; scores on trained images are worthless, remove one of each pair"
+    ]
 
 
 def test_a_file_that_disappears_is_named(broken: Path, as_custom: AsCustom) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import RunConfig, find_config
+from pipeline.config import RunConfig, find_config, shipped_configs
 from pipeline.network_check import check_networks, needs_check
-from pipeline.preflight import preflight
+from pipeline.preflight import config_warnings, preflight
 from pipeline.yaml_models import load_model
 from stages.contracts import SilentProgress
 from stages.errors import ConfigError, DataError, InputError, WeightsError
@@ -90,6 +90,22 @@ def test_problems_of_several_kinds_come_together(tmp_path: Path) -> None:
 def test_data_alone_keeps_its_own_error(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         check(f"data={{format: custom, root: {tmp_path}/none}}")
+
+
+def test_another_size_in_use_than_in_training_is_remarked_on() -> None:
+    run = config("train_segmenter.augment.short_side_px=96", "make_attention.short_side_px=128")
+    after = ": the network sees images at another size than it was trained at, which costs accuracy; give both the same"
+    size = "null (the file's size)"
+    expected = [
+        f"train_classifier.augment.short_side_px is {size} and make_attention.short_side_px is 128{after}",
+        f"train_segmenter.augment.short_side_px is 96 and evaluate.short_side_px is {size}{after}",
+    ]
+    assert config_warnings(run) == expected
+    assert preflight(run).warnings[-2:] == tuple(expected)
+    full = config("train_segmenter.supervision=full", "make_attention.short_side_px=128")
+    assert config_warnings(full) == []
+    for path in shipped_configs():
+        assert config_warnings(load_model(RunConfig, path, ())) == []
 
 
 # -- the check that needs torch ---------------------------------------------------------------------------------------

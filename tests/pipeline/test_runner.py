@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fake_stages.table import TABLE, FakeRun
 
 from pipeline import runner
 from pipeline.failures import InternalFailure
+from pipeline.keys import plan_run
 from pipeline.runner import RunOutcome, StageOutcome, ensure, finished_artifacts, run_pipeline, run_stage, status
 from pipeline.store import Store
 from stages.errors import ConfigError, DataError, EnvironmentFailure, MissingArtifactError
@@ -143,6 +145,13 @@ def test_from_needs_what_comes_before_it(store: Store) -> None:
 def test_a_forced_stage_that_would_not_run_is_refused(store: Store, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"--force \w+: this run covers \w+ … \w+ only"):
         run(store, **options)
+
+
+def test_what_seems_odd_is_said_before_the_first_stage(store: Store) -> None:
+    notes = Notes()
+    plan = plan_run(fake(), store.digest_cache, TABLE)
+    run(store, plan=replace(plan, data=replace(plan.data, warnings=("two sizes",))), listener=notes, until="collect")
+    assert notes.logs[0] == ("warning", "two sizes")
 
 
 def test_networks_are_checked_before_the_first_stage(store: Store) -> None:

@@ -31,6 +31,9 @@ IGNORE_INDEX = 255
 BACKGROUND_INDEX = 0
 """Mask value of background."""
 
+LEAST_INPUT_PX = 32
+"""Shortest side of what a network sees of a whole image: of less, its stride leaves nothing."""
+
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 """What an image file may hold, whatever its name says; a phone's MPO opens as JPEG.  No other decoder is tried."""
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageConfig, write_index_mask
-from stages.errors import DataError
+from stages.errors import DamagedFileError, DataError
 from stages.nets.trained import load_segmenter
 from stages.ops.confusion import SparseConfusions, confusion_matrix, read_confusions, write_confusions
 from stages.ops.crf import CrfConfig, dense_crf, resolve_crf_backend
@@ -61,8 +61,8 @@ class PredictionConfig(StageConfig):
     def _fits_together(self) -> Self:
         if self.crf and not self.multi_scale:
             raise ValueError("crf: true refines the multi-scale probabilities and needs multi_scale: true")
-        if min(self.scales) <= 0 or max(self.scales) > 4:
-            raise ValueError(f"scales must lie in (0, 4], found {self.scales}")
+        if min(self.scales) < 0.1 or max(self.scales) > 4:
+            raise ValueError(f"scales must lie in 0.1 … 4, found {self.scales}")
         return self
 
 
@@ -127,7 +127,7 @@ def predict_images(
         The counts of the scored images, in the order of ``records``, by what was scored; empty when none was.
     """
     batches = _plan(records)
-    todo = [batch for batch in batches if not _partial_path(out, batch).exists()]
+    todo = [batch for batch in batches if not _is_finished(_partial_path(out, batch), progress)]
     progress.begin("segmenter", total=len(records), done=len(records) - sum(len(batch.records) for batch in todo))
     if todo:
         context = _Context(config=config, images=image_set, scored=scored, segmenter=segmenter, out=out)
@@ -160,6 +160,18 @@ def _plan(records: Sequence[ImageRecord]) -> list[_Batch]:
 
 def _partial_path(out: Path, batch: _Batch) -> Path:
     return out / "partial" / f"segmenter-{batch.number:05d}.npz"
+
+
+def _is_finished(path: Path, progress: Progress) -> bool:
+    """Whether an earlier run kept these counts; damaged ones are counted again."""
+    if not path.exists():
+        return False
+    try:
+        read_confusions(path)
+    except DamagedFileError as error:
+        progress.warn(f"{error.message}: counting these images again")
+        return False
+    return True
 
 
 def _predict_batches(context: _Context, batches: Sequence[_Batch], progress: Progress, runtime: Runtime) -> None:

@@ -8,6 +8,7 @@ Shapes: C classes with background, H W image pixels.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,8 +146,10 @@ def _sweep_path(context: ScoringContext, number: int) -> Path:
 def _score_shard(context: ScoringContext, job: tuple[int, Path]) -> int:
     number, shard = job
     path = _counts_path(context, number)
-    if path.exists():
-        return len(read_confusions(path)["masks"].ids)
+    # damaged counts are made again
+    with contextlib.suppress(DamagedFileError, KeyError):
+        if path.exists() and read_json(_sweep_path(context, number)):
+            return len(read_confusions(path)["masks"].ids)
     num_classes = context.images.index.classes.num_classes
     sweep = ThresholdSweep(num_classes)
     records = [record for record in read_attention_shard(shard) if record.id in context.ids]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.contracts import ImageRecord, ImageSet
+from stages.contracts import LEAST_INPUT_PX, ImageRecord, ImageSet
 from stages.data.transforms import PADDING_COLOUR
 from stages.errors import DataError
 
@@ -23,9 +23,12 @@ Loaded = TypeVar("Loaded")
 
 
 def scaled_size(size: tuple[int, int], *, short_side_px: int | None = None, scale: float = 1.0) -> tuple[int, int]:
-    """Size of an image whose shorter side is brought to ``short_side_px`` (None: as it is) and then times ``scale``."""
+    """Size of an image whose shorter side is brought to ``short_side_px`` (None: as it is) and then times ``scale``.
+
+    No side falls below ``LEAST_INPUT_PX``.
+    """
     factor = scale if short_side_px is None else scale * short_side_px / min(size)
-    return (max(1, round(size[0] * factor)), max(1, round(size[1] * factor)))
+    return (max(LEAST_INPUT_PX, round(size[0] * factor)), max(LEAST_INPUT_PX, round(size[1] * factor)))
 
 
 def padded_size(size: tuple[int, int], multiple_px: int) -> tuple[int, int]:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stages.contracts import LEAST_INPUT_PX
+
 
 def network_size(size: tuple[int, int], short_side_px: int | None, scale: float = 1.0) -> tuple[int, int]:
-    """The (height, width) at which the network sees an image.
+    """The (height, width) at which the network sees an image; no side falls below ``LEAST_INPUT_PX``.
 
     Args:
         size: Of the image, (height, width).
@@ -23,7 +25,7 @@ def network_size(size: tuple[int, int], short_side_px: int | None, scale: float 
         scale: Of a multi-scale test.
     """
     factor = scale if short_side_px is None else scale * short_side_px / min(size)
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+    return max(LEAST_INPUT_PX, round(size[0] * factor)), max(LEAST_INPUT_PX, round(size[1] * factor))
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:

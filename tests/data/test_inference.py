@@ -12,7 +12,7 @@ def test_sizes_by_hand():
     assert scaled_size((375, 500), scale=0.5) == (188, 250)
     assert scaled_size((375, 500), short_side_px=224) == (224, 299)
     assert scaled_size((500, 375), short_side_px=224, scale=2.0) == (597, 448)
-    assert scaled_size((1, 400), scale=0.1) == (1, 40)
+    assert scaled_size((40, 400), scale=0.1) == (32, 40)
     assert padded_size((188, 256), 32) == (192, 256)
 
 

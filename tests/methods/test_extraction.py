@@ -142,6 +142,6 @@ def test_a_method_that_differentiates_runs_outside_inference_mode():
 
 
 def test_short_side_is_applied_before_the_scales():
-    views = Views((0.5, 1.0), False, 48)
-    assert views.sizes((24, 40)) == ((24, 40), (48, 80))
-    assert views.padded((24, 40)) == ((32, 64), (64, 96))
+    views = Views((0.25, 0.5, 1.0), False, 80)
+    assert views.sizes((24, 36)) == ((32, 32), (40, 60), (80, 120)), "no side below 32"
+    assert views.padded((24, 36)) == ((32, 32), (64, 64), (96, 128))

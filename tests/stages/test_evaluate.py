@@ -43,6 +43,12 @@ ONE = Runtime(processes=1, device="cpu", workers=0)
 SINGLE = EvaluateConfig(multi_scale=False)
 
 
+@pytest.fixture
+def see_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a network see the tiny images at their own sizes."""
+    monkeypatch.setattr("stages.ops.inference.LEAST_INPUT_PX", 8)
+
+
 class ColourNet(nn.Module):
     """Knows each class by its colour; takes birds (3) for dogs (2) where it is told to."""
 
@@ -216,7 +222,7 @@ def test_no_training_mask_means_no_training_score(
 
 
 def test_val_may_have_masks_for_some_images_and_test_for_none(
-    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]
+    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet], see_small: None
 ) -> None:
     net = use_colours(confuse=True)
     world = World(tmp_path, segmenter)
@@ -239,7 +245,9 @@ def test_val_may_have_masks_for_some_images_and_test_for_none(
     assert sum(shape[0] for shape in net.seen if shape[-2:] == (32, 24)) == 1, "an unscored image needs one scale"
 
 
-def test_multi_scale_and_crf_are_scored(tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]) -> None:
+def test_multi_scale_and_crf_are_scored(
+    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet], see_small: None
+) -> None:
     net = use_colours()
     world = World(tmp_path, segmenter)
     crf = CrfConfig(bilateral_sxy_px=20, bilateral_srgb=10, iterations=3)
@@ -287,6 +295,23 @@ def test_a_stopped_evaluation_continues_with_the_same_bytes(
     assert world.evaluate(config) == whole
     assert {path: path.read_bytes() for path in world.out.rglob("*.*")} == files
     assert {shape[0] for shape in net.seen} == {1}, "only the batch that was not finished"
+
+
+@pytest.mark.parametrize("name", ["segmenter-00000.npz", "training-00000.npz", "training-00001.sweep.json"])
+def test_damaged_counts_are_counted_again(
+    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    use_colours(confuse=True)
+    world = World(tmp_path, segmenter, threshold=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.evaluate.shutil.rmtree", lambda *_, **__: None)
+        whole = world.evaluate()
+    files = {path: path.read_bytes() for path in world.out.rglob("*.*") if path.parent.name != "partial"}
+    damaged = world.out / "partial" / name
+    damaged.write_bytes(damaged.read_bytes()[:30])
+    assert world.evaluate() == whole
+    assert {path: path.read_bytes() for path in world.out.rglob("*.*")} == files
+    assert any(str(damaged) in text for text in world.progress.warnings) == name.startswith("segmenter")
 
 
 def test_processes_do_not_change_the_training_scores(
@@ -347,7 +372,7 @@ def test_half_of_the_weak_inputs_is_refused(tmp_path: Path, segmenter: Path) -> 
     ("wrong", "text"),
     [
         ({"crf": True, "multi_scale": False}, "needs multi_scale: true"),
-        ({"scales": (0.5, 0.0)}, r"scales must lie in \(0, 4\]"),
+        ({"scales": (0.5, 0.09)}, r"scales must lie in 0\.1 … 4"),
         ({"splits": ("val", "val")}, "splits must differ"),
         ({"splits": ("train",)}, "'val' or 'test'"),
     ],
@@ -372,7 +397,7 @@ def test_network_size() -> None:
     assert network_size((375, 500), None, 0.5) == (188, 250)
     assert network_size((375, 500), 288) == (288, 384)
     assert network_size((500, 375), 100, 1.5) == (200, 150)
-    assert network_size((1, 1), None, 0.1) == (1, 1)
+    assert network_size((40, 400), None, 0.1) == (32, 40)
 
 
 class _LeftRight(nn.Module):

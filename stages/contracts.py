@@ -394,7 +394,7 @@ def write_attention_shard(path: Path, records: Sequence[AttentionRecord]) -> Non
     entries = [{"id": r.id, "size": list(r.size), "labels": list(r.labels)} for r in records]
     arrays["entries"] = np.frombuffer(json.dumps(entries).encode(), dtype=np.uint8)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    np.savez_compressed(buffer, **arrays)  # pyright: ignore[reportArgumentType] - takes them for allow_pickle too
     write_atomic(path, buffer.getvalue())
 
 

@@ -159,7 +159,7 @@ def write_confusions(path: Path, confusions: Mapping[str, SparseConfusions]) -> 
         arrays[f"{thing}.cell"] = value.cell
         arrays[f"{thing}.count"] = value.count
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    np.savez_compressed(buffer, **arrays)  # pyright: ignore[reportArgumentType] - takes them for allow_pickle too
     write_atomic(path, buffer.getvalue())
 
 

@@ -18,6 +18,7 @@ from stages.data.joining import Sources, join_sources
 from stages.data.readers import (
     LabelLine,
     check_label_lines,
+    check_mask_folder,
     file_names,
     image_id_of,
     nearest,
@@ -165,6 +166,8 @@ def _masks(config: CustomConfig, images: Collection[str], problems: Problems) ->
     """Image id to mask, relative to the root; none where there is no folder of masks."""
     if config.masks is None:
         return {}
+    if config.masks != CustomConfig.model_fields["masks"].default:
+        check_mask_folder(config.root, config.masks, "data.masks", problems)
     names = sorted(name for name in file_names(config.root / config.masks) if name.lower().endswith(".png"))
     masks = {name[:-4]: f"{config.masks}/{name}" for name in names if name[:-4] in images}
     if names and not masks:
@@ -193,11 +196,13 @@ def _hash_lists(
 ) -> dict[str, IdList]:
     """Split the labelled images by hash; val out of those with masks where there are any."""
     labelled = [image_id for image_id in rows if image_id in images]
-    val = set(hash_share([i for i in labelled if i in masks] or labelled, config.val_ratio, "val"))
+    masked = [image_id for image_id in labelled if image_id in masks]
+    val = set(masked if len(masked) == 1 < len(labelled) else hash_share(masked or labelled, config.val_ratio, "val"))
+    remedy = "label at least two images of the folder, or give data.train_list and data.val_list"
     source = f"split of {config.labels_path.name}"
     return {
-        "train": IdList(source, tuple((rows[i].line, i) for i in labelled if i not in val)),
-        "val": IdList(source, tuple((rows[i].line, i) for i in labelled if i in val)),
+        "train": IdList(source, tuple((rows[i].line, i) for i in labelled if i not in val), remedy),
+        "val": IdList(source, tuple((rows[i].line, i) for i in labelled if i in val), remedy),
     }
 
 

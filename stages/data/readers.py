@@ -28,6 +28,25 @@ def file_names(folder: Path) -> set[str]:
         return {entry.name for entry in entries if entry.is_file()}
 
 
+def check_mask_folder(root: Path, folder: str, key: str, problems: Problems) -> None:
+    """Add a folder of masks that the config names and that is not there; a default folder may be absent.
+
+    Args:
+        root: Folder of the data set.
+        folder: Below it.
+        key: The config's key that names it, e.g. ``data.masks``.
+        problems: Receives it.
+    """
+    if (root / folder).is_dir():
+        return
+    place = (root / folder).parent
+    there = sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+    close = difflib.get_close_matches(Path(folder).name.lower(), [name.lower() for name in there], n=1, cutoff=0.6)
+    guess = next((f"; did you mean '{name}'?" for name in there if close and name.lower() == close[0]), None)
+    found = f" (folders there: {', '.join(there) or 'none'}); correct the name" if guess is None else guess
+    problems.add("mask folder", f"{key}: folder {root / folder} does not exist{found}")
+
+
 def image_id_of(name: str) -> str:
     """``photo.JPG`` and ``photo`` both name the image ``photo``; other endings belong to the id."""
     path = PurePath(name)

@@ -21,6 +21,8 @@ class IdList:
     """How messages name the file, e.g. ``ImageSets/Segmentation/val.txt``."""
     entries: tuple[tuple[int, str], ...]
     """(line number, image id)."""
+    remedy: str = "put one image id on each line"
+    """What to do where the list is empty."""
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -40,10 +42,18 @@ def hash_half(image_id: str) -> Literal["train_select", "train_report"]:
 
 
 def hash_share(ids: Iterable[str], ratio: float, purpose: str) -> tuple[str, ...]:
-    """About ``ratio`` of ``ids`` in their order, chosen by hash; at least one of two or more ids when ``ratio`` > 0."""
+    """About ``ratio`` of ``ids`` in their order, chosen by hash.
+
+    Never all of them; of two or more at least one when ``ratio`` > 0.
+    """
     candidates = tuple(ids)
     chosen = tuple(image_id for image_id in candidates if hash_fraction(image_id, purpose) < ratio)
-    if chosen or ratio <= 0 or len(candidates) < 2:
+    if ratio <= 0 or len(candidates) < 2:
+        return ()
+    if len(chosen) == len(candidates):
+        last = max(candidates, key=lambda image_id: hash_fraction(image_id, purpose))
+        return tuple(image_id for image_id in candidates if image_id != last)
+    if chosen:
         return chosen
     return (min(candidates, key=lambda image_id: hash_fraction(image_id, purpose)),)
 
@@ -57,7 +67,7 @@ def check_splits(lists: Mapping[str, IdList], problems: Problems) -> None:
     """
     for split, listed in lists.items():
         if not listed.entries:
-            problems.add("empty list", f"{listed.source}: the {split} list is empty; put one image id on each line")
+            problems.add("empty list", f"{listed.source}: the {split} list is empty; {listed.remedy}")
         _check_duplicates(listed, problems)
     names = list(lists)
     for position, first in enumerate(names):

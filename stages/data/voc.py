@@ -18,6 +18,7 @@ from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, ClassList, StageCon
 from stages.data.joining import Sources, join_sources
 from stages.data.readers import (
     check_label_lines,
+    check_mask_folder,
     file_names,
     nearest,
     read_annotation,
@@ -114,6 +115,9 @@ def scan_voc(config: VocConfig) -> Scan:
     problems = Problems()
     if not _check_root(config.root, problems):
         return empty_scan(config.root, config.class_names, problems)
+    for name in ("masks", "full_masks"):
+        if getattr(config, name) != VocConfig.model_fields[name].default:
+            check_mask_folder(config.root, getattr(config, name), f"data.{name}", problems)
     images = _files_by_id(config.root, "JPEGImages", ".jpg")
     lists = _read_lists(config, problems)
     read_labels = _labels_of_xml if config.labels is None else _labels_of_csv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ def test_no_masks_at_all_is_valid(own_data: Path) -> None:
     assert all(image.mask is None and image.full_mask is None for image in listing.images)
     assert listing.splits["train_score"] == ()
     assert any("scores on val will be absent" in text for text in listing.warnings)
-    absent = list_data(CustomConfig(root=own_data, masks="nowhere"))
+    shutil.rmtree(own_data / "masks")
+    absent = list_data(CustomConfig(root=own_data))
     assert absent.splits["train_score"] == ()
 
 
@@ -117,6 +119,32 @@ def test_two_files_of_one_id_and_misnamed_masks_are_named(own_data: Path) -> Non
     lines = problems_of(CustomConfig(root=own_data))
     assert "gives the same image id 'a'" in lines[0]
     assert "none of its 1 masks is named as an image (found a_mask.png, expected e.g. a.png)" in lines[1]
+
+
+def test_tiny_sets_are_split_or_say_why_not(own_data: Path) -> None:
+    (own_data / "masks/a.png").unlink()
+    listing = list_data(CustomConfig(root=own_data, val_ratio=0.001))
+    assert listing.splits["val"] == ("b",), "the one image with a mask"
+    assert listing.splits["train"] == ("a", "c 1", "d")
+    (own_data / "labels.csv").write_text("image,labels\na,traffic light\n", encoding="utf-8")
+    assert problems_of(CustomConfig(root=own_data, val_ratio=0.999)) == [
+        "split of labels.csv: the val list is empty; label at least two images of the folder, "
+        "or give data.train_list and data.val_list"
+    ]
+
+
+def test_a_named_folder_of_masks_must_be_there(own_data: Path) -> None:
+    (own_data / "masks").rename(own_data / "Mask_PNG")
+    list_data(CustomConfig(root=own_data))  # the default may be absent
+    assert problems_of(CustomConfig(root=own_data, masks="mask_pngs")) == [
+        f"data.masks: folder {own_data / 'mask_pngs'} does not exist; did you mean 'Mask_PNG'?"
+    ]
+    assert problems_of(CustomConfig(root=own_data, masks="truth")) == [
+        f"data.masks: folder {own_data / 'truth'} does not exist (folders there: Mask_PNG, images); correct the name"
+    ]
+    assert problems_of(CustomConfig(root=own_data, masks="x/y")) == [
+        f"data.masks: folder {own_data / 'x/y'} does not exist (folders there: none); correct the name"
+    ]
 
 
 def test_a_missing_list_is_named(own_data: Path) -> None:

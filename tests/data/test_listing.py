@@ -131,6 +131,8 @@ def test_hash_splits_depend_on_the_id_alone() -> None:
     assert set(hash_share(ids, 0.05, "val")) != set(chosen)
     assert hash_share(ids, 0.0, "val") == ()
     assert len(hash_share(("a", "b"), 1e-9, "val")) == 1
+    assert len(hash_share(("a", "b", "c"), 1 - 1e-9, "val")) == 2
+    assert hash_share(("a",), 1 - 1e-9, "val") == ()
     halves = [hash_half(image_id) for image_id in ids]
     assert 900 < halves.count("train_select") < 1100
     assert hash_half("a") == "train_report"  # sha256("a") = ca978112…, first byte 0xca ≥ 128

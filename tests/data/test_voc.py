@@ -157,6 +157,15 @@ def test_training_masks_may_be_absent(tiny_voc: Path) -> None:
     assert any("attention and pseudo-masks are scored on 0" in text for text in listing.warnings)
 
 
+def test_a_named_folder_of_masks_must_be_there(tiny_voc: Path) -> None:
+    list_data(config(tiny_voc))  # without SegmentationClassAug, which is a default
+    assert problems_of(config(tiny_voc, masks="SegmentationClas", full_masks="Aug")).splitlines() == [
+        f"data.masks: folder {tiny_voc}/SegmentationClas does not exist; did you mean 'SegmentationClass'?",
+        f"data.full_masks: folder {tiny_voc}/Aug does not exist (folders there: Annotations, ImageSets, JPEGImages, "
+        "SegmentationClass); correct the name",
+    ]
+
+
 REAL = Path(__file__).parents[3] / "shared" / "voc_animals"
 
 

@@ -242,7 +242,7 @@ import os, sys, time
 import stages.ops.pool as pool
 
 def work(_, job):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())  # one write, so that two workers cannot mix their lines
     time.sleep(60)
 
 if {threads}:
@@ -261,10 +261,9 @@ def test_workers_end_with_their_parent(tmp_path: Path, threads: bool) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
-    workers = [int(parent.stdout.readline()) for _ in range(2)]
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
+    with parent:
+        workers = [int(parent.stdout.readline()) for _ in range(2)]
+        parent.kill()
     deadline = time.monotonic() + 10
     while any(_is_alive(pid) for pid in workers):
         assert time.monotonic() < deadline, "a worker outlived its parent"

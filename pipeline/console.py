@@ -120,7 +120,8 @@ class ConsoleListener:
         if level == "error":
             return  # the traceback of a fault, which main prints when it ends the command
         is_warning = level == "warning"
-        line = f"  {self._stage}: {'warning: ' if is_warning else ''}{text}"
+        stage = f"{self._stage}: " if self._stage else ""  # before the first stage there is none
+        line = f"  {stage}{'warning: ' if is_warning else ''}{text}"
         self._console.print(line, style="yellow" if is_warning else "dim", markup=False)
 
     def stage_finished(self, outcome: StageOutcome) -> None:

@@ -48,7 +48,7 @@ def write_config(folder: Path, data: str, *, steps: int = 3) -> None:
 def wsss(folder: Path, *arguments: str, code: int = 0) -> dict:
     command = [sys.executable, "-m", "pipeline.cli", *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == code, done.stderr
+    assert done.returncode == code, done.stderr + done.stdout
     return json.loads(done.stdout) if "--json" in arguments else {"text": done.stdout + done.stderr}
 
 
@@ -126,16 +126,10 @@ def wait_for(condition, process: subprocess.Popen, *, seconds: float = 120) -> N
 
 @pytest.mark.slow
 def test_the_weak_flow_never_needs_the_training_masks(folder: Path):
-    wsss(folder, "data", "synthetic", "made", "--num-train", "12", "--num-val", "4", "--size-px", "64")
-    classes = sorted(
-        {
-            name
-            for line in (folder / "made/labels.csv").read_text().splitlines()[1:]
-            for name in line.split(",")[1].split()
-        }
-    )
+    options = ["--num-train", "12", "--num-val", "4", "--size-px", "64", "--num-classes", "3"]
+    wsss(folder, "data", "synthetic", "made", *options)
     data = (
-        f"{{format: custom, root: made, images: JPEGImages, masks: SegmentationClass, classes: [{', '.join(classes)}], "
+        "{format: custom, root: made, images: JPEGImages, masks: SegmentationClass, classes: [auk, bee, cod], "
         "train_list: made/ImageSets/Segmentation/train.txt, val_list: made/ImageSets/Segmentation/val.txt}"
     )
     write_config(folder, data)

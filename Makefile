@@ -25,6 +25,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "wsss needs Python >= 3.11, found $$($(PYTHON) --version); set PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "setting up $(VENV): a few minutes the first time, most of it the download of torch"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifneq ($(TORCH_INDEX),)
 	$(PIP) install -q --index-url $(TORCH_INDEX) $(TORCH_PAIR)

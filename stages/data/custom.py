@@ -6,6 +6,8 @@ Opens no image.
 
 from __future__ import annotations
 
+import difflib
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,9 @@ from stages.data.readers import (
 )
 from stages.data.records import IMAGE_SUFFIXES, Problems, Scan, empty_scan
 from stages.data.splits import IdList, hash_share, some
+
+FREQUENT_RATIO = 10
+"""A name is suspected of being a misspelling of one that stands on this many times as many lines."""
 
 
 class CustomConfig(StageConfig):
@@ -104,7 +109,7 @@ def scan_custom(config: CustomConfig) -> Scan:
     )
     listing = join_sources(sources, problems)
     used = {image.id for image in listing.images}
-    warnings = (*listing.warnings, *_unused_warning(images, used, source))
+    warnings = (*listing.warnings, *_unused_warning(images, used, source), *_misspelt_warning(config, rows, source))
     return Scan(replace(listing, warnings=warnings), problems)
 
 
@@ -160,6 +165,22 @@ def _class_names(config: CustomConfig, rows: Mapping[str, LabelLine], problems: 
         text = f"{config.labels_path}: 'background' is no class of yours (mask value 0 is given)"
         problems.add("labels", f"{text}; leave the labels of an image without any class empty")
     return names
+
+
+def _misspelt_warning(config: CustomConfig, rows: Mapping[str, LabelLine], source: str) -> tuple[str, ...]:
+    """Rare names that nearly are a frequent one: where the CSV makes the classes, a typo makes one too."""
+    if config.classes is not None:
+        return ()
+    counts = Counter(name for row in rows.values() for name in row.names)
+    odd = []
+    for name, count in sorted(counts.items()):
+        frequent = [other for other in counts if counts[other] >= FREQUENT_RATIO * count]
+        close = difflib.get_close_matches(name, frequent, n=1, cutoff=0.75)
+        if close:
+            odd.append(f"'{name}' ({count:,}) beside '{close[0]}' ({counts[close[0]]:,})")
+    if not odd:
+        return ()
+    return (f"{source}: misspelt? {', '.join(odd)}; each is a class of its own: correct the CSV, or set data.classes",)
 
 
 def _masks(config: CustomConfig, images: Collection[str], problems: Problems) -> dict[str, str]:

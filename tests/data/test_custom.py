@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from stages.data.custom import CustomConfig
@@ -181,3 +182,16 @@ def test_lists_of_one_name_in_two_folders_are_both_checked(own_data: Path, tmp_p
 
 def test_an_unused_file_whose_name_is_not_utf8_can_be_spoken_of() -> None:
     assert some(["caf\udce9"]) == r"'caf\udce9'"
+
+
+def test_a_rare_name_close_to_a_frequent_one_is_suspected(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    lines = ["image,labels"]
+    for number in range(24):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"images/i{number}.jpg")
+        lines.append(f"i{number},{'hors' if number == 3 else 'horse' if number % 2 else 'cow'}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    (text,) = [text for text in list_data(CustomConfig(root=tmp_path)).warnings if "misspelt" in text]
+    assert "'hors' (1) beside 'horse' (11)" in text
+    assert "data.classes" in text
+    assert "cow" not in text

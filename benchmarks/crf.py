@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,7 +137,7 @@ def check_equal(jobs: Sequence[Job]) -> None:
         raise SystemExit("the CRF changed no pixel: nothing was measured")
 
 
-def report(jobs: Sequence[Job], processes: int, rounds: int) -> dict[str, object]:
+def report(jobs: Sequence[Job], processes: int, rounds: int) -> dict[str, Any]:
     """The document of ``--json``."""
     median = measure(jobs, processes, rounds)
     # asked: a tenth from the shared kernels, times 0.7 of every core that has a process
@@ -184,9 +185,9 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(document, indent=1))
         return
-    for name, value in document["seconds_per_image"].items():  # type: ignore[attr-defined]
+    for name, value in document["seconds_per_image"].items():
         print(f"{value:8.3f} s/image  {name}")
-    for ratio in document["ratios"]:  # type: ignore[attr-defined]
+    for ratio in document["ratios"]:
         print(f"{ratio['value']:8.2f} ×        {ratio['name']} (target {ratio['target']:.2f})")
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, ClassList, StageConfig, read_json, write_json
+from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, StageConfig, read_json, write_json
 from stages.data.joining import Sources, join_sources
 from stages.data.records import Problems, Scan
 from stages.data.splits import IdList
@@ -220,8 +220,3 @@ def _claim(config: SyntheticConfig, out: Path) -> None:
 def _write_val_groups(config: SyntheticConfig, path: Path) -> None:
     lines = [f"{image_id('val', index)},{val_group(config, index)}\n" for index in range(config.num_val)]
     path.write_text("image,group\n" + "".join(lines), encoding="utf-8")
-
-
-def biased_class(config: SyntheticConfig) -> str:
-    """Name of the class that the context bias ties to a background."""
-    return ClassList(names=config.class_names).names[BIASED_LABEL]

@@ -1,4 +1,4 @@
-"""Build a run's networks once, with their weights, before hours of training end at what does not fit the machine.
+"""Build a run's networks once, with their weights, before hours of work end at what does not fit.
 
 Runs in a child process (it needs torch); reads weight files, downloads public ones; writes nothing else.
 """
@@ -8,39 +8,43 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from pipeline.config import RunConfig
-from stages.contracts import Progress
+from stages.contracts import ClassList, Progress
+from stages.data.listing import list_data
 from stages.errors import ConfigError, InputError
+from stages.methods.trained import START, ClassifierDescription, build_classifier
 from stages.nets.segmenters import DeepLabConfig, pretrained_name
 
 
 def needs_check(run: RunConfig, stages: Collection[str]) -> bool:
     """Whether building ``stages`` would train a classifier before it finds out that the segmenter cannot be trained.
 
-    A classifier that cannot be built, and a segmenter that is trained first, are refused by their own stage at once.
+    A classifier that cannot be built, and a segmenter that is trained first, are refused by their own stage at once;
+    but names of layers that a user wrote by hand are looked up before the data are prepared.
     """
+    names_layers = "train_classifier" in stages and run.train_classifier.method.names_layers
     config = run.train_segmenter
     is_late = {"train_classifier", "train_segmenter"} <= set(stages)
     is_tu = isinstance(config.net, DeepLabConfig) and config.net.encoder.startswith("tu-")
     is_half = config.training.precision == "fp16"
-    return is_late and (is_tu or is_half or pretrained_name(config.net, config.init) is not None)
+    is_fetched = pretrained_name(config.net, config.init) is not None
+    return names_layers or (is_late and (is_tu or is_half or is_fetched))
 
 
 def check_networks(run: RunConfig, progress: Progress) -> None:
-    """Build both networks and load their weights; look whether the device knows their precision.
+    """Build both networks with the method's layers, load their weights; look whether the device knows their precision.
 
     Raises:
         InputError: the networks that cannot be built or trained, each with its reason.
         EnvironmentFailure: the device is not there.
     """
     from stages.devices import resolve_device
-    from stages.nets.backbone_builders import build_backbone
     from stages.nets.segmenters import build_segmenter
 
     segmenter = run.train_segmenter
     # a start from the classifier needs no file, and its fit is checked in preflight
     init = "imagenet" if segmenter.init == "imagenet" else "random"
     checks: dict[str, Callable[[], object]] = {
-        "train_classifier": lambda: build_backbone(run.train_classifier.backbone, run.weights),
+        "train_classifier": lambda: build_classifier(_describe_classifier(run), run.weights),
         "train_segmenter": lambda: build_segmenter(segmenter.net, 2, init=init, weights=run.weights),
     }
     errors: dict[str, InputError] = {}
@@ -60,3 +64,10 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
             "a network of this run cannot be built or trained", problems
         )
     progress.info("the networks can be built and their weights fit")
+
+
+def _describe_classifier(run: RunConfig) -> ClassifierDescription:
+    """The run's classifier; how many classes there are matters only to the weights of a trained one."""
+    config = run.train_classifier
+    classes = list_data(run.data).classes if START in run.weights else ClassList(names=("any",))
+    return ClassifierDescription(backbone=config.backbone, head=config.head, method=config.method, classes=classes)

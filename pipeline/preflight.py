@@ -10,9 +10,12 @@ from dataclasses import replace
 
 from pipeline.config import RunConfig
 from pipeline.model_errors import did_you_mean
+from stages.contracts import MAX_MASK_CLASSES
 from stages.data.listing import list_data
 from stages.data.records import DataListing
+from stages.data.splits import hold_out
 from stages.errors import ConfigError, InputError, WeightsError
+from stages.methods.trained import START
 from stages.nets.backbones import BACKBONE_NAMES
 from stages.nets.segmenters import DILATABLE_ENCODERS, backbone_name, init_problems, pretrained_name
 from stages.nets.weights import weights_problems
@@ -50,10 +53,16 @@ def preflight(run: RunConfig) -> DataListing:
 
 def config_warnings(run: RunConfig) -> list[str]:
     """What can run and is seldom meant: a network that is tested at another size than it was trained at."""
-    pairs = [("train_segmenter", run.train_segmenter.augment.short_side_px, "evaluate", run.evaluate.short_side_px)]
-    if run.train_segmenter.supervision == "weak":
-        trained = run.train_classifier.augment.short_side_px
-        pairs.insert(0, ("train_classifier", trained, "make_attention", run.make_attention.short_side_px))
+    pairs: list[tuple[str, int | None, str, int | None]] = []
+    trained, is_segmented = run.train_classifier.augment.short_side_px, run.evaluate.segmentation
+    if is_segmented and run.train_segmenter.supervision == "weak":
+        pairs.append(("train_classifier", trained, "make_attention", run.make_attention.short_side_px))
+    if run.evaluate.localization is not None:
+        used = run.evaluate.localization.short_side_px
+        pairs.append(("train_classifier", trained, "evaluate.localization", used))
+    if is_segmented:
+        seen = run.train_segmenter.augment.short_side_px
+        pairs.append(("train_segmenter", seen, "evaluate", run.evaluate.short_side_px))
     return [
         f"{training}.augment.short_side_px is {_pixels(trained)} and {use}.short_side_px is {_pixels(used)}: the "
         "network sees images at another size than it was trained at, which costs accuracy; give both the same"
@@ -74,6 +83,8 @@ def _joined(errors: list[InputError]) -> InputError:
 
 
 def _config_problems(run: RunConfig) -> Iterator[str]:
+    if not run.evaluate.segmentation:
+        return  # nothing below is run
     segmenter = run.train_segmenter
     for problem in init_problems(segmenter.net, segmenter.init, run.train_classifier.backbone):
         yield f"train_segmenter.{problem}"
@@ -93,6 +104,15 @@ def _message_of(check: Callable[[], object], section: str) -> list[str]:
 
 
 def _split_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
+    yield from _method_problems(run, listing)
+    if run.evaluate.localization is not None:
+        yield from _localization_problems(listing)
+    if not run.evaluate.segmentation:
+        return
+    num_classes = listing.classes.num_foreground
+    if num_classes > MAX_MASK_CLASSES:
+        text = f"evaluate.segmentation: masks can tell apart {MAX_MASK_CLASSES} classes, the data set has {num_classes}"
+        yield f"{text}; set evaluate.segmentation=false and evaluate.localization={{}}"
     for split in run.evaluate.splits:
         if not listing.splits.get(split):
             yield f"evaluate.splits: the data set has no images in '{split}'; set data.{split}_list or remove it"
@@ -103,15 +123,41 @@ def _split_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
             yield "train_segmenter.supervision: full needs true masks of training images; the data set has none"
 
 
+def _method_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
+    """A subset of pixel-labelled images that the data set does not have."""
+    images = {image.id: image for image in listing.images}
+    kept_out = set(hold_out(listing, run.prepare_data.holdout_ratio))
+    trained = [images[name] for name in listing.splits["train"] if name not in kept_out]
+    try:
+        run.train_classifier.method.pixel_labelled(trained)
+    except ConfigError as error:
+        yield from (f"train_classifier.{line}" for line in (error.problems or (error.message,)))
+
+
+def _localization_problems(listing: DataListing) -> Iterator[str]:
+    """Maps are compared with boxes of known labels, or with the classes of a mask."""
+    val = set(listing.splits["val"])
+    images = [image for image in listing.images if image.id in val]
+    has_cases = any(image.mask is not None or (image.boxes is not None and image.labels) for image in images)
+    if not has_cases:
+        yield (
+            "evaluate.localization: no image of val has a box and a label, or a mask; add boxes or masks to the data "
+            "set, or set evaluate.localization=null"
+        )
+
+
 def _weight_problems(run: RunConfig) -> Iterator[str]:
     """Files of weights that this run needs, and names that nothing is called by."""
     backbone = run.train_classifier.backbone
     net = run.train_segmenter.net
-    needed = [backbone.name if backbone.pretrained else None, pretrained_name(net, run.train_segmenter.init)]
+    public = backbone.name if backbone.pretrained else None
+    start = START if START in run.weights else public  # a trained classifier replaces the public weights
+    is_segmented = run.evaluate.segmentation
+    needed = [start, pretrained_name(net, run.train_segmenter.init) if is_segmented else None]
     for name in dict.fromkeys(filter(None, needed)):
         for problem in weights_problems(name, run.weights):
             yield problem if problem.startswith("weights") else f"weights.{name}: {problem}"
-    known = [*BACKBONE_NAMES, *DILATABLE_ENCODERS, backbone_name(net)]
+    known = [*BACKBONE_NAMES, *DILATABLE_ENCODERS, backbone_name(net), START]
     for name in run.weights:
         if name not in known:
             yield f"weights.{name}: there is no such backbone{did_you_mean(name, known)}"

@@ -49,6 +49,29 @@ METRICS: dict[str, MetricText] = {
     "classifier.label_accuracy": MetricText(
         "Classifier", "label accuracy", "Share of all (image, class) answers, present or absent, that are right."
     ),
+    "localization.top1_loc": MetricText(
+        "Localisation",
+        "Top-1 Loc",
+        "The classifier's first answer and the box of the label's attention are both right.",
+    ),
+    "localization.gt_known_loc": MetricText(
+        "Localisation", "GT-known Loc", "The box of the true label's attention, cut at the configured threshold, fits."
+    ),
+    "localization.top1_clas": MetricText("Localisation", "Top-1 Clas", "The classifier's first answer is the label."),
+    "localization.max_box_acc": MetricText(
+        "Localisation",
+        "MaxBoxAcc",
+        "GT-known Loc at the best threshold, which is chosen on the very images it is scored on.",
+    ),
+    "localization.max_box_acc_threshold": MetricText(
+        "Localisation", "threshold of MaxBoxAcc", "That best threshold, as a fraction of each map's maximum.", "number"
+    ),
+    "localization.max_box_acc_v2": MetricText(
+        "Localisation", "MaxBoxAccV2", "The best of all boxes counts; mean over several overlaps, each at its best."
+    ),
+    "localization.pxap": MetricText(
+        "Localisation", "PxAP", "Area under precision and recall of the attention's pixels over all thresholds."
+    ),
     "attention.miou": MetricText(
         "Attention", "mIoU", "Attention maps cut at the configured threshold, on training images with a true mask."
     ),

@@ -21,6 +21,7 @@ from stages.contracts import Progress, StageResult
 from stages.data.config import DataConfig
 from stages.data.listing import DataListing, digest_data
 from stages.errors import ConfigError
+from stages.methods.trained import START
 from stages.nets.segmenters import pretrained_name
 from stages.nets.weights import weights_identity
 from stages.ops.crf import CrfConfig, resolve_crf_backend
@@ -138,7 +139,11 @@ def _segmenter_inputs(run: RunConfig) -> tuple[str, ...]:
 
 
 def _evaluate_inputs(run: RunConfig) -> tuple[str, ...]:
-    return ("prepare_data", *(("make_attention", "make_masks") if _is_weak(run) else ()), "train_segmenter")
+    classifier = ("train_classifier",) if run.evaluate.localization is not None else ()
+    if not run.evaluate.segmentation:
+        return ("prepare_data", *classifier)
+    masks = ("make_attention", "make_masks") if _is_weak(run) else ()
+    return ("prepare_data", *classifier, *masks, "train_segmenter")
 
 
 def _json(config: BaseModel) -> dict[str, Any]:
@@ -172,8 +177,13 @@ def _weights(name: str | None, weights: Mapping[str, Path]) -> str | None:
 
 def _classifier_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
     backbone = run.train_classifier.backbone
-    weights = _weights(backbone.name if backbone.pretrained else None, run.weights)
-    return {"config": _json(run.train_classifier), "seed": run.seed, "weights": weights}
+    is_public = backbone.pretrained and START not in run.weights
+    weights = _weights(backbone.name if is_public else None, run.weights)
+    config = _json(run.train_classifier) | {"method": run.train_classifier.method.key_content()}
+    if config["head"] == "gap":
+        del config["head"]  # the keys of the time when there was no other stay valid
+    start = {"start": _weights(START, run.weights)} if START in run.weights else {}
+    return {"config": config, "seed": run.seed, "weights": weights, **start}
 
 
 def _segmenter_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
@@ -254,9 +264,9 @@ TABLE = StageTable(
             key_parts=_evaluate_parts,
             arguments=lambda call: {
                 "config": call.run.evaluate,
-                "segmenter": call.inputs["train_segmenter"],
+                **_optional(call, [("segmenter", "train_segmenter"), ("classifier", "train_classifier")]),
                 **_optional(call, [("attention", "make_attention"), ("masks", "make_masks")]),
-                "masks_config": call.run.make_masks if _is_weak(call.run) else None,
+                "masks_config": call.run.make_masks if "make_masks" in call.inputs else None,
                 "exclude": call.exclude,
                 **_common(call),
             },

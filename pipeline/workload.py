@@ -13,7 +13,7 @@ from typing import Any
 
 from stages.contracts import ImageIndex, ImageRecord, read_json
 from stages.data.records import DataListing, ListedImage
-from stages.data.splits import hash_share
+from stages.data.splits import hold_out
 from stages.training import TrainingConfig
 
 Content = Mapping[str, Any]
@@ -77,9 +77,7 @@ def facts_of_index(prepared: Path) -> DataFacts:
 
 def facts_of_listing(listing: DataListing, prepare_data: Content) -> DataFacts:
     """What the lists tell before ``prepare_data``, whose content is given, has opened an image."""
-    has_val_labels = any(image.labels is not None for image in _of(listing.images, listing.splits, "val"))
-    ratio = prepare_data["config"]["holdout_ratio"]
-    holdout = () if has_val_labels else hash_share(listing.splits["train"], ratio, "holdout")
+    holdout = hold_out(listing, prepare_data["config"]["holdout_ratio"])
     size_px = prepare_data["data"].get("size_px")  # generated images have one size, which the config gives
     sizes = [] if size_px is None else [(size_px, size_px)]
     return _facts(listing.images, listing.splits, len(holdout), sizes)
@@ -140,7 +138,7 @@ def _prepare_data(content: Content, inputs: Mapping[str, Content], data: DataFac
 def _train_classifier(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
     del inputs
     config = content["config"]
-    path = (*_backbone(config["backbone"]), config["method"]["name"])
+    path = _classifier(config)
     return _training(config, data.num_train - data.num_holdout, path)
 
 
@@ -163,7 +161,7 @@ def _make_attention(content: Content, inputs: Mapping[str, Content], data: DataF
     """Images × the pixels of all their views."""
     config, classifier = content["config"], inputs["train_classifier"]["config"]
     cost = _times(data.num_train * _views(config), data.seen_px(config["short_side_px"]))
-    path = (*_backbone(classifier["backbone"]), classifier["method"]["name"])
+    path = _classifier(classifier)
     disk = _times(data.num_labels / config["map_stride"] ** 2, data.mean_px)
     return Work(data.num_train, "images", cost, path, disk)
 
@@ -179,6 +177,19 @@ def _make_masks(content: Content, inputs: Mapping[str, Content], data: DataFacts
 
 def _evaluate(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
     """Predicted images × the pixels of their views; only scored images are seen at several scales."""
+    config, work = content["config"], Work(0, "images", 0.0, ())
+    if config.get("segmentation", True):
+        work = _segmentation(content, inputs, data)
+    localization = config.get("localization")
+    if localization is None:
+        return work
+    cost = _times(data.num_val * _views(localization), data.seen_px(localization["short_side_px"]))
+    total = None if cost is None or work.cost is None else cost + work.cost
+    path = (*work.path, *_classifier(inputs["train_classifier"]["config"]))
+    return Work(max(work.count, data.num_val), "images", total, path)
+
+
+def _segmentation(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
     config = content["config"]
     count = sum({"val": data.num_val, "test": data.num_test}[split] for split in config["splits"])
     num_scored = data.num_scored if "val" in config["splits"] else 0
@@ -210,6 +221,11 @@ def _views(config: Content) -> float:
 
 def _backbone(config: Content) -> tuple[object, ...]:
     return config["name"], config["output_stride"]
+
+
+def _classifier(config: Content) -> tuple[object, ...]:
+    """Network and method; contents of the time when there was one head do not name it."""
+    return *_backbone(config["backbone"]), config.get("head", "gap"), config["method"]["name"]
 
 
 def _segmenter(net: Content) -> tuple[object, ...]:

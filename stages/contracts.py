@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from stages.errors import DamagedFileError, DataError
 
@@ -31,6 +31,9 @@ IGNORE_INDEX = 255
 BACKGROUND_INDEX = 0
 """Mask value of background."""
 
+MAX_MASK_CLASSES = 254
+"""The most foreground classes that a mask of bytes can tell apart, beside background and 255."""
+
 LEAST_INPUT_PX = 32
 """Shortest side of what a network sees of a whole image: of less, its stride leaves nothing."""
 
@@ -39,6 +42,18 @@ IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 
 MASK_FORMATS = ("PNG",)
 """What a mask file may hold."""
+
+MASK_MODES = ("P", "L")
+"""Pixel modes of a mask of class indices."""
+
+OBJECT_MASK_MODES = ("P", "L", "LA")
+"""Pixel modes of a mask that only says object or not; transparency is left aside."""
+
+Box = tuple[int, int, int, int]
+"""(x0, y0, x1, y1): first column, first row, last column and last row, counted from 0, all inside the box."""
+
+LabelledBox = tuple[int, Box]
+"""A label index (0 … K-1) with the box of one object of that class."""
 
 
 class StageConfig(BaseModel):
@@ -163,7 +178,8 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON is any
 class ClassList(StageConfig):
     """The foreground classes in order; the one place that knows that class_index = label_index + 1."""
 
-    names: tuple[str, ...] = Field(min_length=1, max_length=254)
+    names: tuple[str, ...] = Field(min_length=1, max_length=65_535)
+    """At most ``MAX_MASK_CLASSES`` where there are masks."""
 
     @property
     def num_foreground(self) -> int:
@@ -199,6 +215,17 @@ class ImageRecord(StageConfig):
     """True mask for scores (VOC: SegmentationClass)."""
     full_mask: str | None = None
     """True mask for ``supervision: full`` (VOC: SegmentationClassAug where there is one, else SegmentationClass)."""
+    boxes: tuple[LabelledBox, ...] | None = None
+    """True boxes inside the image, in the order of the data set's list; None where it has no such list."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_boxes(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(handler(self), "boxes", None)
+
+
+def _without(fields: dict[str, Any], name: str, default: object) -> dict[str, Any]:
+    """``fields`` less one at its default: an index of a data set without it has the bytes that it always had."""
+    return {key: value for key, value in fields.items() if key != name or value != default}
 
 
 class ImageIndex(StageConfig):
@@ -212,6 +239,12 @@ class ImageIndex(StageConfig):
     accuracy when val has no labels), ``val``, ``test``."""
     mask_values: dict[int, int]
     """Raw mask value to class index (0 … K or 255); every other raw value is a defect of the mask."""
+    has_object_masks: bool = False
+    """Whether masks only say object or not: ``mask_values`` gives 0 or 1, and 1 is the only label of the image."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_object_masks(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(handler(self), "has_object_masks", False)
 
     def record(self, image_id: str) -> ImageRecord:
         """The record of ``image_id``."""
@@ -250,17 +283,26 @@ class ImageSet:
         relative = record.mask if kind == "score" else record.full_mask
         if relative is None:
             raise DataError(f"image '{record.id}' has no true mask for '{kind}'")
-        raw = read_index_mask(self.root / relative)
+        modes = OBJECT_MASK_MODES if self.index.has_object_masks else MASK_MODES
+        raw = read_index_mask(self.root / relative, modes=modes)
         if raw.shape != record.size:
             raise DataError(f"{self.root / relative}: expected {record.size} pixels as its image, found {raw.shape}")
         lookup = np.full(256, -1, dtype=np.int16)
         for value, class_index in self.index.mask_values.items():
-            lookup[value] = class_index
+            lookup[value] = self._object_class(record) if class_index == 1 else class_index
         mask = lookup[raw]
         if (mask < 0).any():
             unknown = sorted(set(np.unique(raw).tolist()) - set(self.index.mask_values))
             raise DataError(f"{self.root / relative}: values {unknown} are no class of this data set")
         return mask.astype(np.uint8)
+
+    def _object_class(self, record: ImageRecord) -> int:
+        """What 1 in ``mask_values`` means for this image."""
+        if not self.index.has_object_masks:
+            return 1
+        if record.labels is None or len(record.labels) != 1:
+            raise DataError(f"image '{record.id}': its mask says object or not, so it needs exactly one label")
+        return ClassList.class_index(record.labels[0])
 
 
 def open_image_set(prepared: Path, data_root: Path | None) -> ImageSet:
@@ -345,20 +387,24 @@ def write_index_mask(path: Path, mask: NDArray[np.uint8]) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def read_index_mask(path: Path) -> NDArray[np.uint8]:
+def read_index_mask(path: Path, *, modes: Sequence[str] = MASK_MODES) -> NDArray[np.uint8]:
     """Read the raw indices of a palette (P) or grey (L) PNG, uint8 (H, W); colours are never interpreted.
+
+    Args:
+        path: The file.
+        modes: Pixel modes that are taken.
 
     Raises:
         DataError: missing, damaged, or of another mode (an RGB mask).
     """
     try:
         with Image.open(path, formats=MASK_FORMATS) as image:
-            if image.mode not in {"P", "L"}:
+            if image.mode not in modes:
                 raise DataError(
                     f"{path}: expected a mask of class indices (PNG mode P or L), found mode {image.mode}; "
                     "save the indices with VOC's palette, not the colours"
                 )
-            return np.array(image, dtype=np.uint8)
+            return np.array(image.getchannel(0) if image.mode == "LA" else image, dtype=np.uint8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable mask ({error})") from error
 

@@ -1,9 +1,12 @@
 """Measure the segmenter on val, and attention maps and pseudo-masks on the training images that have true masks.
 
-Reads: the segmenter, images, true masks, attention shards, pseudo-masks.
+Where ``localization`` is set, also how well the classifier's attention points at the objects of val; with
+``segmentation: false`` nothing else.
+Reads: the segmenter, the classifier (``localization``), images, true masks, attention shards, pseudo-masks.
 Writes: ``predictions/<id>.png`` (single scale, class indices), ``confusions.npz`` (counts of each image and scored
-thing), ``sweep.json`` (mIoU of the attention maps at every threshold), ``metrics.json``.  Until these are there, counts
-of finished batches are kept under ``partial/``, so that a stopped evaluation continues.
+thing), ``sweep.json`` (mIoU of the attention maps at every threshold), ``localization.json`` (accuracy at every
+threshold), ``metrics.json``.  Until these are there, counts of finished batches are kept under ``partial/``, so that a
+stopped evaluation continues.
 Source: VOC's devkit and deeplab-pytorch: one confusion matrix, truth 255 dropped, mean of the classes' IoU.
 """
 
@@ -19,6 +22,7 @@ from pydantic import Field, model_validator
 
 from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageResult, open_image_set, write_json
 from stages.errors import DamagedFileError
+from stages.localization import LocalizationConfig, score_localization
 from stages.nets.trained import read_segmenter_record
 from stages.ops.confusion import SparseConfusions, iou, mean_iou, pixel_accuracy, write_confusions
 from stages.ops.pool import num_processes
@@ -26,7 +30,7 @@ from stages.ops.seeds import SeedConfig
 from stages.prediction import PredictionConfig, predict_images
 from stages.scoring import ScoringContext, collect_training, score_training
 
-VERSION = 1
+VERSION = 2
 
 
 class EvaluateConfig(PredictionConfig):
@@ -34,11 +38,18 @@ class EvaluateConfig(PredictionConfig):
 
     splits: tuple[Literal["val", "test"], ...] = Field(default=("val",), min_length=1)
     """Splits to predict; only val is scored."""
+    segmentation: bool = True
+    """Predict with the segmenter and score pseudo-masks; false for data without masks: neither masks nor a segmenter
+    are made."""
+    localization: LocalizationConfig | None = None
+    """Score how well the classifier's attention points at the objects of val ({} for all defaults); null for not."""
 
     @model_validator(mode="after")
-    def _names_each_split_once(self) -> Self:
+    def _measures_something(self) -> Self:
         if len(set(self.splits)) != len(self.splits):
             raise ValueError(f"splits must differ, found {self.splits}")
+        if not self.segmentation and self.localization is None:
+            raise ValueError("segmentation: false leaves nothing to measure; set localization ({} for its defaults)")
         return self
 
 
@@ -46,7 +57,8 @@ def evaluate(
     config: EvaluateConfig,
     *,
     images: Path,
-    segmenter: Path,
+    segmenter: Path | None,
+    classifier: Path | None = None,
     attention: Path | None = None,
     masks: Path | None = None,
     masks_config: SeedConfig | None = None,
@@ -59,9 +71,10 @@ def evaluate(
     """Score everything that has true masks and write the predictions.
 
     Args:
-        config: How the segmenter is tested.
+        config: How the segmenter is tested, and what else is.
         images: Output folder of ``prepare_data``.
-        segmenter: Output folder of ``train_segmenter``.
+        segmenter: Output folder of ``train_segmenter``; None with ``segmentation: false``.
+        classifier: Output folder of ``train_classifier``; needed by ``localization`` only.
         attention: Output folder of ``make_attention``; None with full supervision, as for the next two.
         masks: Output folder of ``make_masks``.
         masks_config: Its config: the threshold rule before refinement.
@@ -82,7 +95,10 @@ def evaluate(
     """
     runtime = runtime or Runtime()
     image_set = open_image_set(images, data_root)
-    _check_classes(image_set, segmenter)
+    if (segmenter is not None) != config.segmentation:
+        raise ValueError("give a segmenter exactly where segmentation is true")
+    if segmenter is not None:
+        _check_classes(image_set, segmenter)
     metrics: dict[str, Any] = {}
     confusions: dict[str, SparseConfusions] = {}
     if len({attention is None, masks is None, masks_config is None}) > 1:
@@ -97,7 +113,14 @@ def evaluate(
             partial=out / "partial",
         )
         metrics |= _evaluate_training(context, confusions, out, progress, runtime)
-    metrics |= _evaluate_segmenter(config, image_set, segmenter, confusions, out, progress, runtime)
+    if config.localization is not None:
+        if classifier is None:
+            raise ValueError("localization needs the classifier")
+        metrics |= score_localization(
+            config.localization, image_set, classifier=classifier, out=out, progress=progress, runtime=runtime
+        )
+    if segmenter is not None:
+        metrics |= _evaluate_segmenter(config, image_set, segmenter, confusions, out, progress, runtime)
     write_confusions(out / "confusions.npz", confusions)
     write_json(out / "metrics.json", metrics)
     shutil.rmtree(out / "partial", ignore_errors=True)

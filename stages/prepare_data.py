@@ -13,13 +13,13 @@ from pathlib import Path
 from pydantic import Field
 
 from stages.contracts import ImageIndex, ImageRecord, Progress, Runtime, StageConfig, StageResult, write_json
+from stages.data.boxes import clip_boxes, clipped_warning
 from stages.data.check import CheckedImage, check_any_object, check_images, palette_warnings
-from stages.data.custom import CustomConfig
+from stages.data.config import DataConfig
 from stages.data.listing import list_data
 from stages.data.records import PROBLEMS_SHOWN, DataListing
-from stages.data.splits import hash_share, some
+from stages.data.splits import hold_out, some
 from stages.data.synthetic import SyntheticConfig, generate_synthetic
-from stages.data.voc import VocConfig
 from stages.errors import DataError
 
 VERSION = 1
@@ -37,7 +37,7 @@ class PrepareDataConfig(StageConfig):
 def prepare_data(
     config: PrepareDataConfig,
     *,
-    data: VocConfig | CustomConfig | SyntheticConfig,
+    data: DataConfig,
     out: Path,
     progress: Progress,
     runtime: Runtime | None = None,
@@ -73,12 +73,14 @@ def prepare_data(
     useless = check_any_object(listing, checked.values())
     if useless:
         raise DataError("the scores on val would be worthless:", useless)
+    for text in clipped_warning((image, checked[image.id].size) for image in kept.images):
+        progress.warn(text)
     index = _index(kept, checked, config)
     write_json(out / "index.json", index.model_dump(mode="json"))
     return StageResult(metrics=_metrics(index, skipped=len(listing.images) - len(kept.images)))
 
 
-def _generate(data: VocConfig | CustomConfig | SyntheticConfig, folder: Path, progress: Progress) -> Path:
+def _generate(data: DataConfig, folder: Path, progress: Progress) -> Path:
     if not isinstance(data, SyntheticConfig):
         raise TypeError(f"only a synthetic data set has no root, got {type(data).__name__}")
     progress.info(f"drawing {data.num_train + data.num_val:,} pictures of {data.size_px} px")
@@ -89,7 +91,7 @@ def _generate(data: VocConfig | CustomConfig | SyntheticConfig, folder: Path, pr
 def _keep_good(
     listing: DataListing,
     checked: dict[str, CheckedImage],
-    data: VocConfig | CustomConfig | SyntheticConfig,
+    data: DataConfig,
     progress: Progress,
 ) -> DataListing:
     """The listing without what does not read, or an error naming all of it.
@@ -130,13 +132,10 @@ def _without_bad(listing: DataListing, checked: dict[str, CheckedImage], progres
 
 def _index(listing: DataListing, checked: dict[str, CheckedImage], config: PrepareDataConfig) -> ImageIndex:
     records: list[ImageRecord] = []
-    labelled: set[str] = set()
     for image in listing.images:
         size = checked[image.id].size
         if size is None:
             raise RuntimeError(f"image '{image.id}' was kept without a size")
-        if image.labels is not None:
-            labelled.add(image.id)
         records.append(
             ImageRecord(
                 id=image.id,
@@ -145,12 +144,17 @@ def _index(listing: DataListing, checked: dict[str, CheckedImage], config: Prepa
                 labels=image.labels,
                 mask=image.mask,
                 full_mask=image.full_mask,
+                boxes=clip_boxes(image.boxes, size),
             )
         )
-    has_val_labels = any(image_id in labelled for image_id in listing.splits["val"])
-    holdout = () if has_val_labels else hash_share(listing.splits["train"], config.holdout_ratio, "holdout")
-    splits = {**listing.splits, "holdout": holdout}
-    return ImageIndex(classes=listing.classes, images=tuple(records), splits=splits, mask_values=listing.mask_values)
+    splits = {**listing.splits, "holdout": hold_out(listing, config.holdout_ratio)}
+    return ImageIndex(
+        classes=listing.classes,
+        images=tuple(records),
+        splits=splits,
+        mask_values=listing.mask_values,
+        has_object_masks=listing.has_object_masks,
+    )
 
 
 def _metrics(index: ImageIndex, skipped: int) -> dict[str, int]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import model_validator
 
 from stages.contracts import (
     IGNORE_INDEX,
@@ -32,8 +33,8 @@ from stages.contracts import (
 from stages.data.transforms import AugmentConfig, Augmenter
 from stages.errors import DataError
 from stages.methods import MethodConfigUnion
-from stages.methods.trained import ClassifierDescription, build_classifier, save_classifier
-from stages.nets.backbones import BackboneConfig
+from stages.methods.trained import ClassifierDescription, build_classifier, check_head, save_classifier
+from stages.nets.backbones import BackboneConfig, HeadName
 from stages.ops.multilabel import multi_hot
 from stages.training import TrainingConfig, remove_checkpoint, sample_seed, seed_initial_weights, train
 
@@ -53,12 +54,19 @@ class TrainClassifierConfig(StageConfig):
 
     backbone: BackboneConfig
     """What computes the features."""
+    head: HeadName = "gap"
+    """gap: a 1×1 convolution, whose maps are averaged; fc: VGG16's own fc6 and fc7, for methods without score maps."""
     method: MethodConfigUnion
     """What the training minimises and how attention is read off; ``name`` chooses it."""
     augment: AugmentConfig
     """How a training image becomes a crop; its ``short_side_px`` also holds for the closing score."""
     training: TrainingConfig
     """Steps, batch, learning rate, precision."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainClassifierConfig:
+        check_head(self.head, self.backbone, self.method)
+        return self
 
 
 def train_classifier(
@@ -78,7 +86,8 @@ def train_classifier(
         config: What to train and how.
         images: Output folder of ``prepare_data``.
         data_root: Folder of the user's data; None for the embedded data set.
-        weights: Files of public weights by backbone name; what is not there is downloaded.
+        weights: Files of public weights by backbone name; what is not there is downloaded.  Under ``classifier`` the
+            weights of a trained classifier to go on from, which replace the public ones.
         seed: Seeds the head, the order of the images, every crop and every step.
         out: Folder to write to; a checkpoint in it is continued.
         progress: Hears of every step.
@@ -90,7 +99,8 @@ def train_classifier(
 
     Raises:
         DataError: a training image has no labels, no image is left to train on, an image cannot be read.
-        WeightsError: the public weights cannot be had or do not fit.
+        ConfigError: the method names a layer that the network does not have.
+        WeightsError: the weights to start from cannot be had or do not fit.
         InputError: the loss is no longer finite.
     """
     from stages.methods.scoring import score_classifier
@@ -98,13 +108,16 @@ def train_classifier(
     runtime = runtime or Runtime()
     image_set = open_image_set(images, data_root)
     records = _training_records(image_set)
-    supervised = config.method.pixel_labelled(records)
-    description = ClassifierDescription(backbone=config.backbone, method=config.method, classes=image_set.index.classes)
+    supervised = frozenset(config.method.pixel_labelled(records))
+    epoch = [record for record in records for _ in range(config.method.repeats(record.id, supervised))]
+    description = ClassifierDescription(
+        backbone=config.backbone, head=config.head, method=config.method, classes=image_set.index.classes
+    )
     classifier, method = _build_seeded(description, weights, seed, progress)
     history = train(
         classifier,
         objective=_Objective(method),
-        dataset=LabelledImages(image_set, records, Augmenter(config.augment), seed, frozenset(supervised)),
+        dataset=LabelledImages(image_set, epoch, Augmenter(config.augment), seed, supervised),
         config=config.training,
         parameter_groups=classifier.parameter_groups(config.training.head_lr_factor),
         seed=seed,
@@ -117,7 +130,7 @@ def train_classifier(
     write_json(out / "history.json", history)
     save_classifier(out, description, classifier)
     remove_checkpoint(out)
-    return StageResult(metrics=metrics, mask_supervision=tuple(supervised))
+    return StageResult(metrics=metrics, mask_supervision=tuple(sorted(supervised)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +177,7 @@ class LabelledImages:
         if not self.with_masks:
             return None
         if record.id in self.with_masks:
-            return self.image_set.read_mask(record, "full")
+            return self.image_set.read_mask(record, "full" if record.mask is None else "score")
         return np.full(size, IGNORE_INDEX, dtype=np.uint8)
 
 
@@ -183,7 +196,7 @@ def _training_records(image_set: ImageSet) -> list[ImageRecord]:
 def _build_seeded(
     description: ClassifierDescription, weights: Mapping[str, Path], seed: int, progress: Progress
 ) -> tuple[Classifier, Method]:
-    """The network, its fresh layers drawn from ``seed``; the caller's random numbers are left as they were."""
+    """The network at its start, fresh layers drawn from ``seed``; the caller's random numbers are left as they were."""
     import torch
 
     with torch.random.fork_rng(devices=[]):

@@ -19,12 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.contracts import IGNORE_INDEX, IMAGE_FORMATS, MASK_FORMATS, Progress, upright, voc_palette
-from stages.data.custom import CustomConfig
+from stages.contracts import (
+    IGNORE_INDEX,
+    IMAGE_FORMATS,
+    MASK_FORMATS,
+    MASK_MODES,
+    OBJECT_MASK_MODES,
+    Progress,
+    upright,
+    voc_palette,
+)
+from stages.data.boxes import box_problems
+from stages.data.config import DataConfig
 from stages.data.listing import scan_data
 from stages.data.records import DataListing, ListedImage
-from stages.data.synthetic import SyntheticConfig
-from stages.data.voc import VocConfig
 from stages.errors import EnvironmentFailure
 
 _BATCH = 32
@@ -62,11 +70,10 @@ class _Task:
     is_deep: bool
     """Whether the masks' pixels are read; else only their headers."""
     has_voc_palette: bool
+    mask_modes: tuple[str, ...]
 
 
-def check_data(
-    config: VocConfig | CustomConfig | SyntheticConfig, progress: Progress, *, processes: int = 0
-) -> list[str]:
+def check_data(config: DataConfig, progress: Progress, *, processes: int = 0) -> list[str]:
     """Everything that is wrong with a data set: lists, labels, every image and every pixel of every mask.
 
     Args:
@@ -108,8 +115,10 @@ def check_images(
     Raises:
         EnvironmentFailure: a worker was killed.
     """
+    modes = OBJECT_MASK_MODES if listing.has_object_masks else MASK_MODES
     tasks = [
-        _Task(root, image, listing.mask_values, image.id in deep, listing.has_voc_palette) for image in listing.images
+        _Task(root, image, listing.mask_values, image.id in deep, listing.has_voc_palette, modes)
+        for image in listing.images
     ]
     batches = [tasks[start : start + _BATCH] for start in range(0, len(tasks), _BATCH)]
     progress.begin("checking images", total=len(tasks))
@@ -141,13 +150,16 @@ def _check_batch(tasks: Sequence[_Task]) -> list[CheckedImage]:
 
 def _check_one(task: _Task) -> CheckedImage:
     size, image_problems = check_image(task.root / task.image.image)
+    image_problems += box_problems(task.image, size) if size is not None else []
     mask_problems: list[str] = []
     moved_palettes: list[str] = []
     values: NDArray[np.uint8] | None = None
     for relative in dict.fromkeys((task.image.mask, task.image.full_mask)):
         if relative is None:
             continue
-        found, texts, moved = check_mask(task.root / relative, size, task.mask_values, is_deep=task.is_deep)
+        found, texts, moved = check_mask(
+            task.root / relative, size, task.mask_values, is_deep=task.is_deep, modes=task.mask_modes
+        )
         mask_problems += [*texts, *moved] if task.has_voc_palette else texts
         moved_palettes += moved
         values = found if relative == task.image.mask else values
@@ -186,7 +198,12 @@ def check_image(path: Path) -> tuple[tuple[int, int] | None, list[str]]:
 
 
 def check_mask(
-    path: Path, size: tuple[int, int] | None, mask_values: Mapping[int, int], *, is_deep: bool
+    path: Path,
+    size: tuple[int, int] | None,
+    mask_values: Mapping[int, int],
+    *,
+    is_deep: bool,
+    modes: Sequence[str] = MASK_MODES,
 ) -> tuple[NDArray[np.uint8] | None, list[str], list[str]]:
     """Check a mask's mode and size, and with ``is_deep`` its values and palette.
 
@@ -195,6 +212,7 @@ def check_mask(
         size: (height, width) of its image; None where that is unknown.
         mask_values: The allowed raw values.
         is_deep: Whether the pixels may be read.
+        modes: Pixel modes that are taken.
 
     Returns:
         The raw values in it, sorted (None when they were not read); what is wrong with it; and a line where it has
@@ -202,10 +220,10 @@ def check_mask(
     """
     try:
         with Image.open(path, formats=MASK_FORMATS) as mask:
-            texts = _check_header(path, mask, size)
-            if not is_deep or mask.mode not in {"P", "L"}:
+            texts = _check_header(path, mask, size, modes)
+            if not is_deep or mask.mode not in modes:
                 return None, texts, []
-            values = np.unique(np.asarray(mask, dtype=np.uint8))
+            values = np.unique(np.asarray(mask.getchannel(0) if mask.mode == "LA" else mask, dtype=np.uint8))
             palette = mask.getpalette("RGB") if mask.mode == "P" else None
     except _UNREADABLE as error:
         return None, [f"{path}: is no readable mask ({error}); restore the file"], []
@@ -213,9 +231,9 @@ def check_mask(
     return values, texts + _check_values(path, values, mask_values), moved
 
 
-def _check_header(path: Path, mask: Image.Image, size: tuple[int, int] | None) -> list[str]:
+def _check_header(path: Path, mask: Image.Image, size: tuple[int, int] | None, modes: Sequence[str]) -> list[str]:
     texts: list[str] = []
-    if mask.mode not in {"P", "L"}:
+    if mask.mode not in modes:
         texts.append(
             f"{path}: expected a mask of class indices (PNG mode P or L), found mode {mask.mode}"
             f"{' (colours instead of indices)' if mask.mode.startswith('RGB') else ''}; "

@@ -7,14 +7,18 @@ from typing import Annotated
 
 from pydantic import Field
 
+from stages.data.cub import CubConfig
 from stages.data.custom import CustomConfig
+from stages.data.imagenet import ImageNetConfig
 from stages.data.synthetic import SyntheticConfig
 from stages.data.voc import VocConfig
 
-DataConfig = Annotated[VocConfig | CustomConfig | SyntheticConfig, Field(discriminator="format")]
+DataConfig = Annotated[
+    VocConfig | CustomConfig | SyntheticConfig | CubConfig | ImageNetConfig, Field(discriminator="format")
+]
 """Any data set that wsss reads or makes."""
 
 
-def data_root(config: VocConfig | CustomConfig | SyntheticConfig) -> Path | None:
+def data_root(config: DataConfig) -> Path | None:
     """The folder of the user's data; None for the synthetic set, which prepare_data generates below its own output."""
     return None if isinstance(config, SyntheticConfig) else config.root

@@ -6,10 +6,10 @@ Reads and writes nothing: the adapters have read the small files and the folders
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.contracts import ClassList
+from stages.contracts import ClassList, LabelledBox
 from stages.data.records import DataListing, ListedImage, Problems
 from stages.data.splits import IdList, check_splits, some
 
@@ -37,6 +37,8 @@ class Sources:
     image_folder: str
     mask_folder: str
     """How messages name the folders."""
+    boxes: Mapping[str, tuple[LabelledBox, ...]] = field(default_factory=dict)
+    """Image id to its true boxes; of images of val only."""
 
 
 def join_sources(sources: Sources, problems: Problems) -> DataListing:
@@ -53,6 +55,7 @@ def join_sources(sources: Sources, problems: Problems) -> DataListing:
         for image_id in ids:
             images.setdefault(image_id, _listed(sources, image_id, split))
     warnings = _check_val_masks(sources, splits["val"], problems)
+    _check_val_boxes(sources, splits["val"], problems)
     splits["train_score"], score_warnings = _train_score(sources, set(splits["train"]))
     warnings += score_warnings + _label_warnings(sources, splits["train"], problems)
     classes = ClassList(names=sources.class_names)
@@ -80,6 +83,7 @@ def _listed(sources: Sources, image_id: str, split: str) -> ListedImage:
         labels=None if split == "test" else sources.labels.get(image_id),
         mask=mask,
         full_mask=sources.full_masks.get(image_id, mask) if split == "train" else None,
+        boxes=sources.boxes.get(image_id) if split == "val" else None,
     )
 
 
@@ -88,11 +92,21 @@ def _check_val_masks(sources: Sources, val: tuple[str, ...], problems: Problems)
     missing = [image_id for image_id in val if image_id not in sources.masks]
     source = sources.lists["val"].source if "val" in sources.lists else "val"
     if missing and len(missing) == len(val):
+        if sources.boxes:
+            return []
         return [f"no image of {source} has a mask in {sources.mask_folder}: scores on val will be absent"]
     if missing:
         text = f"{len(missing):,} of {len(val):,} val images ({source}) have no mask in {sources.mask_folder}"
         problems.add("val mask", f"{text}: {some(missing)}; add the masks or remove the images from the list")
     return []
+
+
+def _check_val_boxes(sources: Sources, val: tuple[str, ...], problems: Problems) -> None:
+    """Where some val images have boxes all must, since the score would be of fewer images."""
+    missing = [image_id for image_id in val if image_id not in sources.boxes]
+    if sources.boxes and missing:
+        text = f"{len(missing):,} of {len(val):,} val images have no box: {some(missing)}"
+        problems.add("val box", f"{text}; add the boxes or remove the images from the list")
 
 
 def _train_score(sources: Sources, train: set[str]) -> tuple[tuple[str, ...], list[str]]:

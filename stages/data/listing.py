@@ -15,7 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from stages.contracts import write_atomic
+from stages.data.config import DataConfig
+from stages.data.cub import CubConfig, scan_cub
 from stages.data.custom import CustomConfig, scan_custom
+from stages.data.imagenet import ImageNetConfig, scan_imagenet
 from stages.data.records import PROBLEMS_SHOWN, DataListing, ListedImage, Scan
 from stages.data.splits import some
 from stages.data.synthetic import GENERATOR_VERSION, SyntheticConfig, scan_synthetic
@@ -28,14 +31,18 @@ _SETTLED_NS = 2_000_000_000
 """A file younger than this is hashed each time: a second write within the clock's step would go unseen."""
 
 
-def scan_data(config: VocConfig | CustomConfig | SyntheticConfig) -> Scan:
+def scan_data(config: DataConfig) -> Scan:
     """List the data set and everything that is wrong with its lists and labels; never raises for a defect."""
     if isinstance(config, VocConfig):
         return scan_voc(config)
+    if isinstance(config, CubConfig):
+        return scan_cub(config)
+    if isinstance(config, ImageNetConfig):
+        return scan_imagenet(config)
     return scan_custom(config) if isinstance(config, CustomConfig) else scan_synthetic(config)
 
 
-def list_data(config: VocConfig | CustomConfig | SyntheticConfig) -> DataListing:
+def list_data(config: DataConfig) -> DataListing:
     """List the data set: ids, files, labels and splits.
 
     Raises:
@@ -51,7 +58,7 @@ def list_data(config: VocConfig | CustomConfig | SyntheticConfig) -> DataListing
 
 def digest_data(
     listing: DataListing,
-    config: VocConfig | CustomConfig | SyntheticConfig,
+    config: DataConfig,
     cache_file: Path,
     *,
     warn: Callable[[str], None] | None = None,
@@ -106,12 +113,19 @@ def _sha256_json(value: object) -> str:
 
 
 def _describe(listing: DataListing) -> dict[str, object]:
-    return {
+    described: dict[str, object] = {
         "classes": listing.classes.names,
         "splits": listing.splits,
         "mask_values": sorted(listing.mask_values.items()),
         "images": [[i.id, i.image, i.labels, i.mask, i.full_mask] for i in listing.images],
     }
+    # absent where a data set has neither: its digest is what it was before there were any
+    boxes = {image.id: image.boxes for image in listing.images if image.boxes is not None}
+    if boxes:
+        described["boxes"] = boxes
+    if listing.has_object_masks:
+        described["has_object_masks"] = True
+    return described
 
 
 def _file_digests(root: Path, files: Iterable[str], cache_file: Path) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.contracts import ClassList
+from stages.contracts import ClassList, LabelledBox
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """File names that count as images in a folder of the user's (compared in lower case)."""
@@ -27,6 +27,8 @@ class ListedImage:
     """Sorted label indices (0 … K-1); None where unknown."""
     mask: str | None = None
     full_mask: str | None = None
+    boxes: tuple[LabelledBox, ...] | None = None
+    """True boxes as the data set's list has them, perhaps reaching beyond the image; None where there is no list."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class DataListing:
     """What is allowed but should be known, e.g. that there are no masks to score with."""
     has_voc_palette: bool = False
     """Whether a mask with VOC's colours must have them in VOC's order; else its colours mean nothing."""
+    has_object_masks: bool = False
+    """Whether masks only say object or not (as in ImageIndex)."""
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.data.records import Problems
+from stages.data.records import DataListing, Problems
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ def hash_share(ids: Iterable[str], ratio: float, purpose: str) -> tuple[str, ...
     if chosen:
         return chosen
     return (min(candidates, key=lambda image_id: hash_fraction(image_id, purpose)),)
+
+
+def hold_out(listing: DataListing, ratio: float) -> tuple[str, ...]:
+    """Training images kept from the classifier to measure its labels: a share by hash, where val has no labels."""
+    val = set(listing.splits["val"])
+    has_val_labels = any(image.labels is not None for image in listing.images if image.id in val)
+    return () if has_val_labels else hash_share(listing.splits["train"], ratio, "holdout")
 
 
 def check_splits(lists: Mapping[str, IdList], problems: Problems) -> None:

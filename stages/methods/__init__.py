@@ -11,11 +11,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
 
+from stages.methods.acol import AcolConfig
+from stages.methods.adl import AdlConfig
 from stages.methods.base import Method, MethodConfig
 from stages.methods.cam import CamConfig
+from stages.methods.cutmix import CutMixConfig
+from stages.methods.gain import GainConfig, GainExtConfig
+from stages.methods.gradcam import GradCamConfig
+from stages.methods.has import HasConfig
+from stages.methods.spg import SpgConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
     "cam": CamConfig,
+    "gradcam": GradCamConfig,
+    "gain": GainConfig,
+    "gain_ext": GainExtConfig,
+    "adl": AdlConfig,
+    "has": HasConfig,
+    "acol": AcolConfig,
+    "spg": SpgConfig,
+    "cutmix": CutMixConfig,
 }
 """Method names as a config spells them, with the class of their options."""
 

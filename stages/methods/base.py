@@ -10,9 +10,9 @@ Shapes: B images, K foreground classes, H W pixels, h w cells of a map.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from stages.contracts import ImageRecord, StageConfig
+from stages.contracts import StageConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,14 +21,44 @@ if TYPE_CHECKING:
     from stages.ops.step import StepInfo
 
 
+class Candidate(Protocol):
+    """What a choice of pixel-labelled images rests on; listed images and those of an index have it."""
+
+    @property
+    def id(self) -> str:
+        """The image's id."""
+        ...
+
+    @property
+    def labels(self) -> tuple[int, ...] | None:
+        """Its label indices."""
+        ...
+
+    @property
+    def mask(self) -> str | None:
+        """Its official true mask, where it has one."""
+        ...
+
+
 class MethodConfig(StageConfig):
     """Base of every method's options; a subclass adds ``name: Literal["…"] = "…"``, its key in METHODS."""
+
+    needs_score_maps: ClassVar[bool] = True
+    """Whether the method reads class score maps, which a classifier with ``head: fc`` does not have."""
+
+    has_own_head: ClassVar[bool] = False
+    """Whether ``prepare`` replaces the classifier's head: it then starts fresh behind another method's classifier."""
+
+    @property
+    def names_layers(self) -> bool:
+        """Whether the user named layers of the backbone; then the network is built once before the first stage."""
+        return False
 
     def build(self) -> Method:
         """The method with these options; imports torch at the earliest when a method of it is called."""
         raise NotImplementedError(f"{type(self).__name__} must say which Method it builds")
 
-    def pixel_labelled(self, candidates: Sequence[ImageRecord]) -> tuple[str, ...]:
+    def pixel_labelled(self, candidates: Sequence[Candidate]) -> tuple[str, ...]:
         """Ids of the training images whose true pixel masks the objective reads; none, unless the method overrides it.
 
         The stage loads exactly these masks, records the ids as mask supervision, and hands the masks to ``objective``.
@@ -41,6 +71,20 @@ class MethodConfig(StageConfig):
         """
         del candidates
         return ()
+
+    def repeats(self, image_id: str, pixel_labelled: frozenset[str]) -> int:
+        """How often an image stands in an epoch (GAIN_ext's few pixel-labelled ones may stand more often); once here.
+
+        Args:
+            image_id: A training image.
+            pixel_labelled: What ``pixel_labelled`` chose.
+        """
+        del image_id, pixel_labelled
+        return 1
+
+    def key_content(self) -> dict[str, Any]:
+        """What a cache key says of these options: their values, and of a file what is in it."""
+        return self.model_dump(mode="json")
 
 
 class Method(Protocol):

@@ -34,9 +34,12 @@ class Backbone(nn.Module):
     """The feature part of a plain network: its children, called one after the other.
 
     Attributes:
+        name: As a config spells it; empty when built without one.
         num_channels: D.
         output_stride: Pixels per cell.
     """
+
+    name: str = ""
 
     def __init__(
         self,
@@ -201,6 +204,7 @@ BUILDERS: Mapping[str, Callable[[BackboneConfig], Backbone]] = {
 def build_plain_backbone(config: BackboneConfig) -> Backbone:
     """The backbone at its random start."""
     backbone = BUILDERS[config.name](config)
+    backbone.name = config.name
     backbone.freeze_bn = config.freeze_bn
     return backbone.train()
 

@@ -43,6 +43,10 @@ OUTPUT_STRIDES: Mapping[str, tuple[int, ...]] = {
 }
 """Allowed output strides by backbone; the last one is the plain net's own (VGG16 without its final pool: 16)."""
 
+HeadName = Literal["gap", "fc"]
+"""What stands on the classifier's backbone: ``gap``, a 1×1 convolution whose score maps are averaged to the logits;
+``fc``, VGG16's own fc6 and fc7 with a last layer for our classes, which has no score maps."""
+
 UNTRAINED: frozenset[str] = frozenset({"small"})
 """Backbones that no public weights exist for: they train from scratch."""
 

@@ -1,9 +1,11 @@
-"""The classifier: a backbone, a 1×1 convolution per class, and the mean over the map as the logit.
+"""The classifier: a backbone and a head whose scores per cell and class are averaged to the logits.
 
 Pure network code; reads and writes nothing.  Attention methods insert their own layers around it.
 Shapes: B images, K foreground classes, D feature channels, H W pixels, h w cells.
+Head ``gap``, a 1×1 convolution.
 Source: Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016, §2.
 Differs: no bias, and the linear layer stands before the mean (the same logits, but the class maps come for free).
+Head ``fc`` is VGG16's own (``stages.nets.heads``); having no maps, it scores one cell.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from stages.nets.backbone_builders import Backbone
+from stages.nets.backbones import HeadName
+from stages.nets.heads import FcHead
 from stages.nets.largefov import parameter_groups
 
 
@@ -22,20 +26,24 @@ class ClassifierOutput(NamedTuple):
     logits: Tensor
     """(B, K), before the sigmoid."""
     scores: Tensor
-    """(B, K, h, w) class scores per cell; their mean over the map is the logit."""
+    """(B, K, h, w) class scores per cell, their mean over the map is the logit; (B, K, 1, 1) from head ``fc``."""
     features: Tensor
     """(B, D, h, w) of the backbone."""
 
 
 class Classifier(nn.Module):
-    """A multi-label image classifier whose class scores are maps."""
+    """A multi-label image classifier; with head ``gap`` its class scores are maps."""
 
-    def __init__(self, backbone: Backbone, num_foreground: int) -> None:
-        """Put a fresh head for K = ``num_foreground`` classes on ``backbone``."""
+    def __init__(self, backbone: Backbone, num_foreground: int, head: HeadName = "gap") -> None:
+        """Put a fresh head for K = ``num_foreground`` classes on ``backbone``; ``fc`` fits VGG16."""
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Conv2d(backbone.num_channels, num_foreground, kernel_size=1, bias=False)
-        nn.init.normal_(self.head.weight, std=0.01)
+        self.head: nn.Conv2d | FcHead
+        if head == "fc":
+            self.head = FcHead(backbone.num_channels, backbone.output_stride, num_foreground)
+        else:
+            self.head = nn.Conv2d(backbone.num_channels, num_foreground, kernel_size=1, bias=False)
+            nn.init.normal_(self.head.weight, std=0.01)
 
     def forward(self, images: Tensor) -> ClassifierOutput:
         """Classify normalised images (B, 3, H, W)."""
@@ -47,5 +55,9 @@ class Classifier(nn.Module):
         return ClassifierOutput(scores.mean(dim=(2, 3)), scores, features)
 
     def parameter_groups(self, head_lr_factor: float = 10.0) -> list[dict[str, Any]]:
-        """All parameters for the optimiser, each once: the backbone at factor 1, everything else faster."""
-        return parameter_groups(self, self.backbone, head_lr_factor)
+        """All parameters for the optimiser, each once: the plain network at factor 1, everything else faster.
+
+        VGG16's fc6 and fc7 belong to the plain network.
+        """
+        layers = self.head.plain_layers if isinstance(self.head, FcHead) else ()
+        return parameter_groups(self, nn.ModuleList([self.backbone, *layers]), head_lr_factor)

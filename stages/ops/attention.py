@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from stages.contracts import IGNORE_INDEX
+
 
 def normalise_attention(scores: Tensor) -> Tensor:
     """Scale each class map to [0, 1] by its own peak.
@@ -124,3 +126,75 @@ def quantise_attention(maps: NDArray[np.float32]) -> tuple[NDArray[np.uint8], ND
     peaks = evidence.max(axis=(1, 2), initial=0.0)
     scaled = evidence / np.where(peaks > 0, peaks, 1.0)[:, None, None]
     return np.rint(scaled * 255).astype(np.uint8), peaks.astype(np.float32)
+
+
+def minmax_attention(scores: Tensor) -> Tensor:
+    """Scale each class map to [0, 1] by its own smallest and largest value; a constant map becomes zero, never NaN.
+
+    Args:
+        scores: (B, K, h, w) class scores of any sign.
+
+    Source:
+        wsolevaluation (b5c1e8a) wsol/method/util.py ``normalize_tensor``, which ACoL and SPG normalise with.
+    """
+    low, high = scores.amin(dim=(2, 3), keepdim=True), scores.amax(dim=(2, 3), keepdim=True)
+    return torch.where(high > low, (scores - low) / torch.where(high > low, high - low, 1.0), 0.0)
+
+
+def labelled_attention(scores: Tensor, labels: Tensor) -> Tensor:
+    """The largest value of the min-max normalised maps of an image's classes, cell by cell.
+
+    Args:
+        scores: (B, K, h, w).
+        labels: (B, K), above 0 for the image's classes.
+
+    Returns:
+        (B, 1, h, w) in [0, 1]; zero for an image without a class.
+    """
+    present = (labels > 0)[:, :, None, None]
+    return (minmax_attention(scores) * present).amax(dim=1, keepdim=True)
+
+
+def fuse_maps(first: Tensor, second: Tensor) -> Tensor:
+    """The cell-wise larger of two classifiers' maps, each divided by its peak, on the mean scale of the two.
+
+    Args:
+        first: (B, K, h, w) class scores.
+        second: (B, K, h, w) class scores.
+
+    Returns:
+        (B, K, h, w) ≥ 0 whose peak is the mean of both maps' peaks; zero where neither has positive evidence.
+
+    Source:
+        ACoL (CVPR 2018) §3.2: the maps are normalised, then the larger is taken, so that a classifier of large scores
+        does not drown the other.
+        Differs: negative evidence is clipped instead of min-max normalised, and the maps get a scale of the network's
+        own back, so that those of several input sizes can be averaged.
+    """
+    scale = (first.relu().amax(dim=(2, 3), keepdim=True) + second.relu().amax(dim=(2, 3), keepdim=True)) / 2
+    return torch.maximum(normalise_attention(first), normalise_attention(second)) * scale
+
+
+def sure_pixels(
+    attention: Tensor, *, high: float, low: float, min_object_px: int = 30, fallback_ratio: float = 0.7
+) -> Tensor:
+    """1 where the attention is above ``high``, 0 where it is below ``low``, 255 between.
+
+    Args:
+        attention: (B, H, W) in [0, 1].
+        high: Sure object above.
+        low: Sure background below; it has the last word.
+        min_object_px: With fewer sure object pixels, an image takes those above ``fallback_ratio`` of its peak.
+        fallback_ratio: In [0, 1].
+
+    Returns:
+        (B, H, W) of 0, 1 and 255; same dtype.
+
+    Source:
+        SPG (ECCV 2018) §3; wsolevaluation (b5c1e8a) wsol/method/spg.py ``get_mask``.
+    """
+    found = attention > high
+    few = found.sum(dim=(1, 2), keepdim=True) < min_object_px
+    brightest = attention > fallback_ratio * attention.amax(dim=(1, 2), keepdim=True)
+    mask = torch.where(torch.where(few, brightest, found), 1.0, float(IGNORE_INDEX))
+    return torch.where(attention < low, 0.0, mask).to(attention.dtype)

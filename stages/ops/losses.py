@@ -90,3 +90,22 @@ def _pixel_losses(logits: Tensor, masks: Tensor) -> Tensor:
         )
     target = masks.to(torch.int64)
     return functional.cross_entropy(logits.float(), target, ignore_index=IGNORE_INDEX, reduction="none")
+
+
+def object_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
+    """Mean sigmoid cross-entropy over the batch's pixels of 0 and 1; zero with zero gradients where all are 255.
+
+    Args:
+        logits: (B, H, W).
+        mask: (B, H, W) of 0, 1 and 255.
+
+    Returns:
+        Scalar, float32.
+
+    Source:
+        SPG (ECCV 2018) §3; wsolevaluation (b5c1e8a) wsol/method/spg.py ``loss_attention``.  Differs: there a batch
+        without a known pixel gives NaN.
+    """
+    known = (mask != IGNORE_INDEX).float()
+    losses = functional.binary_cross_entropy_with_logits(logits.float(), mask.float() * known, reduction="none")
+    return (losses * known).sum() / known.sum().clamp(min=1)

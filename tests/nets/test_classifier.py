@@ -40,3 +40,17 @@ def test_layers_that_a_method_adds_join_the_head_group():
     classifier = make()
     classifier.extra = torch.nn.Linear(2, 2)
     assert len(classifier.parameter_groups()[1]["params"]) == 3
+
+
+def test_the_default_head_draws_the_numbers_that_it_always_drew():
+    torch.manual_seed(3)
+    backbone = build_plain_backbone(BackboneConfig(name="small"))
+    expected = torch.nn.Conv2d(64, 5, 1, bias=False).weight
+    torch.nn.init.normal_(expected, std=0.01)
+    torch.manual_seed(3)
+    classifier = Classifier(build_plain_backbone(BackboneConfig(name="small")), 5)
+    assert torch.equal(classifier.head.weight, expected)
+    assert [name for name in classifier.state_dict() if name.startswith("head")] == ["head.weight"]
+    assert torch.equal(
+        classifier.backbone.state_dict()["features.0.weight"], backbone.state_dict()["features.0.weight"]
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import RunConfig, find_config, shipped_configs
+from pipeline.keys import plan_run
 from pipeline.network_check import check_networks, needs_check
 from pipeline.preflight import config_warnings, preflight
 from pipeline.yaml_models import load_model
@@ -40,6 +41,46 @@ def test_weights_missing_of_unknown_kind_and_unknown_name(tmp_path: Path) -> Non
         "weights.resnet5O: there is no such backbone",
     ]
     assert caught.value.problems[-1].endswith("did you mean 'resnet50'?")
+
+
+def test_a_trained_classifier_to_go_on_from_needs_its_file_and_no_public_one(tmp_path: Path) -> None:
+    (tmp_path / "classifier.safetensors").write_bytes(b"x")
+    check(f"weights.classifier={tmp_path}/classifier.safetensors")
+    check(  # the file for the backbone is missing and is not needed
+        "train_classifier.backbone={name: squeezenet1_1}",
+        "train_segmenter.init=random",
+        f"weights.squeezenet1_1={tmp_path}/none.pth",
+        f"weights.classifier={tmp_path}/classifier.safetensors",
+    )
+    with pytest.raises(WeightsError) as caught:
+        check(f"weights.classifier={tmp_path}/none.safetensors", f"weights.clasifier={tmp_path}/w.pth")
+    assert caught.value.problems == (
+        f"weights.classifier: there is no file {tmp_path}/none.safetensors; correct the path or remove the entry",
+        "weights.clasifier: there is no such backbone; did you mean 'classifier'?",
+    )
+
+
+def test_a_trained_classifier_enters_the_key_by_content_and_leaves_the_others_alone(tmp_path: Path) -> None:
+    def content(*overrides: str) -> dict[str, object]:
+        return dict(plan_run(config(*overrides), tmp_path / "digests.json").contents["train_classifier"])
+
+    found = {}
+    for name, data in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / f"{name}.safetensors").write_bytes(data)
+        found[name] = content(f"weights.classifier={tmp_path}/{name}.safetensors")
+    assert found["a"] == found["b"] != found["c"]
+    assert str(found["a"].pop("start")).startswith("sha256:")
+    assert found["a"] == content()
+
+
+def test_the_head_is_in_the_key_only_where_it_is_not_the_one_that_always_was(tmp_path: Path) -> None:
+    def content(*overrides: str) -> dict[str, object]:
+        vgg = ["train_classifier.backbone={name: vgg16, pretrained: false}", "train_segmenter.init=random"]
+        run = config(*vgg, "train_classifier.method={name: gradcam}", *overrides)
+        return plan_run(run, tmp_path / "digests.json").contents["train_classifier"]["config"]
+
+    assert "head" not in content()
+    assert content("train_classifier.head=fc") == {**content(), "head": "fc"}
 
 
 def test_classifier_start_on_another_backbone_is_refused() -> None:
@@ -123,6 +164,10 @@ def test_networks_are_checked_only_where_a_training_would_be_lost() -> None:
     assert needs_check(config(*imagenet), ALL)
     assert not needs_check(config(*imagenet), ALL[4:])
     assert not needs_check(config(), ALL)
+    named = ["train_classifier.method={name: gradcam, layer: features.12}"]
+    assert needs_check(config(*named), ALL[:3])
+    assert not needs_check(config(*named), ALL[2:])
+    assert not needs_check(config("train_classifier.method={name: gradcam}"), ALL[:3])
     encoder = ["train_segmenter.init=random", "train_segmenter.net={name: deeplabv3plus, encoder: tu-resnet18}"]
     assert needs_check(config(*encoder), ALL)
 
@@ -155,3 +200,57 @@ def test_weights_that_do_not_fit_are_named_for_every_network(tmp_path: Path) -> 
         check_networks(run, SilentProgress())
     assert {problem.split(":")[0] for problem in caught.value.problems} == {"train_classifier", "train_segmenter"}
     assert any("features.0.weight" in problem for problem in caught.value.problems)
+
+
+def test_a_layer_that_the_network_lacks_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_networks(config("train_classifier.method={name: gradcam, layer: features.100}"), SilentProgress())
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith(
+        "train_classifier: the backbone has no layer 'features.100'; the nearest"
+    )
+    check_networks(config("train_classifier.method={name: gradcam, layer: features.12}"), SilentProgress())
+
+
+def test_the_tensors_of_the_head_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from stages.nets.backbone_builders import build_plain_backbone
+    from stages.nets.backbones import BackboneConfig
+
+    monkeypatch.setattr("stages.nets.heads.FC_CHANNELS", 8)
+    features = build_plain_backbone(BackboneConfig(name="vgg16", pretrained=False)).state_dict()
+    torch.save(features, tmp_path / "w.pth")
+    vgg = ["train_classifier.backbone={name: vgg16}", "train_segmenter.init=random", f"weights.vgg16={tmp_path}/w.pth"]
+    check_networks(config(*vgg), SilentProgress())
+    with pytest.raises(WeightsError) as caught:
+        check_networks(
+            config(*vgg, "train_classifier.head=fc", "train_classifier.method={name: gradcam}"), SilentProgress()
+        )
+    assert "train_classifier: classifier.0.weight: missing in the file" in caught.value.problems
+
+
+def test_a_trained_classifier_is_checked_with_the_classes_of_the_data(tmp_path: Path) -> None:
+    from stages.nets.backbone_builders import build_plain_backbone
+    from stages.nets.backbones import BackboneConfig
+    from stages.nets.classifier import Classifier
+    from stages.nets.weights import save_weights
+
+    num_foreground = len(preflight(config()).classes.names)
+    for k in (num_foreground, num_foreground + 1):
+        save_weights(Classifier(build_plain_backbone(BackboneConfig(name="small")), k), tmp_path / f"{k}.safetensors")
+    check_networks(config(f"weights.classifier={tmp_path}/{num_foreground}.safetensors"), SilentProgress())
+    with pytest.raises(WeightsError) as caught:
+        check_networks(config(f"weights.classifier={tmp_path}/{num_foreground + 1}.safetensors"), SilentProgress())
+    assert caught.value.problems[1].startswith(
+        f"train_classifier: head.weight: the net has shape ({num_foreground}, 64"
+    )
+
+
+def test_a_head_that_backbone_or_method_cannot_have_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config("train_classifier.head=fc")
+    assert caught.value.problems[0].startswith(
+        "train_classifier: head: fc is VGG16's own fc6 and fc7, which small does not have; use backbone {name: vgg16} "
+        "or head: gap; cam reads class score maps, which head: fc does not have; use gradcam or head: gap"
+    )

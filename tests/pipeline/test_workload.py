@@ -39,7 +39,7 @@ def test_trainings_are_steps_times_batch_times_crop_area(tmp_path: Path) -> None
     classifier = count("train_classifier", tmp_path)
     # 950 images in batches of 16 are 59 whole batches; 16 epochs of them
     assert (classifier.count, classifier.unit, classifier.cost) == (944, "steps", 944 * 16 * 96 * 96)
-    assert classifier.path == ("small", 4, "cam", "fp32")
+    assert classifier.path == ("small", 4, "gap", "cam", "fp32")
     segmenter = count("train_segmenter", tmp_path)
     assert (segmenter.count, segmenter.path) == (12 * 62, ("largefov", "small", 4, "fp32"))
     full = count("train_segmenter", tmp_path, "train_segmenter.supervision=full")
@@ -126,3 +126,15 @@ def test_facts_of_a_listing_keep_the_hold_out_only_where_val_has_no_labels(tmp_p
     assert facts((0,), {"format": "voc"}) == DataFacts(4, 0, 0, 1, 0, 0, 4, None)
     assert facts(None, {"format": "voc"}).num_holdout == 1, "at least one is kept"
     assert facts((0,), {"format": "synthetic", "size_px": 64}).mean_px == 64 * 64
+
+
+def test_another_head_is_another_path(tmp_path: Path) -> None:
+    fc = [
+        "train_classifier.backbone={name: vgg16, pretrained: false}",
+        "train_classifier.head=fc",
+        "train_classifier.method={name: gradcam}",
+        "train_segmenter.init=random",
+    ]
+    assert count("train_classifier", tmp_path, *fc).path == ("vgg16", 8, "fc", "gradcam", "fp32")
+    assert count("make_attention", tmp_path, *fc).path == ("vgg16", 8, "fc", "gradcam")
+    assert count("make_attention", tmp_path).path == ("small", 4, "gap", "cam")

@@ -3,14 +3,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from stages.contracts import Runtime, SilentProgress, open_image_set, read_json, write_index_mask, write_json
 from stages.data.transforms import AugmentConfig, Augmenter
-from stages.errors import DataError
+from stages.errors import DataError, WeightsError
 from stages.methods.cam import Cam, CamConfig
+from stages.methods.gradcam import GradCamConfig
 from stages.methods.scoring import predict_logits
 from stages.methods.trained import load_classifier
 from stages.nets.backbones import BackboneConfig
+from stages.nets.weights import read_tensors
 from stages.train_classifier import LabelledImages, TrainClassifierConfig, train_classifier
 from stages.training import TrainingConfig
 from tests.methods.tiny_data import LABELS, SIZES, write_tiny_data
@@ -18,22 +21,23 @@ from tests.methods.tiny_data import LABELS, SIZES, write_tiny_data
 RUNTIME = Runtime(device="cpu", workers=0, threads=1)
 
 
-def _config(method=None, **training):
+def _config(method=None, *, backbone=None, head="gap", **training):
     options = {"steps": 4, "batch_size": 2, "learning_rate": 0.01, **training}
     return TrainClassifierConfig(
-        backbone=BackboneConfig(name="small"),
+        backbone=backbone or BackboneConfig(name="small"),
+        head=head,
         method=method or CamConfig(),
         augment=AugmentConfig(crop_px=32, scale=(0.8, 1.2)),
         training=TrainingConfig(**options),
     )
 
 
-def _train(data, out, *, config=None, progress=None, seed=0, runtime=RUNTIME):
+def _train(data, out, *, config=None, progress=None, seed=0, runtime=RUNTIME, weights=None):
     return train_classifier(
         config or _config(),
         images=data,
         data_root=None,
-        weights={},
+        weights=weights or {},
         seed=seed,
         out=out,
         progress=progress or SilentProgress(),
@@ -236,3 +240,127 @@ def test_a_method_gets_the_masks_it_names_and_only_those_and_they_are_recorded(t
         assert masks.shape == (3, 32, 32)
         assert sorted(int(mask.min()) for mask in masks) == [1, 255, 255]
     assert "seen" in read_json(tmp_path / "out" / "history.json")[0]
+
+
+# -- another head -----------------------------------------------------------------------------------------------------
+
+VGG16 = BackboneConfig(name="vgg16", output_stride=16, pretrained=False)
+
+
+def test_a_head_that_backbone_or_method_cannot_have_is_refused():
+    with pytest.raises(ValidationError, match="which squeezenet1_1 does not have; use backbone"):
+        _config(GradCamConfig(), backbone=BackboneConfig(name="squeezenet1_1"), head="fc")
+    refusal = "cam reads class score maps, which head: fc does not have; use gradcam or head: gap"
+    with pytest.raises(ValidationError, match=refusal):
+        _config(backbone=VGG16, head="fc")
+    assert _config(GradCamConfig(), backbone=VGG16, head="fc").head == "fc"
+
+
+def test_vgg16_trains_with_its_own_head_and_says_so_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.nets.heads.FC_CHANNELS", 8)
+    data = write_tiny_data(tmp_path)
+    for name in "ab":
+        _train(data, tmp_path / name, config=_config(GradCamConfig(), backbone=VGG16, head="fc", steps=2))
+    assert read_json(tmp_path / "a" / "classifier.json")["head"] == "fc"
+    a, b = ((tmp_path / name / "classifier.safetensors").read_bytes() for name in "ab")
+    assert a == b, "dropout draws from the seed of the step"
+    classifier, _ = load_classifier(tmp_path / "a", torch.device("cpu"))
+    assert classifier(torch.randn(1, 3, 48, 80)).logits.shape == (1, 3)
+
+
+def test_the_description_of_the_usual_head_is_as_it_was(tmp_path):
+    _train(write_tiny_data(tmp_path), tmp_path / "out", config=_config(steps=1))
+    assert set(read_json(tmp_path / "out" / "classifier.json")) == {"backbone", "method", "classes"}
+
+
+# -- a trained classifier to go on from -------------------------------------------------------------------------------
+
+
+class ExtraCam(Cam):
+    """CAM with a layer of its own."""
+
+    def prepare(self, classifier):
+        classifier.extra = torch.nn.Linear(2, 2)
+
+    def objective(self, classifier, images, labels, step, *, masks=None):
+        losses = super().objective(classifier, images, labels, step, masks=masks)
+        return {"loss": losses["loss"] + classifier.extra(torch.ones(1, 2)).sum() ** 2}
+
+
+class ExtraCamConfig(CamConfig):
+    """Builds ExtraCam."""
+
+    def build(self):
+        return ExtraCam()
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """The tensors that each training began with."""
+    import stages.train_classifier as stage
+
+    train, found = stage.train, []
+
+    def keep(classifier, **options):
+        found.append({name: value.clone() for name, value in classifier.state_dict().items()})
+        return train(classifier, **options)
+
+    monkeypatch.setattr(stage, "train", keep)
+    return found
+
+
+def test_a_training_goes_on_from_a_trained_classifier_and_a_line_says_so(tmp_path, starts):
+    data, progress = write_tiny_data(tmp_path), Recorder()
+    _train(data, tmp_path / "first", config=_config(ExtraCamConfig()))
+    file = tmp_path / "first" / "classifier.safetensors"
+    _train(data, tmp_path / "second", progress=progress, seed=5, weights={"classifier": file})
+    trained = read_tensors(file)
+    assert starts[1].keys() == {name for name in trained if not name.startswith("extra.")}
+    assert all(torch.equal(value, trained[name]) for name, value in starts[1].items())
+    line = f"weights.classifier from classifier.safetensors: {len(starts[1])} tensors loaded"
+    assert f"{line}, 2 not used (extra.bias, extra.weight)" in progress.lines
+
+
+def test_layers_that_only_the_new_method_has_start_fresh(tmp_path, starts):
+    data, progress = write_tiny_data(tmp_path), Recorder()
+    _train(data, tmp_path / "first")
+    file = tmp_path / "first" / "classifier.safetensors"
+    _train(data, tmp_path / "second", config=_config(ExtraCamConfig()), progress=progress, weights={"classifier": file})
+    trained = read_tensors(file)
+    assert set(starts[1]) - set(trained) == {"extra.weight", "extra.bias"}
+    assert all(torch.equal(starts[1][name], value) for name, value in trained.items())
+    assert any("2 start fresh (extra.weight, extra.bias)" in line for line in progress.lines)
+
+
+def test_no_public_weights_are_read_when_a_trained_classifier_replaces_them(tmp_path, starts, monkeypatch):
+    monkeypatch.setattr("stages.nets.heads.FC_CHANNELS", 8)
+    monkeypatch.setattr("stages.nets.heads.load_vgg16", None)  # would be called with a TypeError
+    data = write_tiny_data(tmp_path)
+    _train(data, tmp_path / "first", config=_config(GradCamConfig(), backbone=VGG16, head="fc", steps=1))
+    file = tmp_path / "first" / "classifier.safetensors"
+    public = BackboneConfig(name="vgg16", output_stride=16)
+    config = _config(GradCamConfig(), backbone=public, head="fc", steps=1)
+    _train(data, tmp_path / "second", config=config, weights={"classifier": file})
+    assert all(torch.equal(starts[1][name], value) for name, value in read_tensors(file).items())
+    assert read_json(tmp_path / "second" / "classifier.json")["backbone"]["pretrained"] is True
+
+
+def test_a_classifier_of_another_net_is_refused_by_its_tensors(tmp_path):
+    from safetensors.torch import save_file
+
+    data = write_tiny_data(tmp_path)
+    _train(data, tmp_path / "first", config=_config(steps=1))
+    tensors = read_tensors(tmp_path / "first" / "classifier.safetensors")
+    tensors["head.weight"] = torch.zeros(2, 64, 1, 1)
+    tensors["backbone.features.99.weight"] = torch.zeros(1)
+    del tensors["backbone.features.0.weight"]
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(
+        WeightsError, match=r"give classifier\.safetensors of a run with the same backbone, head"
+    ) as caught:
+        _train(data, tmp_path / "second", weights={"classifier": tmp_path / "other.safetensors"})
+    assert caught.value.problems == (
+        "head.weight: the net has shape (3, 64, 1, 1), the file (2, 64, 1, 1)",
+        "backbone.features.0.weight: missing in the file",
+        "backbone.features.99.weight: not in the net",
+    )

@@ -1,0 +1,266 @@
+"""What the two method tables share: cells that train one method from a common start, cached and resumable.
+
+A cell is a folder named by a hash of everything that decides it.  ``result.json`` says that it is finished; a cell that
+was stopped goes on from its checkpoint.  Everything is computed by the product's own stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.contracts import ImageIndex, ImageSet, Runtime, SilentProgress, iter_attention, read_json, write_json
+from stages.data.config import DataConfig
+from stages.data.splits import hash_half
+from stages.data.transforms import AugmentConfig
+from stages.make_attention import MakeAttentionConfig, make_attention
+from stages.methods import METHODS, MethodConfig
+from stages.nets.backbones import BackboneConfig
+from stages.ops.confusion import ThresholdSweep, mean_iou
+from stages.ops.seeds import cut_byte, strongest_map, to_class_indices, upsample_maps
+from stages.prepare_data import PrepareDataConfig, prepare_data
+from stages.train_classifier import TrainClassifierConfig, train_classifier
+from stages.training import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One data set with the network and the two schedules of all its cells."""
+
+    name: str
+    data: DataConfig
+    backbone: BackboneConfig
+    augment: AugmentConfig
+    start: TrainingConfig
+    """Plain CAM, from public weights or from scratch: the common start."""
+    training: TrainingConfig
+    """What every method, CAM too, goes on with."""
+    attention: MakeAttentionConfig
+    weights: Mapping[str, Path] = field(default_factory=dict)
+    num_train: int | None = None
+    """Train on the first so many images by hash; None for all."""
+    num_scored: int | None = None
+    """Score so many images of ``train_report``; None for all."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A setting prepared under a folder of its own."""
+
+    setting: Setting
+    folder: Path
+    runtime: Runtime
+
+    def prepare(self) -> None:
+        """Index the data once, and write the index of the training images and that of the scored ones.
+
+        The scored images are of ``train_report``; pixel-labelled subsets come from ``train_select``, so that no mask
+        that was trained on is scored and all methods are scored on the same images.
+        """
+        whole = self.folder / "prepared"
+        if not (self.folder / "score" / "index.json").exists():
+            prepare_data(
+                PrepareDataConfig(), data=self.setting.data, out=whole, progress=SilentProgress(), runtime=self.runtime
+            )
+            index = ImageIndex.model_validate(read_json(whole / "index.json"))
+            train = _some(index.splits["train"], self.setting.num_train)
+            report = [name for name in index.splits["train_score"] if hash_half(name) == "train_report"]
+            labelled = [name for name in report if index.record(name).labels]
+            self._write_index(index, "train", {"train": train, "holdout": index.splits.get("holdout", ())})
+            self._write_index(index, "score", {"train": _some(labelled, self.setting.num_scored)})
+
+    def _write_index(self, index: ImageIndex, name: str, splits: Mapping[str, Sequence[str]]) -> None:
+        changed = {**index.splits, **{split: tuple(ids) for split, ids in splits.items()}}
+        write_json(
+            self.folder / name / "index.json", index.model_copy(update={"splits": changed}).model_dump(mode="json")
+        )
+
+    @property
+    def data_root(self) -> Path:
+        """Where images and masks lie."""
+        root = getattr(self.setting.data, "root", None)
+        return self.folder / "prepared" / "data" if root is None else Path(root)
+
+    def images(self, name: str) -> ImageSet:
+        """The image set ``train`` or ``score``."""
+        return ImageSet(ImageIndex.model_validate(read_json(self.folder / name / "index.json")), self.data_root)
+
+    def pixel_list(self, count: int, *, only: Collection[str] | None = None) -> Path:
+        """A list file of ``count`` images of ``train_select`` (and of ``only``) with masks; larger ones contain it."""
+        index = self.images("train").index
+        chosen = [
+            record.id
+            for record in index.split("train")
+            if record.mask and record.labels and hash_half(record.id) == "train_select"
+            if only is None or record.id in only
+        ]
+        if count > len(chosen):
+            raise SystemExit(f"{count} pixel-labelled images were asked for; train_select has {len(chosen)}")
+        path = self.folder / f"pixel-{count}.txt"
+        path.write_text("".join(f"{name}\n" for name in _some(chosen, count)), encoding="utf-8")
+        return path
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def start_weights(self, seed: int) -> Path:
+        """The classifier that every method of ``seed`` starts from."""
+        folder = self._train(METHODS["cam"](), self.setting.start, seed, self.setting.weights)
+        return folder / "classifier.safetensors"
+
+    def cell(self, method: MethodConfig, seed: int) -> dict[str, Any]:
+        """Train one method from the common start; its figures, from the cell's file where it is finished."""
+        folder = self._train(method, self.setting.training, seed, {"classifier": self.start_weights(seed)})
+        return {**read_json(folder / "training.json"), "folder": str(folder)}
+
+    def peek(self, method: MethodConfig, seed: int) -> dict[str, Any] | None:
+        """The finished cell's figures, None where it is not finished."""
+        folder = self._folder(method, self.setting.training, seed, started=True)
+        if not (folder / "training.json").exists() or not (folder / "attention.json").exists():
+            return None
+        return {**read_json(folder / "training.json"), **read_json(folder / "attention.json")}
+
+    def score_attention(self, method: MethodConfig, seed: int, threshold: float) -> dict[str, Any]:
+        """mIoU of the cell's attention on the scored images, at ``threshold`` and at the best one."""
+        folder = Path(self.cell(method, seed)["folder"])
+        if not (folder / "attention.json").exists():
+            make_attention(
+                self.setting.attention,
+                images=self.folder / "score",
+                classifier=folder,
+                data_root=self.data_root,
+                out=folder / "attention",
+                progress=SilentProgress(),
+                runtime=self.runtime,
+            )
+            write_json(folder / "attention.json", {"miou": self._sweep(folder / "attention")})
+            shutil.rmtree(folder / "attention")
+        miou = np.array(read_json(folder / "attention.json")["miou"])
+        best = int(miou.argmax())
+        return {"miou": float(miou[cut_byte(threshold)]), "oracle": float(miou[best]), "threshold_oracle": best / 255}
+
+    def _sweep(self, attention: Path) -> list[float]:
+        image_set = self.images("score")
+        sweep = ThresholdSweep(image_set.index.classes.num_classes)
+        for record in iter_attention(attention):
+            winner, value = strongest_map(upsample_maps(record))
+            truth = image_set.read_mask(image_set.index.record(record.id))
+            sweep.add(truth, to_class_indices(winner + 1, record.labels), value)
+        return [mean_iou(matrix) for matrix in sweep.matrices()]
+
+    def _folder(self, method: MethodConfig, training: TrainingConfig, seed: int, *, started: bool) -> Path:
+        content = {
+            "method": method.key_content(),
+            "training": training.model_dump(mode="json"),
+            "seed": seed,
+            "start": self.setting.start.model_dump(mode="json") if started else None,
+            "backbone": self.setting.backbone.model_dump(mode="json"),
+            "augment": self.setting.augment.model_dump(mode="json"),
+        }
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        return self.folder / f"{content['method']['name']}-{seed}-{key}"
+
+    def _train(self, method: MethodConfig, training: TrainingConfig, seed: int, weights: Mapping[str, Path]) -> Path:
+        folder = self._folder(method, training, seed, started="classifier" in weights)
+        if not (folder / "training.json").exists():
+            clock = StepClock()
+            result = train_classifier(
+                TrainClassifierConfig(
+                    backbone=self.setting.backbone, method=method, augment=self.setting.augment, training=training
+                ),
+                images=self.folder / "train",
+                data_root=self.data_root,
+                weights=weights,
+                seed=seed,
+                out=folder,
+                progress=clock,
+                runtime=self.runtime,
+            )
+            last = read_json(folder / "history.json")[-1]
+            write_json(
+                folder / "training.json", {**result.metrics, "seconds_per_step": clock.seconds_per_step, "losses": last}
+            )
+        return folder
+
+
+class StepClock(SilentProgress):
+    """Times the training steps of this call, without the first and without what comes after the training."""
+
+    def __init__(self) -> None:
+        """Nothing has begun."""
+        super().__init__()
+        self._is_training, self._first, self._last, self._count = False, 0.0, 0.0, 0
+
+    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
+        """The training is counted in steps."""
+        self._is_training = unit == "steps"
+
+    def advance(self, count: int = 1, **values: float) -> None:
+        """Some steps are done."""
+        if self._is_training:
+            now = time.perf_counter()
+            if self._first:
+                self._count += count
+            else:
+                self._first = now
+            self._last = now
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean; None where this call took no step."""
+        return (self._last - self._first) / self._count if self._count else None
+
+
+def _some(ids: Sequence[str], count: int | None) -> list[str]:
+    """The first ``count`` ids by hash, in the order of ``ids``."""
+    if count is None:
+        return list(ids)
+    chosen = set(sorted(ids, key=lambda name: hashlib.sha256(f"subset: {name}".encode()).digest())[:count])
+    return [name for name in ids if name in chosen]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every benchmark of methods prints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hardware() -> str:
+    """Processor, or GPU, and its number of cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """The revision that is measured; empty outside a repository."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+def spread(values: Sequence[float], *, scale: float = 100.0, digits: int = 1) -> str:
+    """``41.2 ± 0.8``: mean and half the range; ``–`` for nothing."""
+    if not values:
+        return "–"
+    half = f" ± {(max(values) - min(values)) / 2 * scale:.{digits}f}" if len(values) > 1 else ""
+    return f"{sum(values) / len(values) * scale:.{digits}f}{half}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a Markdown table with aligned columns."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    yield "| " + " | ".join(text.ljust(width) for text, width in zip(header, widths, strict=True)) + " |"
+    yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    for row in rows:
+        yield "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"

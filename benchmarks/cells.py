@@ -131,7 +131,7 @@ class Bench:
         return {**read_json(folder / "training.json"), **read_json(folder / "attention.json")}
 
     def score_attention(self, method: MethodConfig, seed: int, threshold: float) -> dict[str, Any]:
-        """mIoU of the cell's attention on the scored images, at ``threshold`` and at the best one."""
+        """MIoU of the cell's attention on the scored images, at ``threshold`` and at the best one."""
         folder = Path(self.cell(method, seed)["folder"])
         if not (folder / "attention.json").exists():
             make_attention(

@@ -31,9 +31,10 @@ class RunConfig(StageConfig):
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of both trainings."""
     data: DataConfig
-    """The data set: format voc, custom or synthetic, and where it lies."""
+    """The data set: format voc, custom, synthetic, cub or imagenet, and where it lies."""
     weights: dict[str, Path] = Field(default_factory=dict)
-    """Backbone name to a file of ImageNet weights (.pth or .safetensors); without an entry they are downloaded."""
+    """Backbone name to a file of ImageNet weights (.pth or .safetensors); without an entry they are downloaded.
+    ``classifier``: the ``classifier.safetensors`` of an earlier run to go on from."""
     prepare_data: PrepareDataConfig = Field(default_factory=PrepareDataConfig)
     """Index and check the images."""
     train_classifier: TrainClassifierConfig

@@ -39,7 +39,7 @@ STATE_STYLES: Mapping[str, str] = {
 HEADLINES: Mapping[str, tuple[str, ...]] = {
     "train_classifier": ("classifier.map",),
     "make_masks": ("masks.coverage",),
-    "evaluate": ("segmenter.miou",),
+    "evaluate": ("segmenter.miou", "localization.top1_loc"),
 }
 """Metrics that stand beside a finished stage; all are in the table at the end."""
 

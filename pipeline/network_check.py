@@ -45,8 +45,9 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
     init = "imagenet" if segmenter.init == "imagenet" else "random"
     checks: dict[str, Callable[[], object]] = {
         "train_classifier": lambda: build_classifier(_describe_classifier(run), run.weights),
-        "train_segmenter": lambda: build_segmenter(segmenter.net, 2, init=init, weights=run.weights),
     }
+    if run.evaluate.segmentation:
+        checks["train_segmenter"] = lambda: build_segmenter(segmenter.net, 2, init=init, weights=run.weights)
     errors: dict[str, InputError] = {}
     for stage, build in checks.items():
         try:

@@ -79,7 +79,7 @@ def mask_uri(mask: NDArray[np.uint8], longest_px: int) -> str:
 
 def colour_css(class_index: int) -> str:
     """The palette's colour of a mask value as ``#rrggbb``."""
-    red, green, blue = PALETTE[class_index].tolist()
+    red, green, blue = PALETTE[class_index % len(PALETTE)].tolist()
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
@@ -131,7 +131,7 @@ def draw_grid(blocks: Sequence[Block], legend: Mapping[str, int], tile_px: int =
                     _paste(canvas, picture, x, TITLE_PX + row * (tile_px + GAP_PX), tile_px)
         left += len(titles) * (tile_px + GAP_PX) + 2 * GAP_PX
     for (name, class_index), (x, y) in zip(legend.items(), entries, strict=True):
-        colour = tuple(PALETTE[class_index].tolist())
+        colour = tuple(PALETTE[class_index % len(PALETTE)].tolist())
         draw.rectangle((x, top + y + 6, x + 12, top + y + 18), fill=colour, outline=INK)
         draw.text((x + 18, top + y + TITLE_PX / 2), name, fill=INK, font=_font(), anchor="lm")
     return canvas

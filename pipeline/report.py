@@ -24,7 +24,7 @@ from stages.ops.confusion import SparseConfusions
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
-CARDS = ("attention.miou", "masks.miou", "segmenter.miou", "segmenter.miou_ms")
+CARDS = ("attention.miou", "masks.miou", "segmenter.miou", "segmenter.miou_ms", "localization.top1_loc")
 HARDWARE = ("host", "machine", "cpu", "cores", "memory", "device")
 """What the ``run`` part of a manifest may say of the machine, in the order of the page."""
 NOT_CURVES = frozenset({"step", "epoch", "learning_rate"})

@@ -29,7 +29,7 @@ from stages.contracts import (
     upright,
     voc_palette,
 )
-from stages.data.boxes import box_problems
+from stages.data.boxes import box_problems, clipped_warning
 from stages.data.config import DataConfig
 from stages.data.listing import scan_data
 from stages.data.records import DataListing, ListedImage
@@ -92,7 +92,8 @@ def check_data(config: DataConfig, progress: Progress, *, processes: int = 0) ->
         return lines
     deep = {image.id for image in scan.listing.images}
     checked = list(check_images(scan.listing, scan.listing.root, deep, progress, processes=processes))
-    for text in palette_warnings(checked):
+    sizes = (image.size for image in checked)
+    for text in (*palette_warnings(checked), *clipped_warning(zip(scan.listing.images, sizes, strict=True))):
         progress.warn(text)
     for image in checked:
         lines.extend((*image.image_problems, *image.mask_problems))

@@ -157,6 +157,9 @@ def test_a_box_outside_its_image_is_refused_and_one_that_sticks_out_is_cut(cub: 
     prepare_data(PrepareDataConfig(), data=config, out=tmp_path / "out", progress=progress)
     records = open_image_set(tmp_path / "out", cub).index.split("val")
     assert [record.boxes for record in records[:2]] == [((0, (40, 8, 63, 47)),), ((1, (40, 8, 63, 18)),)]
+    checked = SilentProgress()
+    assert check_data(config, checked, processes=1) == []
+    assert checked.warnings == progress.warnings
     assert progress.warnings == [
         "the boxes of 1 images reach beyond their image and are cut at its edge, at most by 10 pixels "
         "(images/002.Blue_Bee/Blue_Bee_0006.png); if they are of other image files or sizes, scores are worthless"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -192,3 +193,17 @@ def test_data_check_names_what_is_wrong_in_either_layout(tmp_path: Path) -> None
     for root, data in ((cub, "cub"), (imagenet, "imagenet")):
         run = own_data(f"{{format: {data}, root: {root}}}")
         assert check_data(run.data, SilentProgress(), processes=1)
+
+
+def test_the_example_of_the_page_is_a_config(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "localization.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    path = tmp_path / "birds.yaml"
+    path.write_text(blocks[-1], encoding="utf-8")
+    run = load_model(RunConfig, path, [f"data.root={write_cub(tmp_path / 'cub')}"])
+    assert TABLE.needed(run) == ("prepare_data", "train_classifier", "evaluate")
+    assert preflight(run).warnings == ()
+    for block, data_set in zip(blocks[:-1], (write_cub, write_imagenet), strict=True):
+        (tmp_path / "data.yaml").write_text(block + blocks[-1].replace("data: {format: cub, root: CUB_200_2011}\n", ""))
+        root = data_set(tmp_path / data_set.__name__)
+        preflight(load_model(RunConfig, tmp_path / "data.yaml", [f"data.root={root}"]))

@@ -25,7 +25,9 @@ from stages.data.config import DataConfig
 from stages.data.splits import hash_half
 from stages.data.transforms import AugmentConfig
 from stages.make_attention import MakeAttentionConfig, make_attention
-from stages.methods import METHODS, MethodConfig
+from stages.methods import MethodConfig
+from stages.methods.cam import CamConfig
+from stages.methods.gradcam import GradCamConfig
 from stages.nets.backbones import BackboneConfig
 from stages.ops.confusion import ThresholdSweep, mean_iou
 from stages.ops.seeds import cut_byte, strongest_map, to_class_indices, upsample_maps
@@ -115,20 +117,40 @@ class Bench:
 
     def start_weights(self, seed: int) -> Path:
         """The classifier that every method of ``seed`` starts from."""
-        folder = self._train(METHODS["cam"](), self.setting.start, seed, self.setting.weights)
+        folder = self._train(CamConfig(), self.setting.start, seed, self.setting.weights)
         return folder / "classifier.safetensors"
 
     def cell(self, method: MethodConfig, seed: int) -> dict[str, Any]:
-        """Train one method from the common start; its figures, from the cell's file where it is finished."""
-        folder = self._train(method, self.setting.training, seed, {"classifier": self.start_weights(seed)})
+        """Train one method from the common start; its figures, from the cell's file where it is finished.
+
+        Grad-CAM trains as CAM does and only looks at the result in another way: it takes CAM's classifier.
+        """
+        if isinstance(method, GradCamConfig):
+            folder = self._relabel(Path(self.cell(CamConfig(), seed)["folder"]), method, seed)
+        else:
+            folder = self._train(method, self.setting.training, seed, {"classifier": self.start_weights(seed)})
         return {**read_json(folder / "training.json"), "folder": str(folder)}
 
-    def peek(self, method: MethodConfig, seed: int) -> dict[str, Any] | None:
-        """The finished cell's figures, None where it is not finished."""
+    def _relabel(self, trained: Path, method: MethodConfig, seed: int) -> Path:
+        """The same trained classifier as one of another method that adds no layers."""
         folder = self._folder(method, self.setting.training, seed, started=True)
-        if not (folder / "training.json").exists() or not (folder / "attention.json").exists():
-            return None
-        return {**read_json(folder / "training.json"), **read_json(folder / "attention.json")}
+        if not (folder / "training.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(trained / "classifier.safetensors", folder / "classifier.safetensors")
+            description = {**read_json(trained / "classifier.json"), "method": method.model_dump(mode="json")}
+            write_json(folder / "classifier.json", description)
+            write_json(folder / "training.json", read_json(trained / "training.json"))
+        return folder
+
+    def trained(self, method: MethodConfig, seed: int) -> dict[str, Any] | None:
+        """What is known of a cell whose training is finished; None of others."""
+        path = self._folder(method, self.setting.training, seed, started=True) / "training.json"
+        return read_json(path) if path.exists() else None
+
+    def peek(self, method: MethodConfig, seed: int) -> dict[str, Any] | None:
+        """What is known of a cell whose attention is scored; None of others."""
+        path = self._folder(method, self.setting.training, seed, started=True) / "attention.json"
+        return {**(self.trained(method, seed) or {}), **read_json(path)} if path.exists() else None
 
     def score_attention(self, method: MethodConfig, seed: int, threshold: float) -> dict[str, Any]:
         """MIoU of the cell's attention on the scored images, at ``threshold`` and at the best one."""

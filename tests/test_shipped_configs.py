@@ -1,58 +1,145 @@
-"""Every shipped YAML loads, says what it is, and each of its networks takes one step on two tiny images."""
+"""Every shipped YAML loads, says what it is, and each network takes one step with its method on two tiny images.
 
+A network that several configs share is stepped once.
+"""
+
+import functools
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipeline.config import load_config, shipped_configs
+from pipeline.config import RunConfig, load_config, shipped_configs
+from stages.methods import build_method
+from stages.nets.backbone_builders import build_plain_backbone
+from stages.nets.backbones import BackboneConfig, HeadName
+from stages.nets.classifier import Classifier
+from stages.nets.segmenters import build_segmenter
+from stages.ops.losses import segmentation_cross_entropy
+from stages.ops.step import StepInfo
 
 CONFIGS = shipped_configs()
 
+VOC12 = ("cam", "gradcam", "gain", "gain_ext200", "gain_ext1464", "adl")
+OTHERS = ("gradcam", "gain", "adl", "has", "acol", "spg", "cutmix")
+EXPECTED = {
+    *("custom", "demo", "demo_gain_ext30", "cub_adl", "cub_cam"),
+    *(f"demo_{method}" for method in OTHERS),
+    *(f"voc12_{method}" for method in VOC12),
+    *(f"voc12_resnet50_{method}" for method in VOC12),
+    *(f"voc_animals_{method}" for method in (*OTHERS, "cam", "gain_ext50", "gain_ext100")),
+}
+"""Names of the files."""
 
-def test_there_are_shipped_configs():
-    assert {"custom", "demo", "voc12_cam", "voc_animals_cam"} <= {path.stem for path in CONFIGS}
+FAMILIES = {"demo": "demo", "voc_animals": "voc_animals_cam", "voc12_resnet50": "voc12_resnet50_cam", "cub": "cub_cam"}
+"""Beginning of the names of configs that stand in one table, and their baseline."""
+
+AFTER_WARM_UP = 10_000
+"""An epoch in which every method does all that it does."""
+
+NETWORK = {"backbone", "head", "method", "net"}
+SCHEDULE = {"pixel_images", "pixel_repeat", "am_warmup_epochs"}
+"""Options of a method that change nothing in one step."""
+
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@functools.cache
+def _load(path: Path) -> RunConfig:
+    return load_config(path)
+
+
+def _first_of_each(section: str) -> list:
+    """One test case for each different network in that section, named after the first config that has it."""
+    parts = {}
+    for path in CONFIGS:
+        part = getattr(_load(path), section)
+        shape = part.model_dump(include=NETWORK, exclude={"method": SCHEDULE})
+        parts.setdefault(str(shape), pytest.param(part, id=path.stem))
+    return list(parts.values())
+
+
+def test_the_shipped_configs_are_those_that_are_expected():
+    assert {path.stem for path in CONFIGS} == EXPECTED
+
+
+@every_config
 def test_the_header_names_paper_command_hardware_and_expectation(path: Path):
     header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     text = "\n".join(header)
-    for word in ("Command:", "Hardware:", "Expected:", path.name):
+    paper = () if path.stem == "custom" else ("Paper:",)
+    for word in (*paper, "Command:", "Hardware:", "Expected:", path.name):
         assert word in text, f"{path.name}: the comment at the top lacks '{word}'"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_each_network_takes_one_step(path: Path):
-    import torch
+@every_config
+def test_the_run_has_the_name_of_its_file(path: Path):
+    assert _load(path).name == path.stem.replace("_", "-")
 
-    from stages.methods import build_method
-    from stages.nets.backbone_builders import build_plain_backbone
-    from stages.nets.classifier import Classifier
-    from stages.nets.segmenters import build_segmenter
-    from stages.ops.losses import segmentation_cross_entropy
-    from stages.ops.step import StepInfo
 
-    run = load_config(path)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_configs_of_one_table_share_data_segmenter_and_test(family: str):
+    shared = {"seed", "data", "prepare_data", "train_segmenter", "evaluate"}
+    paths = {path.stem: path for path in CONFIGS}
+    baseline = _load(paths[FAMILIES[family]])
+    for stem, path in paths.items():
+        if stem.startswith(family):
+            assert _load(path).model_dump(include=shared) == baseline.model_dump(include=shared), stem
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_large_networks():
+    yield
+    _classifier_with_fc.cache_clear()
+
+
+@pytest.mark.parametrize("options", _first_of_each("train_classifier"))
+def test_each_classifier_takes_one_step(options):
     torch.manual_seed(0)
-    images = torch.randn(2, 3, 65, 97)
-
-    classifier = Classifier(build_plain_backbone(run.train_classifier.backbone), 3)
-    method = build_method(run.train_classifier.method)
+    classifier = _classifier(options.backbone, options.head)
+    method = build_method(options.method)
     method.prepare(classifier)
-    step = StepInfo(step=0, num_steps=1, epoch=0, device=torch.device("cpu"))
-    _step(classifier, method.objective(classifier, images, torch.eye(3)[:2], step)["loss"])
+    images = torch.randn(2, 3, 65, 97) * torch.linspace(0, 3, 97)  # ADL drops all of a flat map
+    labels, masks = torch.eye(3)[:2], torch.full((2, 65, 97), 255)
+    masks[0, :, :48] = 1  # true: the first image's class
+    masks[0, :, 48:] = 0
+    reads_masks = options.method.name == "gain_ext"
+    step = StepInfo(step=0, num_steps=1, epoch=AFTER_WARM_UP, device=torch.device("cpu"))
+    losses = method.objective(classifier.train(), images, labels, step, masks=masks if reads_masks else None)
+    assert ("pixel" in losses) == reads_masks
+    assert not reads_masks or losses["pixel"] > 0
+    _step(classifier, losses["loss"])
 
-    segmenter = build_segmenter(run.train_segmenter.net, 4, init="random", weights={})
+
+@pytest.mark.parametrize("options", _first_of_each("train_segmenter"))
+def test_each_segmenter_takes_one_step(options):
+    torch.manual_seed(0)
+    segmenter = build_segmenter(options.net, 4, init="random", weights={})
     masks = torch.randint(0, 4, (2, 65, 97))
-    logits = torch.nn.functional.interpolate(segmenter(images), size=masks.shape[-2:], mode="bilinear")
+    logits = torch.nn.functional.interpolate(
+        segmenter(torch.randn(2, 3, 65, 97)), size=masks.shape[-2:], mode="bilinear"
+    )
     _step(segmenter, segmentation_cross_entropy(logits, masks))
 
 
-def _step(module, loss):
-    import torch
+def _classifier(backbone: BackboneConfig, head: HeadName) -> Classifier:
+    """A plain network at a random start; VGG16 with fc6 and fc7 is large, and no method inserts anything there."""
+    if head == "fc":
+        return _classifier_with_fc(backbone.model_dump_json())
+    return Classifier(build_plain_backbone(backbone), 3, head)
 
-    before = [parameter.detach().clone() for parameter in module.parameters()]
+
+@functools.cache
+def _classifier_with_fc(backbone: str) -> Classifier:
+    return Classifier(build_plain_backbone(BackboneConfig.model_validate_json(backbone)), 3, "fc")
+
+
+def _step(module, loss):
+    """One step down a finite loss; it moves at least one tensor."""
+    module.zero_grad()
     loss.backward()
-    torch.optim.SGD(module.parameters(), lr=0.1).step()
     assert torch.isfinite(loss)
-    assert any(not torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
+    moved = next(p for p in module.parameters() if p.grad is not None and p.grad.abs().max() > 0)
+    before = moved.detach().clone()
+    torch.optim.SGD(module.parameters(), lr=0.01).step()
+    assert not torch.equal(moved, before)

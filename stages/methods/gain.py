@@ -60,9 +60,9 @@ class GainOptions(MethodConfig):
     """Where the mining loss may reach: shared, the weights of both passes and the mask (the paper); mask_only, through
     the mask alone, so that the net cannot satisfy it by leaning harder on the most telling spot.
     Source: ours; ilyak93's README found that with shared gradients the maps hardly change."""
-    alpha: float = Field(default=1.0, ge=0, le=100)
+    alpha: float = Field(default=0.3, ge=0, le=100)
     """Weight of the mining loss.  Source: eq. 6, α = 1."""
-    mask_sigma: float = Field(default=0.3, gt=0, lt=1)
+    mask_sigma: float = Field(default=0.5, gt=0, lt=1)
     """σ of T(A) = sigmoid(ω (A - σ)): the attention above which a pixel is erased.
     Source: no number in the paper; re-implementations use 0.25 to 0.6."""
     mask_omega: float = Field(default=10.0, gt=0, le=1000)
@@ -124,8 +124,9 @@ class GainExtConfig(GainOptions):
     """Weight of L_e.  Source: eq. 8, ω = 10 (another ω than T's)."""
     ext_norm: Literal["max", "minmax"] = "max"
     """How a map is brought to [0, 1] before it is compared with the mask.  Source: not in the paper."""
-    ext_norm_gradient: Literal["detached", "full"] = "detached"
-    """Whether L_e differentiates through that normalisation."""
+    ext_norm_gradient: Literal["detached", "full"] = "full"
+    """Whether L_e differentiates through that normalisation: a peak that stands out is then lowered, too.
+    Source: not in the paper; measured (docs/gain.md)."""
     ext_resize: Literal["mask_to_map", "map_to_mask"] = "mask_to_map"
     """mask_to_map: the mask averaged over the cells of the map; map_to_mask: the map upsampled bilinearly (ilyak93).
     Source: not in the paper."""

@@ -1,0 +1,42 @@
+"""Benchmarks print the document that every benchmark prints; their times are not judged here."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_step_cost_prints_its_document():
+    command = [sys.executable, "benchmarks/step_cost.py", "--quick", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+
+    assert document["benchmark"] == "step_cost"
+    assert {"hardware", "commit", "milliseconds", "rounds"} <= document.keys()
+    has_peer = importlib.util.find_spec("pytorch_grad_cam") is not None
+    for ratio in document["ratios"]:
+        assert ratio.keys() == {"name", "value", "kind", "target", "met"}
+        if " / grad-cam" in ratio["name"] and not has_peer:
+            assert (ratio["value"], ratio["met"]) == (None, None)
+            continue
+        better = ratio["value"] >= ratio["target"] if ratio["kind"] == "speedup" else ratio["value"] <= ratio["target"]
+        assert ratio["met"] is better, ratio
+    names = [ratio["name"] for ratio in document["ratios"]]
+    assert len(set(names)) == len(names) == 9 + 3 + 8
+
+    # what does not depend on the machine
+    operations = [ratio for ratio in document["ratios"] if "operations" in ratio["name"]]
+    assert [1 < ratio["value"] <= 1.02 for ratio in operations] == [True, True]
+    assert document["adl_parameters_added"] == {"vgg16": 0, "resnet50": 0}
+    assert len(document["largest_difference_to_grad_cam"]) == (2 if has_peer else 0)
+    assert all(difference < 1e-3 for difference in document["largest_difference_to_grad_cam"].values())
+    assert ("not installed" in done.stderr) is not has_peer

@@ -50,6 +50,8 @@ class Setting:
     """What every method, CAM too, goes on with."""
     attention: MakeAttentionConfig
     weights: Mapping[str, Path] = field(default_factory=dict)
+    head_lr_factors: Mapping[str, float] = field(default_factory=dict)
+    """By method name, where the common one makes its new layers diverge."""
     num_train: int | None = None
     """Train on the first so many images by hash; None for all."""
     num_scored: int | None = None
@@ -128,12 +130,18 @@ class Bench:
         if isinstance(method, GradCamConfig):
             folder = self._relabel(Path(self.cell(CamConfig(), seed)["folder"]), method, seed)
         else:
-            folder = self._train(method, self.setting.training, seed, {"classifier": self.start_weights(seed)})
+            start = {"classifier": self.start_weights(seed)}
+            folder = self._train(method, self._training_of(method), seed, start)
         return {**read_json(folder / "training.json"), "folder": str(folder)}
+
+    def _training_of(self, method: MethodConfig) -> TrainingConfig:
+        factor = self.setting.head_lr_factors.get(method.key_content()["name"])
+        training = self.setting.training
+        return training if factor is None else training.model_copy(update={"head_lr_factor": factor})
 
     def _relabel(self, trained: Path, method: MethodConfig, seed: int) -> Path:
         """The same trained classifier as one of another method that adds no layers."""
-        folder = self._folder(method, self.setting.training, seed, started=True)
+        folder = self._folder(method, self._training_of(method), seed, started=True)
         if not (folder / "training.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(trained / "classifier.safetensors", folder / "classifier.safetensors")
@@ -144,12 +152,12 @@ class Bench:
 
     def trained(self, method: MethodConfig, seed: int) -> dict[str, Any] | None:
         """What is known of a cell whose training is finished; None of others."""
-        path = self._folder(method, self.setting.training, seed, started=True) / "training.json"
+        path = self._folder(method, self._training_of(method), seed, started=True) / "training.json"
         return read_json(path) if path.exists() else None
 
     def peek(self, method: MethodConfig, seed: int) -> dict[str, Any] | None:
         """What is known of a cell whose attention is scored; None of others."""
-        path = self._folder(method, self.setting.training, seed, started=True) / "attention.json"
+        path = self._folder(method, self._training_of(method), seed, started=True) / "attention.json"
         return {**(self.trained(method, seed) or {}), **read_json(path)} if path.exists() else None
 
     def score_attention(self, method: MethodConfig, seed: int, threshold: float) -> dict[str, Any]:

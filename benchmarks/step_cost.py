@@ -53,6 +53,8 @@ from stages.ops.gradcam import label_pairs
 from stages.ops.step import StepInfo
 
 NUM_CLASSES = 20
+MINE_ALL: dict[str, Any] = {"alpha": 1.0, "am_mode": "per_class", "am_warmup_epochs": 0, "am_min_probability": 0.0}
+"""Whatever GAIN's defaults are, every pair is mined from the first step on."""
 LAST_LAYER = {"resnet50": "layer4", "vgg16": "features.29"}
 """What the package is told to look at: the layer whose output our backbone returns."""
 
@@ -168,7 +170,7 @@ def time_gain(name: BackboneName, head: HeadName, count: int, side_px: int, roun
     classifier = make_classifier(name, head)
     methods = {"plain": CamConfig().build() if head == "gap" else GradCamConfig().build()}
     for gradient in ("shared", "mask_only"):
-        methods[gradient] = GainConfig(mining_gradient=gradient, am_min_probability=0).build()
+        methods[gradient] = GainConfig(mining_gradient=gradient, **MINE_ALL).build()
     for method in methods.values():
         method.prepare(classifier)  # inserts nothing: they can share the network
     with deterministic(device()):

@@ -130,6 +130,8 @@ class GainExtConfig(GainOptions):
     ext_resize: Literal["mask_to_map", "map_to_mask"] = "mask_to_map"
     """mask_to_map: the mask averaged over the cells of the map; map_to_mask: the map upsampled bilinearly (ilyak93).
     Source: not in the paper."""
+    ext_warmup_epochs: int = Field(default=0, ge=0, le=10_000)
+    """Epochs before L_e begins.  Source: not in the paper."""
     pixel_images: int | None = Field(default=200, ge=1)
     """Training images whose true masks are used, drawn by ``pixel_seed``.  Source: Table 2: 200, 400, 900, 1,464."""
     pixel_seed: int = Field(default=0, ge=0, lt=2**32)
@@ -340,7 +342,8 @@ class GainExt(Gain):
         """GAIN's losses and ``pixel``, the squared error between attention and masks (eq. 7)."""
         evidence, losses = self._classify(classifier, images, labels)
         losses |= self._mine(classifier, images, evidence, step)
-        losses["pixel"] = self._compare(evidence, masks) if masks is not None else losses["mining"].new_zeros(())
+        is_compared = masks is not None and step.epoch >= self.options.ext_warmup_epochs
+        losses["pixel"] = self._compare(evidence, masks) if is_compared else losses["mining"].new_zeros(())
         total = losses["classification"] + self.config.alpha * losses["mining"]
         return {"loss": total + self.options.ext_weight * losses["pixel"], **losses}
 

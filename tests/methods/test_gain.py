@@ -37,7 +37,7 @@ def images():
 
 
 def _mine_all(**options):
-    return GainConfig(am_min_probability=0, **options).build()
+    return GainConfig(**{"am_min_probability": 0, "alpha": 1, **options}).build()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def line_chart(
     faint: Mapping[str, Sequence[float]] | None = None,
     marks: Mapping[str, float] | None = None,
 ) -> LineChart:
-    """Lay out ``lines`` over ``x``; the y axis starts at 0.
+    """Lay out ``lines`` over ``x``; the y axis starts at 0, or below where a value is negative.
 
     Args:
         title: What a screen reader says.
@@ -86,16 +86,16 @@ def line_chart(
         marks: Values of x that get a vertical line, by the name in the legend.
     """
     values = [value for line in lines.values() for value in line if math.isfinite(value)]
-    y_ticks = nice_ticks(0.0, max(values, default=1.0))
+    y_ticks = nice_ticks(min([0.0, *values]), max([0.0, *values]) if values else 1.0)
     x_low, x_high = (min(x), max(x)) if len(x) else (0.0, 1.0)
     x_high = x_high if x_high > x_low else x_low + 1.0
-    y_high = y_ticks[-1]
+    y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def to_x(value: float) -> float:
         return LEFT_PX + (value - x_low) / (x_high - x_low) * (WIDTH_PX - LEFT_PX - RIGHT_PX)
 
     def to_y(value: float) -> float:
-        return HEIGHT_PX - BOTTOM_PX - max(value, 0.0) / y_high * (HEIGHT_PX - TOP_PX - BOTTOM_PX)
+        return HEIGHT_PX - BOTTOM_PX - (value - y_low) / (y_high - y_low) * (HEIGHT_PX - TOP_PX - BOTTOM_PX)
 
     def points(line: Sequence[float], scale: float = 1.0) -> str:
         step = max(1, math.ceil(len(line) / MOST_POINTS))

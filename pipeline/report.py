@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 CARDS = ("attention.miou", "masks.miou", "segmenter.miou", "segmenter.miou_ms", "localization.top1_loc")
 HARDWARE = ("host", "machine", "cpu", "cores", "memory", "device")
 """What the ``run`` part of a manifest may say of the machine, in the order of the page."""
-NOT_CURVES = frozenset({"step", "epoch", "learning_rate"})
+WATCHED = {"peak_logit": "logit", "mined": "share", "recall": "share", "kept": "share"}
+"""What methods log beside their losses, with its unit: on charts of their own."""
+NOT_CURVES = frozenset({"step", "epoch", "learning_rate", *WATCHED})
 
 
 def build_report(
@@ -169,8 +171,24 @@ def _loss_charts(artifacts: Mapping[str, Path]) -> list[LineChart]:
         path = artifacts[stage] / "history.json" if stage in artifacts else None
         history = read_json(path) if path is not None and path.is_file() else []
         if history:
-            charts.append(_loss_chart(title, history))
+            charts += [_loss_chart(title, history), *_watch_charts(title, history)]
     return charts
+
+
+def _watch_charts(title: str, history: Sequence[Mapping[str, float]]) -> list[LineChart]:
+    """One chart for each unit of what was watched."""
+    found = {unit: [name for name in history[0] if WATCHED.get(name) == unit] for unit in sorted({*WATCHED.values()})}
+    return [
+        line_chart(
+            f"{title}: {', '.join(name.replace('_', ' ') for name in names)}",
+            x_label="epoch",
+            y_label=unit,
+            x=[entry["epoch"] for entry in history],
+            lines={name.replace("_", " "): [entry.get(name, float("nan")) for entry in history] for name in names},
+        )
+        for unit, names in found.items()
+        if names
+    ]
 
 
 def _loss_chart(title: str, history: Sequence[Mapping[str, float]]) -> LineChart:

@@ -120,6 +120,9 @@ class GainExtConfig(GainOptions):
 
     name: Literal["gain_ext"] = "gain_ext"
     """The method's key in METHODS."""
+    alpha: float = Field(default=0.0, ge=0, le=100)
+    """Weight of the mining loss.  Source: eq. 8, α = 1; ours: mining beside true masks took more than it gave
+    (docs/gain.md)."""
     ext_weight: float = Field(default=10.0, ge=0, le=1000)
     """Weight of L_e.  Source: eq. 8, ω = 10 (another ω than T's)."""
     ext_norm: Literal["max", "minmax"] = "max"

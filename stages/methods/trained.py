@@ -142,6 +142,8 @@ def load_start(classifier: Classifier, weights: Mapping[str, Path], *, has_own_h
     path = _weight_file(START, weights)
     tensors, state = read_tensors(path), classifier.state_dict()
     is_other_head = has_own_head and not any(key in tensors for key in state if key.startswith("head."))
+    if is_other_head:
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("head.")}
     needed = {"backbone"} if is_other_head else {"backbone", "head"}
     fresh = [key for key in state if key not in tensors and key.partition(".")[0] not in needed]
     source = f"weights.{START} from {path.name}"

@@ -151,12 +151,23 @@ def _sentence(
 
 def _unknown_key(path: KeyPath, model: type[BaseModel], values: Mapping[str, Any]) -> str:
     key = str(path[-1])
-    allowed = _fields(_annotation_at(model, values, path[:-1]), _value_at(values, path[:-1]))
+    section = _annotation_at(model, values, path[:-1])
+    allowed = _fields(section, _value_at(values, path[:-1]))
+    owners = _owners(section, key)
+    if owners:
+        return f"; it is an option of {', '.join(owners)}: remove it. Allowed here: {', '.join(allowed)}"
     guess = did_you_mean(key, allowed)
     if not guess:
         elsewhere = [at for at in _all_paths(model) if at.rsplit(".", 1)[-1] == key]
         guess = f"; did you mean '{elsewhere[0]}'?" if elsewhere else ""
     return f"{guess or '; remove it.'} Allowed here: {', '.join(allowed)}"
+
+
+def _owners(section: Any, key: str) -> list[str]:  # noqa: ANN401 - a type form
+    """Names of the alternatives of ``section`` that do have the option ``key`` (another method's option)."""
+    fields = [member.model_fields for member in _models(section, None) if key in member.model_fields]
+    tags = [field[tag].annotation for field in fields for tag in ("name", "format") if tag in field]
+    return [str(choice) for tag in tags if get_origin(tag) is Literal for choice in get_args(tag)]
 
 
 def _missing_key(path: KeyPath, model: type[BaseModel], values: Mapping[str, Any]) -> str:

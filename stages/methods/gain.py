@@ -209,14 +209,14 @@ def _read_list(path: Path) -> tuple[str, ...]:
 def _listed_subset(path: Path, trained: Sequence[str], masked: Sequence[str]) -> tuple[str, ...]:
     wanted, known, has_mask = _read_list(path), set(trained), set(masked)
     problems = [
-        f"{path}: image '{image_id}' "
+        f"method.pixel_list: {path}: image '{image_id}' "
         + ("has no true mask" if image_id in known else "is not among the images that the classifier is trained on")
         + "; remove the line"
         for image_id in wanted
         if image_id not in has_mask
     ]
     if not wanted:
-        problems = [f"{path}: the list is empty; put one image id on each line"]
+        problems = [f"method.pixel_list: {path}: the list is empty; put one image id on each line"]
     if problems:
         raise ConfigError("method.pixel_list names images that cannot be used", problems)
     return wanted

@@ -282,7 +282,7 @@ def test_a_listed_subset_names_every_id_that_cannot_be_used(tmp_path):
     config = GainExtConfig(pixel_list=path)
     with pytest.raises(ConfigError) as caught:
         config.pixel_labelled(_records(2))
-    assert [problem.split(": ", 1)[1] for problem in caught.value.problems] == [
+    assert [problem.split(": ", 2)[2] for problem in caught.value.problems] == [
         "image 'i3' has no true mask; remove the line",
         "image 'nobody' is not among the images that the classifier is trained on; remove the line",
     ]

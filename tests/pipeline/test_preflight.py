@@ -254,3 +254,39 @@ def test_a_head_that_backbone_or_method_cannot_have_is_refused() -> None:
         "train_classifier: head: fc is VGG16's own fc6 and fc7, which small does not have; use backbone {name: vgg16} "
         "or head: gap; cam reads class score maps, which head: fc does not have; use gradcam or head: gap"
     )
+
+
+def test_pixel_labelled_images_that_there_are_not_are_refused_before_any_stage(tmp_path: Path) -> None:
+    small = ("data.num_train=12", "data.num_val=4")
+    check(*small, "train_classifier.method={name: gain_ext, pixel_images: 12}")
+    with pytest.raises(ConfigError) as caught:
+        check(*small, "train_classifier.method={name: gain_ext, pixel_images: 13}")
+    assert caught.value.problems == (
+        "train_classifier.method.pixel_images asks for 13 images with true masks; 12 of the 12 training images have "
+        "one: lower it, or give them masks",
+    )
+    listed = tmp_path / "subset.txt"
+    listed.write_text("train_00003\nval_00001\n")
+    with pytest.raises(ConfigError) as caught:
+        check(*small, f"train_classifier.method={{name: gain_ext, pixel_list: {listed}}}")
+    assert caught.value.problems == (
+        f"train_classifier.method.pixel_list: {listed}: image 'val_00001' is not among the images that the classifier "
+        "is trained on; remove the line",
+    )
+
+
+def test_a_list_of_pixel_labelled_images_enters_the_key_by_its_ids(tmp_path: Path) -> None:
+    def key(path: Path, text: str) -> str:
+        path.write_text(text)
+        overrides = [
+            "data.num_train=12",
+            "data.num_val=4",
+            f"train_classifier.method={{name: gain_ext, pixel_list: {path}}}",
+        ]
+        return plan_run(load_model(RunConfig, find_config("demo"), overrides), tmp_path / "digests").keys[
+            "train_classifier"
+        ]
+
+    one = key(tmp_path / "a.txt", "train_00003\ntrain_00004\n")
+    assert key(tmp_path / "b.txt", "train_00003 train_00004") == one
+    assert key(tmp_path / "a.txt", "train_00003\ntrain_00005\n") != one

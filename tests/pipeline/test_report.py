@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.charts import line_chart, nice_ticks
 from pipeline.examples import find_attention, load_scored_examples, load_training_examples, score_images
 from pipeline.pictures import colour_css, colour_mask, mask_uri, overlay_heat, photo_uri
-from pipeline.report import build_report
+from pipeline.report import _loss_chart, _watch_charts, build_report
 from pipeline.report_pictures import write_picture_grid
 from pipeline.report_tables import (
     STAGE_MEANINGS,
@@ -540,3 +540,24 @@ def test_line_chart_thins_long_histories_and_keeps_the_last_point():
 def test_line_chart_survives_flat_and_single_values():
     chart = line_chart("t", x_label="x", y_label="y", x=[1.0], lines={"a": [0.0]}, faint={"r": [0.0]})
     assert chart.curves[1].points == "58.0,222.0"
+
+
+def test_line_chart_goes_below_zero_where_a_value_does():
+    chart = line_chart("t", x_label="x", y_label="y", x=[0, 1], lines={"a": [-2.0, 4.0]})
+    low, high = (tuple(map(float, point.split(","))) for point in chart.curves[0].points.split())
+    texts = [tick.text for tick in chart.y_ticks]
+    assert texts[0] == "-2"
+    assert low[1] == pytest.approx(chart.y_ticks[0].at, abs=0.1)
+    assert low[1] > high[1]
+
+
+def test_what_a_method_watches_stands_on_charts_of_its_own():
+    history = [
+        {"step": n, "epoch": n, "learning_rate": 0.1, "loss": 1.0, "peak_logit": 9.0, "recall": 0.5, "mined": 0.4}
+        for n in (1, 2)
+    ]
+    assert [curve.name for curve in _loss_chart("Classifier", history).curves if "rate" not in curve.name] == ["loss"]
+    logit, share = _watch_charts("Classifier", history)
+    assert (logit.title, logit.y_label) == ("Classifier: peak logit", "logit")
+    assert {curve.name for curve in share.curves} == {"recall", "mined"}
+    assert _watch_charts("Segmenter", [{"step": 1, "epoch": 1, "loss": 1.0}]) == []

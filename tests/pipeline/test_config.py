@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field, model_validator
 
+from pipeline.config import find_config, load_config
 from pipeline.yaml_models import load_model
 from stages.contracts import StageConfig
 from stages.errors import ConfigError
@@ -250,3 +251,12 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 
 def test_dates_stay_text(tmp_path: Path) -> None:
     assert load(tmp_path, GOOD, "name=2024-01-01").name == "2024-01-01"
+
+
+def test_an_option_of_another_method_names_its_owners() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(find_config("demo"), ["train_classifier.method={name: adl, am_mode: joint}"])
+    assert caught.value.problems[0].startswith(
+        "train_classifier.method.am_mode: unknown key; it is an option of gain, gain_ext: remove it. "
+        "Allowed here: name, layers, gamma, drop_rate"
+    )

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from stages.contracts import ImageIndex, ImageSet, Runtime, SilentProgress, iter_attention, read_json, write_json
+from stages.contracts import (
+    ImageIndex,
+    ImageSet,
+    Progress,
+    Runtime,
+    SilentProgress,
+    StageResult,
+    iter_attention,
+    read_json,
+    write_json,
+)
 from stages.data.config import DataConfig
 from stages.data.splits import hash_half
 from stages.data.transforms import AugmentConfig
@@ -34,6 +45,9 @@ from stages.ops.seeds import cut_byte, strongest_map, to_class_indices, upsample
 from stages.prepare_data import PrepareDataConfig, prepare_data
 from stages.train_classifier import TrainClassifierConfig, train_classifier
 from stages.training import TrainingConfig
+
+TIMED_STEPS = 24
+"""Training steps that a method's cost is measured over."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +171,11 @@ class Bench:
 
     def peek(self, method: MethodConfig, seed: int) -> dict[str, Any] | None:
         """What is known of a cell whose attention is scored; None of others."""
-        path = self._folder(method, self._training_of(method), seed, started=True) / "attention.json"
-        return {**(self.trained(method, seed) or {}), **read_json(path)} if path.exists() else None
+        folder = self._folder(method, self._training_of(method), seed, started=True)
+        if not (folder / "attention.json").exists():
+            return None
+        timing = read_json(folder / "timing.json") if (folder / "timing.json").exists() else {}
+        return {**(self.trained(method, seed) or {}), **timing}
 
     def score_attention(self, method: MethodConfig, seed: int, threshold: float) -> dict[str, Any]:
         """MIoU of the cell's attention on the scored images, at ``threshold`` and at the best one."""
@@ -203,28 +220,52 @@ class Bench:
     def _train(self, method: MethodConfig, training: TrainingConfig, seed: int, weights: Mapping[str, Path]) -> Path:
         folder = self._folder(method, training, seed, started="classifier" in weights)
         if not (folder / "training.json").exists():
-            clock = StepClock()
-            result = train_classifier(
-                TrainClassifierConfig(
-                    backbone=self.setting.backbone, method=method, augment=self.setting.augment, training=training
-                ),
-                images=self.folder / "train",
-                data_root=self.data_root,
-                weights=weights,
-                seed=seed,
-                out=folder,
-                progress=clock,
-                runtime=self.runtime,
-            )
+            result = self._call(method, training, seed, weights, folder, SilentProgress())
             last = read_json(folder / "history.json")[-1]
-            write_json(
-                folder / "training.json", {**result.metrics, "seconds_per_step": clock.seconds_per_step, "losses": last}
-            )
+            write_json(folder / "training.json", {**result.metrics, "losses": last})
         return folder
+
+    def _call(
+        self,
+        method: MethodConfig,
+        training: TrainingConfig,
+        seed: int,
+        weights: Mapping[str, Path],
+        out: Path,
+        progress: Progress,
+    ) -> StageResult:
+        config = TrainClassifierConfig(
+            backbone=self.setting.backbone, method=method, augment=self.setting.augment, training=training
+        )
+        return train_classifier(
+            config,
+            images=self.folder / "train",
+            data_root=self.data_root,
+            weights=weights,
+            seed=seed,
+            out=out,
+            progress=progress,
+            runtime=self.runtime,
+        )
+
+    def seconds_per_step(self, method: MethodConfig, seed: int) -> float:
+        """Processor seconds of one training step from the common start, which other work on the machine moves little.
+
+        Measured once, over a few steps, in this process; reading the images ahead counts too.
+        """
+        path = self._folder(method, self._training_of(method), seed, started=True) / "timing.json"
+        if not path.exists():
+            training = self._training_of(method).model_copy(update={"epochs": None, "steps": TIMED_STEPS})
+            clock = StepClock()
+            with tempfile.TemporaryDirectory() as folder:
+                weights = {"classifier": self.start_weights(seed)}
+                self._call(method, training, seed, weights, Path(folder), clock)
+            write_json(path, {"seconds_per_step": clock.seconds_per_step})
+        return read_json(path)["seconds_per_step"]
 
 
 class StepClock(SilentProgress):
-    """Times the training steps of this call, without the first and without what comes after the training."""
+    """Processor time of a training's steps, its first report left out."""
 
     def __init__(self) -> None:
         """Nothing has begun."""
@@ -238,7 +279,7 @@ class StepClock(SilentProgress):
     def advance(self, count: int = 1, **values: float) -> None:
         """Some steps are done."""
         if self._is_training:
-            now = time.perf_counter()
+            now = time.process_time()
             if self._first:
                 self._count += count
             else:
@@ -246,9 +287,9 @@ class StepClock(SilentProgress):
             self._last = now
 
     @property
-    def seconds_per_step(self) -> float | None:
-        """Mean; None where this call took no step."""
-        return (self._last - self._first) / self._count if self._count else None
+    def seconds_per_step(self) -> float:
+        """Mean over all steps but those of the first report."""
+        return (self._last - self._first) / max(self._count, 1)
 
 
 def _some(ids: Sequence[str], count: int | None) -> list[str]:

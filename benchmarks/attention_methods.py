@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,7 +130,7 @@ def quick(setting: Setting) -> Setting:
 
 
 def fill(bench: Bench, rows: tuple[Row, ...], seeds: list[int]) -> None:
-    """Compute the missing cells, a row at a time, and print the table after each."""
+    """Compute the missing cells, a row at a time, and print the table to stderr after each."""
     bench.prepare()
     for row in rows:
         for seed in seeds:
@@ -137,8 +138,8 @@ def fill(bench: Bench, rows: tuple[Row, ...], seeds: list[int]) -> None:
                 bench.score_attention(row.method(bench), seed, row.threshold)
                 bench.seconds_per_step(row.method(bench), seeds[0])
             except InputError as error:  # a training that diverges leaves its cell empty
-                print(f"{row.name}, seed {seed}: {error}", flush=True)
-        print("\n".join(render(bench, rows, seeds)), flush=True)
+                print(f"{row.name}, seed {seed}: {error}", file=sys.stderr, flush=True)
+        print("\n".join(render(bench, rows, seeds)), file=sys.stderr, flush=True)
 
 
 def figures(bench: Bench, row: Row, seeds: list[int]) -> dict[str, list[float]]:

@@ -40,3 +40,35 @@ def test_step_cost_prints_its_document():
     assert len(document["largest_difference_to_grad_cam"]) == (2 if has_peer else 0)
     assert all(difference < 1e-3 for difference in document["largest_difference_to_grad_cam"].values())
     assert ("not installed" in done.stderr) is not has_peer
+
+
+@pytest.mark.slow
+def test_attention_methods_fills_its_table_once_and_shows_what_is_missing(tmp_path):
+    def run(*options):
+        command = [
+            sys.executable,
+            "benchmarks/attention_methods.py",
+            "--quick",
+            "--json",
+            "--seeds",
+            "0",
+            "--out",
+            tmp_path,
+        ]
+        answer = subprocess.run([*map(str, command), *options], capture_output=True, text=True, cwd=ROOT, check=True)
+        return json.loads(answer.stdout[answer.stdout.index("{") :])
+
+    run("--only", "CAM,GAIN_ext")
+    cells = run("--show")["cells"]
+    for name in ("CAM", "GAIN_ext, 30 masks"):
+        assert 0 <= cells[name]["miou"][0] <= cells[name]["oracle"][0] <= 1
+        assert cells[name]["seconds"][0] > 0
+    assert cells["ADL"]["miou"] == [], "not computed"
+    folder = tmp_path / "attention_methods" / "synthetic_quick"
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    run("--only", "CAM,GAIN_ext")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")} == written, "no cell is computed twice"
+    subset = set((folder / "pixel-30.txt").read_text().split())
+    scored = set(json.loads((folder / "score" / "index.json").read_text())["splits"]["train"])
+    assert len(subset) == 30
+    assert not subset & scored, "no image whose mask was trained on is scored"

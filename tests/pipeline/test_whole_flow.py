@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from stages.ops.confusion import read_confusions
+
 STAGES = ["prepare_data", "train_classifier", "make_attention", "make_masks", "train_segmenter", "evaluate"]
 
 TINY = """
@@ -124,8 +126,8 @@ def wait_for(condition, process: subprocess.Popen, *, seconds: float = 120) -> N
         time.sleep(0.02)
 
 
-@pytest.mark.slow
-def test_the_weak_flow_never_needs_the_training_masks(folder: Path):
+def write_made_set(folder: Path) -> None:
+    """The generated set as anybody's own data, whose masks can be deleted."""
     options = ["--num-train", "12", "--num-val", "4", "--size-px", "64", "--num-classes", "3"]
     wsss(folder, "data", "synthetic", "made", *options)
     data = (
@@ -133,11 +135,41 @@ def test_the_weak_flow_never_needs_the_training_masks(folder: Path):
         "train_list: made/ImageSets/Segmentation/train.txt, val_list: made/ImageSets/Segmentation/val.txt}"
     )
     write_config(folder, data)
+
+
+def training_ids(folder: Path) -> list[str]:
+    return (folder / "made/ImageSets/Segmentation/train.txt").read_text().split()
+
+
+@pytest.mark.slow
+def test_the_weak_flow_never_needs_the_training_masks(folder: Path):
+    write_made_set(folder)
     with_masks = run(folder, "--artifacts", "with")
-    for line in (folder / "made/ImageSets/Segmentation/train.txt").read_text().split():
-        (folder / f"made/SegmentationClass/{line}.png").unlink()
+    for name in training_ids(folder):
+        (folder / f"made/SegmentationClass/{name}.png").unlink()
     without = run(folder, "--artifacts", "without")
     assert "masks.miou" in with_masks["metrics"]
     assert "masks.miou" not in without["metrics"]
     assert without["metrics"]["segmenter.miou"] == with_masks["metrics"]["segmenter.miou"]
     shutil.rmtree(folder / "without")
+
+
+@pytest.mark.slow
+def test_gain_ext_records_its_masks_scores_none_of_them_and_reads_no_other(folder: Path):
+    write_made_set(folder)
+    train = training_ids(folder)
+    (folder / "subset.txt").write_text("\n".join(train[:3]))
+    method = ("--set", "train_classifier.method={name: gain_ext, pixel_list: subset.txt, pixel_repeat: 2, alpha: 0.1}")
+    found = run(folder, *method)
+    classifier, evaluated = (folder / found["stages"][number]["path"] for number in (1, 5))
+    manifest = json.loads((classifier / "manifest.json").read_text())
+    assert manifest["content"]["mask_supervision"] == train[:3]
+    assert sorted(read_confusions(evaluated / "confusions.npz")["attention"].ids) == train[3:]
+
+    for name in train[3:]:
+        (folder / f"made/SegmentationClass/{name}.png").unlink()
+    blind = run(folder, *method, "--artifacts", "blind")
+    assert states(blind) == ["built"] * 6
+    again = folder / blind["stages"][1]["path"]
+    name = "classifier.safetensors"
+    assert (again / name).read_bytes() == (classifier / name).read_bytes()

@@ -68,16 +68,16 @@ SYNTHETIC = Setting(
 """configs/demo.yaml's classifier as the start."""
 
 SYNTHETIC_ROWS = (
-    Row("CAM", plain("cam"), 0.10),
-    Row("Grad-CAM", plain("gradcam"), 0.10),
-    Row("GAIN, shared", plain("gain", mining_gradient="shared"), 0.10),
-    Row("GAIN, mask_only", plain("gain"), 0.10),
+    Row("CAM", plain("cam"), 0.05),
+    Row("Grad-CAM", plain("gradcam"), 0.05),
+    Row("GAIN, shared", plain("gain", mining_gradient="shared"), 0.05),
+    Row("GAIN, mask_only", plain("gain"), 0.05),
     Row("GAIN_ext, 30 masks", with_pixels(30, pixel_repeat=20), 0.30),
-    Row("ADL", plain("adl"), 0.10),
-    Row("HaS", plain("has", grid_px=24), 0.10),
-    Row("ACoL", plain("acol", head_channels=64), 0.10),
-    Row("SPG", plain("spg", head_channels=64, guide_channels=32), 0.10),
-    Row("CutMix", plain("cutmix"), 0.10),
+    Row("ADL", plain("adl"), 0.05),
+    Row("HaS", plain("has", grid_px=24), 0.05),
+    Row("ACoL", plain("acol", head_channels=64), 0.05),
+    Row("SPG", plain("spg", head_channels=64, guide_channels=32), 0.05),
+    Row("CutMix", plain("cutmix"), 0.05),
 )
 
 ANIMALS_ROWS = (

@@ -117,10 +117,11 @@ class Bench:
     def pixel_list(self, count: int, *, only: Collection[str] | None = None) -> Path:
         """A list file of ``count`` images of ``train_select`` (and of ``only``) with masks; larger ones contain it."""
         index = self.images("train").index
+        kept_out = set(index.splits["holdout"])
         chosen = [
             record.id
             for record in index.split("train")
-            if record.mask and record.labels and hash_half(record.id) == "train_select"
+            if record.mask and record.labels and hash_half(record.id) == "train_select" and record.id not in kept_out
             if only is None or record.id in only
         ]
         if count > len(chosen):

@@ -115,17 +115,17 @@ class Bench:
         return ImageSet(ImageIndex.model_validate(read_json(self.folder / name / "index.json")), self.data_root)
 
     def pixel_list(self, count: int, *, only: Collection[str] | None = None) -> Path:
-        """A list file of ``count`` images of ``train_select`` (and of ``only``) with masks; larger ones contain it."""
+        """A list file of ``count`` images with masks, of ``only`` or else of ``train_select``; larger ones contain it."""
         index = self.images("train").index
         kept_out = set(index.splits["holdout"])
         chosen = [
             record.id
             for record in index.split("train")
-            if record.mask and record.labels and hash_half(record.id) == "train_select" and record.id not in kept_out
-            if only is None or record.id in only
+            if record.mask and record.labels and record.id not in kept_out
+            if (hash_half(record.id) == "train_select" if only is None else record.id in only)
         ]
         if count > len(chosen):
-            raise SystemExit(f"{count} pixel-labelled images were asked for; train_select has {len(chosen)}")
+            raise SystemExit(f"{count} pixel-labelled images were asked for; there are {len(chosen)} to choose from")
         path = self.folder / f"pixel-{count}.txt"
         path.write_text("".join(f"{name}\n" for name in _some(chosen, count)), encoding="utf-8")
         return path

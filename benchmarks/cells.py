@@ -115,7 +115,7 @@ class Bench:
         return ImageSet(ImageIndex.model_validate(read_json(self.folder / name / "index.json")), self.data_root)
 
     def pixel_list(self, count: int, *, only: Collection[str] | None = None) -> Path:
-        """A list file of ``count`` images with masks, of ``only`` or else of ``train_select``; larger ones contain it."""
+        """A list file of ``count`` images with masks, of ``only``, else of ``train_select``; larger ones contain it."""
         index = self.images("train").index
         kept_out = set(index.splits["holdout"])
         chosen = [

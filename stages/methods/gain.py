@@ -345,8 +345,9 @@ class GainExt(Gain):
         """GAIN's losses and ``pixel``, the squared error between attention and masks (eq. 7)."""
         evidence, losses = self._classify(classifier, images, labels)
         losses |= self._mine(classifier, images, evidence, step)
-        is_compared = masks is not None and step.epoch >= self.options.ext_warmup_epochs
-        losses["pixel"] = self._compare(evidence, masks) if is_compared else losses["mining"].new_zeros(())
+        losses["pixel"] = losses["mining"].new_zeros(())
+        if masks is not None and step.epoch >= self.options.ext_warmup_epochs:
+            losses["pixel"] = self._compare(evidence, masks)
         total = losses["classification"] + self.config.alpha * losses["mining"]
         return {"loss": total + self.options.ext_weight * losses["pixel"], **losses}
 

@@ -240,6 +240,17 @@ def test_the_pixel_loss_by_hand_and_its_weight(classifier, images):
     assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_pixel_loss_waits_for_its_warm_up(classifier, images):
+    masks = torch.zeros(2, 32, 48, dtype=torch.uint8)
+    masks[:, 8:20, 8:30] = 1
+    method = GainExtConfig(pixel_images=1, ext_warmup_epochs=2).build()
+    values = [
+        method.objective(classifier, images, LABELS, StepInfo(9, 10, epoch, torch.device("cpu")), masks=masks)["pixel"]
+        for epoch in (1, 2)
+    ]
+    assert values[0].item() == 0 < values[1].item()
+
+
 def test_maps_can_be_compared_at_the_masks_size(classifier, images):
     masks = torch.zeros(2, 32, 48, dtype=torch.uint8)
     masks[:, 8:20, 8:30] = 1

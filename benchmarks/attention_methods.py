@@ -72,7 +72,7 @@ SYNTHETIC_ROWS = (
     Row("Grad-CAM", plain("gradcam"), 0.05),
     Row("GAIN, shared", plain("gain", mining_gradient="shared"), 0.05),
     Row("GAIN, mask_only", plain("gain"), 0.05),
-    Row("GAIN_ext, 30 masks", with_pixels(30, pixel_repeat=20), 0.30),
+    Row("GAIN_ext, 30 masks", with_pixels(30, pixel_repeat=20), 0.15),
     Row("ADL", plain("adl"), 0.05),
     Row("HaS", plain("has", grid_px=24), 0.05),
     Row("ACoL", plain("acol", head_channels=64), 0.05),

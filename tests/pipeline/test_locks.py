@@ -19,9 +19,8 @@ import os, sys, time
 from pathlib import Path
 from pipeline.locks import KeyLock
 with KeyLock(Path(sys.argv[1])):
-    child = os.fork() if sys.argv[2] == "fork" else 1
-    if child:
-        print(child, flush=True)
+    if sys.argv[2] != "fork" or os.fork() == 0:  # the fork itself reports: what it inherited is closed by then
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 

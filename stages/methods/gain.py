@@ -14,13 +14,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from stages.errors import ConfigError
-from stages.methods.base import Candidate, Method, MethodConfig
-from stages.methods.gradcam import ChannelWeights, Evidence, check_closed_form, check_layer, find_evidence, grad_cam
+from stages.methods.base import Candidate, Method
+from stages.methods.gradcam import Evidence, GradCam, GradCamOptions, find_evidence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,17 +45,11 @@ GAIN_PAPER: dict[str, Any] = {
 re-implementation's choice (ilyak93 d67855b: min-max with detached denominators, σ 0.5, ω 10)."""
 
 
-class GainOptions(MethodConfig):
+class GainOptions(GradCamOptions):
     """What GAIN and GAIN_ext have in common; the defaults are the recipe that measured best (docs/gain.md)."""
-
-    needs_score_maps: ClassVar[bool] = False
 
     preset: Literal["gain", "gain_paper"] = "gain"
     """gain: our measured defaults; gain_paper: the paper to the letter.  A field that is written beats its preset."""
-    layer: str | None = Field(default=None, min_length=1)
-    """Layer of the backbone whose Grad-CAM is the attention; null: the last one.  Source: §3.1, §4."""
-    channel_weights: ChannelWeights = "auto"
-    """How Grad-CAM's weights are found, see ``gradcam``."""
     mining_gradient: Literal["shared", "mask_only"] = "mask_only"
     """Where the mining loss may reach: shared, the weights of both passes and the mask (the paper); mask_only, through
     the mask alone, so that the net cannot satisfy it by leaning harder on the most telling spot.
@@ -92,16 +86,6 @@ class GainOptions(MethodConfig):
         if isinstance(values, dict) and values.get("preset") == "gain_paper":
             return {**GAIN_PAPER, **values}
         return values
-
-    @model_validator(mode="after")
-    def _check(self) -> GainOptions:
-        check_closed_form(self.channel_weights, self.layer)
-        return self
-
-    @property
-    def names_layers(self) -> bool:
-        """Whether a layer has to be looked up before the training."""
-        return self.layer is not None
 
 
 class GainConfig(GainOptions):
@@ -227,17 +211,12 @@ def _listed_subset(path: Path, trained: Sequence[str], masked: Sequence[str]) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Gain:
-    """L_self = L_cl + α · L_am (eq. 6); attention is Grad-CAM."""
+class Gain(GradCam):
+    """L_self = L_cl + α · L_am (eq. 6); attention is Grad-CAM, the network the plain one."""
 
     def __init__(self, config: GainOptions) -> None:
-        self.config = config
-        self.attention_needs_gradient = True
-
-    def prepare(self, classifier: Classifier) -> None:
-        """Look the layer up; the network is the plain one."""
-        config = self.config
-        self.attention_needs_gradient = not check_layer(classifier, config.layer, config.channel_weights)
+        super().__init__(config)
+        self.options = config
 
     def objective(
         self, classifier: Classifier, images: Tensor, labels: Tensor, step: StepInfo, *, masks: Tensor | None = None
@@ -251,19 +230,13 @@ class Gain:
         del masks
         evidence, losses = self._classify(classifier, images, labels)
         losses |= self._mine(classifier, images, evidence, step)
-        return {"loss": losses["classification"] + self.config.alpha * losses["mining"], **losses}
-
-    def attention(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
-        """Grad-CAM of the asked classes, zero for the others; (B, K, h, w)."""
-        return grad_cam(
-            classifier, images, labels, layer=self.config.layer, channel_weights=self.config.channel_weights
-        )
+        return {"loss": losses["classification"] + self.options.alpha * losses["mining"], **losses}
 
     def _classify(self, classifier: Classifier, images: Tensor, labels: Tensor) -> tuple[Evidence, dict[str, Tensor]]:
         """S_cl: the first pass, its loss, and the Grad-CAM maps of the present classes."""
         from stages.ops.losses import multilabel_soft_margin
 
-        config = self.config
+        config = self.options
         evidence = find_evidence(
             classifier,
             images,
@@ -285,7 +258,7 @@ class Gain:
 
         from stages.ops.mining import erase, mean_over_classes_then_images, normalise_maps, soft_mask, upsample
 
-        config = self.config
+        config = self.options
         nothing = {"mining": images.new_zeros(()), "mined": images.new_zeros(())}
         if config.alpha == 0 or step.epoch < config.am_warmup_epochs:
             return nothing
@@ -309,7 +282,7 @@ class Gain:
         """Positions (n,) of the pairs to mine."""
         import torch
 
-        config = self.config
+        config = self.options
         probability = evidence.logits.detach()[evidence.image, evidence.label].float().sigmoid()
         kept = torch.nonzero(probability >= config.am_min_probability)[:, 0]
         if config.am_mode != "random_class" or len(kept) == 0:
@@ -326,7 +299,7 @@ class Gain:
         from stages.nets.layers import batch_norm_in_evaluation
 
         with batch_norm_in_evaluation(classifier):
-            if self.config.mining_gradient == "shared":
+            if self.options.mining_gradient == "shared":
                 return classifier(erased).logits
             constants = {name: parameter.detach() for name, parameter in classifier.named_parameters()}
             return functional_call(classifier, constants, (erased,)).logits
@@ -337,7 +310,7 @@ class GainExt(Gain):
 
     def __init__(self, config: GainExtConfig) -> None:
         super().__init__(config)
-        self.options = config
+        self.ext = config
 
     def objective(
         self, classifier: Classifier, images: Tensor, labels: Tensor, step: StepInfo, *, masks: Tensor | None = None
@@ -346,10 +319,10 @@ class GainExt(Gain):
         evidence, losses = self._classify(classifier, images, labels)
         losses |= self._mine(classifier, images, evidence, step)
         losses["pixel"] = losses["mining"].new_zeros(())
-        if masks is not None and step.epoch >= self.options.ext_warmup_epochs:
+        if masks is not None and step.epoch >= self.ext.ext_warmup_epochs:
             losses["pixel"] = self._compare(evidence, masks)
-        total = losses["classification"] + self.config.alpha * losses["mining"]
-        return {"loss": total + self.options.ext_weight * losses["pixel"], **losses}
+        total = losses["classification"] + self.ext.alpha * losses["mining"]
+        return {"loss": total + self.ext.ext_weight * losses["pixel"], **losses}
 
     def _compare(self, evidence: Evidence, masks: Tensor) -> Tensor:
         """S_e: L_e, mean over the known cells, the classes of an image, then the images that have masks."""
@@ -361,7 +334,7 @@ class GainExt(Gain):
             upsample,
         )
 
-        options = self.options
+        options = self.ext
         chosen = _pairs_in_masks(masks, evidence)
         if len(chosen) == 0:
             return evidence.maps.sum() * 0

@@ -21,21 +21,20 @@ if TYPE_CHECKING:
 ChannelWeights = Literal["auto", "gradient", "closed_form"]
 
 
-class GradCamConfig(MethodConfig):
-    """Grad-CAM on a plainly trained classifier."""
+class GradCamOptions(MethodConfig):
+    """Which features a Grad-CAM weights, and how; GAIN has these options too."""
 
     needs_score_maps: ClassVar[bool] = False
 
-    name: Literal["gradcam"] = "gradcam"
-    """The method's key in METHODS."""
     layer: str | None = Field(default=None, min_length=1)
-    """Layer of the backbone whose features are weighted (``features.29``, ``layer3``); null: the last one."""
+    """Layer of the backbone whose features are weighted (``features.29``, ``layer3``); null: the last one.
+    Source: GAIN §3.1 and §4 take the last convolutional layer."""
     channel_weights: ChannelWeights = "auto"
     """gradient: by automatic differentiation; closed_form: the weights of a linear head behind a spatial mean, for the
     last layer only; auto: closed_form where it holds."""
 
     @model_validator(mode="after")
-    def _check_closed_form(self) -> GradCamConfig:
+    def _check_closed_form(self) -> GradCamOptions:
         check_closed_form(self.channel_weights, self.layer)
         return self
 
@@ -43,6 +42,13 @@ class GradCamConfig(MethodConfig):
     def names_layers(self) -> bool:
         """Whether a layer has to be looked up before the training."""
         return self.layer is not None
+
+
+class GradCamConfig(GradCamOptions):
+    """Grad-CAM on a plainly trained classifier."""
+
+    name: Literal["gradcam"] = "gradcam"
+    """The method's key in METHODS."""
 
     def build(self) -> Method:
         """The Grad-CAM method."""
@@ -81,7 +87,7 @@ class GradCam:
     Differs: the gradient is summed over the cells instead of averaged (``stages.ops.gradcam``).
     """
 
-    def __init__(self, config: GradCamConfig) -> None:
+    def __init__(self, config: GradCamOptions) -> None:
         self.config = config
         self.attention_needs_gradient = True
 

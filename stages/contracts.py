@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +119,11 @@ class Runtime(StageConfig):
     """Processes for per-image CPU work such as the CRF; 0 means one per core."""
     threads: int = Field(default=0, ge=0, le=512)
     """Torch threads; 0 leaves torch's default."""
+    devices: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 1
+    """Devices that one training is spread over; auto takes every CUDA device that this process may see."""
+    shards: int = Field(default=1, ge=1, le=4096)
+    """Parts that attention and masks are made in; with more than one, every run of the same config that reaches the
+    same store, here or on another machine, takes free parts and so shares the work."""
 
 
 @dataclass(frozen=True)

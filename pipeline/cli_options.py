@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +13,13 @@ OverridesOption = Annotated[
 ]
 
 ArtifactsOption = Annotated[
-    Path, typer.Option("--artifacts", metavar="DIR", envvar="WSSS_ARTIFACTS", help="Root of the artifact store.")
+    str,
+    typer.Option(
+        "--artifacts",
+        metavar="DIR",
+        envvar="WSSS_ARTIFACTS",
+        help="Root of the artifact store: a folder, or a URL as s3://BUCKET/FOLDER.",
+    ),
 ]
 
 ForceOption = Annotated[
@@ -24,4 +29,4 @@ ForceOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 """Read by ``main`` from the command line, since it also decides how a wrong command line is reported."""
 
-DEFAULT_ARTIFACTS = Path("artifacts")
+DEFAULT_ARTIFACTS = "artifacts"

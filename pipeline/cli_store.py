@@ -31,10 +31,10 @@ def list_artifacts(
 ) -> None:
     """All artifacts: stage, key, size, when they were built."""
     from pipeline.report_tables import format_value
-    from pipeline.store import Store
+    from pipeline.store import open_store
 
     output = get_output(context)
-    found = list(Store(artifacts).artifacts())
+    found = list(open_store(artifacts).artifacts())
     output.document = {"artifacts": [_describe(artifact) for artifact in found]}
     if output.is_json:
         return
@@ -53,11 +53,17 @@ def show_artifact(
     as_json: JsonOption = False,
 ) -> None:
     """The manifest of one artifact."""
-    from pipeline.store import Store
+    from pipeline.store import open_store
+    from stages.errors import MissingArtifactError
 
     output = get_output(context)
-    store = Store(artifacts)
-    artifact = store.require(*_find(store, key))
+    store = open_store(artifacts)
+    stage, whole_key = _find(store, key)
+    damage: list[str] = []
+    artifact = store.lookup(stage, whole_key, damaged=damage.append)
+    if artifact is None:
+        found = damage[0] if damage else f"{stage} {whole_key} is not there any more"
+        raise MissingArtifactError(f"{found}; run the stage {stage} again")
     output.document = {**_describe(artifact), "manifest": dict(artifact.manifest)}
     if not output.is_json:
         output.say(json.dumps(plain(output.document), indent=1, ensure_ascii=False))
@@ -71,11 +77,11 @@ def verify_artifacts(
     as_json: JsonOption = False,
 ) -> None:
     """Read every file and compare it with its manifest; exit 4 when one differs."""
-    from pipeline.store import Store
+    from pipeline.store import open_store
     from stages.errors import DamagedFileError
 
     output = get_output(context)
-    store = Store(artifacts)
+    store = open_store(artifacts)
     found = list(store.folders()) if key is None else [_find(store, key)]
     problems = [problem for where in found for problem in store.verify(*where)]
     output.document = {"verified": len(found), "problems": problems}
@@ -94,12 +100,20 @@ def prune_artifacts(
     as_json: JsonOption = False,
 ) -> None:
     """Remove what no kept run needs: artifacts, unfinished work, what was set aside."""
+    from pipeline.remote_store import RemoteStore
     from pipeline.report_tables import format_value
     from pipeline.runs import prune
-    from pipeline.store import Store
+    from pipeline.store import open_store
+    from stages.errors import InputError
 
     output = get_output(context)
-    removals = prune(Store(artifacts), keep=keep, dry_run=not yes)
+    store = open_store(artifacts)
+    if isinstance(store, RemoteStore):
+        raise InputError(
+            f"{store.location}: prune works on folders only, since it cannot know the runs of every machine; see what "
+            "is there with `wsss artifacts list`, and remove STAGE/KEY folders with the tool of your object store"
+        )
+    removals = prune(store, keep=keep, dry_run=not yes)
     size = sum(removal.size_bytes for removal in removals)
     entries = [
         {"path": removal.path, "reason": removal.reason, "size_bytes": removal.size_bytes} for removal in removals
@@ -137,7 +151,7 @@ def _find(store: Store, text: str) -> tuple[str, str]:
     stage = Path(stage).name
     found = [where for where in store.folders() if where[1].startswith(key) and stage in ("", where[0])]
     if not found:
-        raise MissingArtifactError(f"no artifact {text} in {store.root}; `wsss artifacts list` shows what is there")
+        raise MissingArtifactError(f"no artifact {text} in {store.location}; `wsss artifacts list` shows what is there")
     if len(found) > 1:
         raise InputError(f"{text} means {len(found)} artifacts; give more digits", ["/".join(where) for where in found])
     return found[0]

@@ -1,6 +1,7 @@
-"""Look at the machine before a run does: interpreter, packages, device, CRF, disk, memory.
+"""Look at the machine before a run does: interpreter, packages, device, CRF, disk, store, memory.
 
-Reads package metadata and the system; writes nothing.  Each check says what it found and, where it failed, what to do.
+Reads package metadata and the system; writes nothing but a lock in the store.  Each check says what it found and, where
+it failed, what to do.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ class Check:
     remedy: str = ""
 
 
-def examine(artifacts: Path) -> list[Check]:
+def examine(artifacts: str | Path) -> list[Check]:
     """Run every check; a check that raises is a failed check, not the end.
 
     Args:
-        artifacts: Root of the store, for the disk; it need not exist.
+        artifacts: Where the store is, a folder or a URL; a folder need not exist.
     """
     checks: Sequence[tuple[str, Callable[[], Check]]] = (
         ("python", check_python),
@@ -50,7 +51,8 @@ def examine(artifacts: Path) -> list[Check]:
         ("torch", check_torch),
         ("device", check_device),
         ("crf", check_crf),
-        ("disk", lambda: check_disk(artifacts)),
+        ("disk", lambda: check_disk(_root(artifacts))),
+        ("store", lambda: check_store(artifacts)),
         ("cores", check_cores),
         ("memory", check_memory),
     )
@@ -132,7 +134,8 @@ def check_device() -> Check:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found = f"cuda: {torch.cuda.device_count()} × {properties.name}, {properties.total_memory / 1e9:.0f} GB"
-        return Check("device", "ok", found)
+        hint = "runtime.devices=auto trains on all of them" if torch.cuda.device_count() > 1 else ""
+        return Check("device", "ok", found, hint)
     if torch.backends.mps.is_available():
         return Check("device", "ok", "mps")
     return Check("device", "ok", f"cpu, {torch.get_num_threads()} threads (no GPU found)")
@@ -152,6 +155,36 @@ def check_crf() -> Check:
     if backend == "torch":
         return Check("crf", "ok", "built-in torch mean field", "faster on a CPU: pip install 'wsss-pipeline[crf]'")
     return Check("crf", "ok", backend)
+
+
+def _root(artifacts: str | Path) -> Path:
+    """The folder in which the files are on this machine."""
+    from pipeline.store import open_store
+
+    return open_store(artifacts).root
+
+
+def check_store(artifacts: str | Path) -> Check:
+    """The store can be reached, written, and locked against other workers.
+
+    Args:
+        artifacts: Its folder or URL; a folder that is not there yet is left so.
+    """
+    from pipeline.locks import USE_LEASES
+    from pipeline.remote_store import RemoteStore
+    from pipeline.store import open_store
+
+    store = open_store(artifacts)
+    is_remote = isinstance(store, RemoteStore)
+    if not is_remote and not store.root.exists():
+        return Check("store", "ok", f"{store.location} is made with the first artifact")
+    lock = store.lock("doctor", "check")
+    if lock.try_acquire():
+        lock.check_held()
+        lock.release()
+    kind = "leases" if is_remote or (store.root / ".locks" / USE_LEASES).exists() else "flock"
+    cache = f", files under {store.root}" if is_remote else ""
+    return Check("store", "ok", f"{store.location}: locked by {kind}{cache}")
 
 
 def check_disk(artifacts: Path) -> Check:

@@ -76,7 +76,7 @@ def _facts(plan: Plan, store: Store) -> DataFacts | None:
         return None
     artifact = store.lookup("prepare_data", key)
     if artifact is not None:
-        return facts_of_index(artifact.path)
+        return facts_of_index(store.require("prepare_data", key).path)
     listing = plan.data.listing
     return None if listing is None else facts_of_listing(listing, plan.contents["prepare_data"])
 

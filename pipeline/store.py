@@ -3,6 +3,7 @@
     <root>/<stage>/<key>/            a published artifact: its files and manifest.json
     <root>/<stage>/.work-<key>/      unfinished work; a later build of the same key continues there
     <root>/<stage>/.damaged-<key>-n/ an artifact that lost a file, set aside
+    <root>/<stage>-shard/<key>/      a part of an artifact that is built in shards (pipeline.shards)
     <root>/.locks/<stage>-<key>      one lock per key
     <root>/runs/<name>-<run>.json    which artifacts a run used
 
@@ -17,14 +18,18 @@ import hashlib
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from pipeline.lock_protocol import ArtifactLock
 from pipeline.locks import KeyLock
+from pipeline.object_store import is_url
 from stages.contracts import read_json, write_json
-from stages.errors import DamagedFileError, MissingArtifactError
+from stages.errors import DamagedFileError, EnvironmentFailure, MissingArtifactError
 
 SCHEMA = 1
 """Version of the manifest's layout; another one is no hit."""
@@ -41,6 +46,8 @@ class Artifact:
     key: str
     path: Path
     manifest: Mapping[str, Any]
+    is_local: bool = True
+    """Whether the files lie under ``path``; those of a remote store's artifact do once ``Store.require`` has run."""
 
     @property
     def content(self) -> Mapping[str, Any]:
@@ -76,9 +83,33 @@ class Artifact:
 class Store:
     """The artifacts under one folder."""
 
+    poll_s: ClassVar[float] = 0.5
+    """Seconds between two looks at what others build."""
+
     def __init__(self, root: Path) -> None:
         """Use ``root``; it is made when the first artifact is built."""
         self.root = root
+        self.on_lost: Callable[[EnvironmentFailure], None] | None = None
+        """Called from another thread when a lock that only a heartbeat keeps was taken over: the work must stop.  Holds
+        for the locks that are made after it is set; without it a build goes on, and is refused when it publishes."""
+        self._locks: dict[tuple[str, str], ArtifactLock] = {}
+
+    @property
+    def location(self) -> str:
+        """What ``open_store`` makes this store of again, in whatever process: the folder, or a URL."""
+        return str(self.root)
+
+    def check_visible(self) -> None:
+        """Make sure, in a worker that joins a run, that it sees the store in which the run's artifacts are.
+
+        Raises:
+            EnvironmentFailure: it does not.
+        """
+        if not self.root.is_dir():
+            raise EnvironmentFailure(
+                f"{self.root.absolute()} is not to be seen on {socket.gethostname()}; mount it here under this name, "
+                "or let the run use a store that every worker reaches (--artifacts /mnt/…, --artifacts s3://…)"
+            )
 
     @property
     def digest_cache(self) -> Path:
@@ -133,7 +164,10 @@ class Store:
             DamagedFileError: there is none, or it is another's.
         """
         path = self.path(stage, key) / MANIFEST
-        manifest = read_json(path)
+        return self._check_manifest(read_json(path), stage, key, str(path))
+
+    @staticmethod
+    def _check_manifest(manifest: Any, stage: str, key: str, path: str) -> dict[str, Any]:  # noqa: ANN401 - JSON is any
         try:
             content = manifest["content"]
             is_ours = [content["schema"], content["stage"], content["key"]] == [SCHEMA, stage, key]
@@ -168,9 +202,40 @@ class Store:
 
     # -- building -----------------------------------------------------------------------------------------------------
 
-    def lock(self, stage: str, key: str, *, waiting: Callable[[str], None] | None = None) -> KeyLock:
-        """The lock that whoever builds, replaces or removes this artifact holds."""
-        return KeyLock(self.root / ".locks" / f"{stage}-{key}", waiting=waiting)
+    def lock(self, stage: str, key: str, *, waiting: Callable[[str], None] | None = None) -> ArtifactLock:
+        """The lock that whoever builds, replaces or removes this artifact holds; see ``on_lost`` too.
+
+        Args:
+            stage: Stage name.
+            key: Cache key.
+            waiting: Called once with a description of the holder when another holds it.
+        """
+        lock = self._new_lock(stage, key, waiting)
+        if not self._holds(stage, key):
+            self._locks[stage, key] = lock
+        return lock
+
+    def _new_lock(self, stage: str, key: str, waiting: Callable[[str], None] | None) -> ArtifactLock:
+        return KeyLock(self.root / ".locks" / f"{stage}-{key}", waiting=waiting, lost=self.on_lost)
+
+    def _holds(self, stage: str, key: str) -> bool:
+        """Whether a lock that this store handed out is held."""
+        lock = self._locks.get((stage, key))
+        return lock is not None and lock.is_held
+
+    def _check_held(self, stage: str, key: str) -> None:
+        """Publish nothing under a lock that another worker has taken over meanwhile."""
+        if self._holds(stage, key):
+            self._locks[stage, key].check_held()
+
+    def mirror(self, stage: str, key: str) -> AbstractContextManager[object]:
+        """Keep unfinished work safe from the loss of this machine while ``with`` lasts; here the folder itself does."""
+        del stage, key
+        return contextlib.nullcontext()
+
+    def share(self, path: Path) -> None:
+        """Let other machines see a file under ``root`` that is no artifact (a run's record); here they do."""
+        del path
 
     def work_path(self, stage: str, key: str) -> Path:
         """Where unfinished work of this key lies; it need not exist."""
@@ -194,13 +259,23 @@ class Store:
         path.mkdir(parents=True, exist_ok=True)
         return path, self.has_work(stage, key)
 
-    def set_aside(self, stage: str, key: str) -> Path:
-        """Rename a damaged artifact out of the way.  Needs the lock."""
+    def set_aside(self, stage: str, key: str) -> Path | str:
+        """Rename a damaged artifact out of the way; returns where it is.  Needs the lock."""
         number = 0
         while (target := self.root / stage / f".damaged-{key}-{number}").exists():
             number += 1
         self.path(stage, key).rename(target)
         return target
+
+    def remove(self, stage: str, key: str) -> None:
+        """Remove an artifact and the unfinished work of its key, if they are there.  Needs the lock."""
+        for folder in (self.path(stage, key), self.work_path(stage, key)):
+            if folder.is_dir():
+                # out of sight first: a removal that is interrupted must not leave half an artifact under its name
+                doomed = folder.with_name(f".replaced-{key}-{os.getpid()}")
+                shutil.rmtree(doomed, ignore_errors=True)
+                folder.rename(doomed)
+                shutil.rmtree(doomed)
 
     def publish(self, stage: str, key: str, *, content: Mapping[str, Any], run: Mapping[str, Any]) -> Artifact:
         """Turn the work folder into the artifact in one rename, replacing an older one.  Needs the lock.
@@ -210,7 +285,11 @@ class Store:
             key: Cache key.
             content: Version, config, inputs and mask_supervision; schema, stage, key and files are added here.
             run: Times, host, packages, revision, metrics and warnings.
+
+        Raises:
+            EnvironmentFailure: the lock was taken over by another worker meanwhile.
         """
+        self._check_held(stage, key)
         work, final = self.work_path(stage, key), self.path(stage, key)
         (work / MANIFEST).unlink(missing_ok=True)
         files = {}
@@ -252,6 +331,27 @@ class Store:
             if _sha256(file) != entry["sha256"]:
                 problems.append(f"{file}: the content differs from the manifest's sha256")
         return problems
+
+
+def open_store(location: str | Path) -> Store:
+    """The store at a folder or a URL; nothing is asked of it yet.
+
+    Args:
+        location: A folder, ``file://`` and a folder, or ``s3://bucket/folder`` and the like.
+
+    Raises:
+        InputError: a URL that cannot be a store.
+        EnvironmentFailure: a file stands where the folder should be.
+    """
+    location = str(location).removeprefix("file://")
+    if is_url(location):
+        from pipeline.remote_store import RemoteStore
+
+        return RemoteStore(location)
+    root = Path(location)
+    if root.exists() and not root.is_dir():
+        raise EnvironmentFailure(f"{root} is no folder; choose another one with --artifacts DIR")
+    return Store(root)
 
 
 def _check_size(file: Path, size: int) -> None:

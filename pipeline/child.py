@@ -10,30 +10,26 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import json
-import math
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter
 
 from pipeline.failures import deliberate, to_message
-from pipeline.provenance import describe_machine
+from pipeline.making import Built, Job, build_alone, to_plain
+from pipeline.ranks import count_ranks, run_on_ranks
+from pipeline.shards import shard_count
+from pipeline.sharing import SharedBuild
 from pipeline.stage_table import StageCall, StageSpec, StageTable
-from pipeline.store import Artifact, Store
-from stages.contracts import StageResult
-from stages.errors import EnvironmentFailure
-
-MIN_FREE_BYTES = 200 * 2**20
-"""A stage does not start on a disk with less."""
+from pipeline.store import Store, open_store
+from stages.contracts import Part, Progress, StageResult
+from stages.errors import EnvironmentFailure, WsssError
 
 _PROGRESS_EVERY_S = 0.1
 
@@ -58,8 +54,11 @@ class Request(BaseModel):
     upstream: dict[str, str]
     """Key of every stage that this one rests on."""
     data_root: Path | None
-    artifacts: Path
+    artifacts: str
+    """A folder or a URL."""
     force: bool
+    only_parts: bool = False
+    """Help another process: build the shards that nobody holds, wait for nobody, put nothing together."""
 
 
 class Events:
@@ -111,7 +110,7 @@ class ChildProgress:
         if not self._state:
             return
         self._state["done"] += count
-        self._state["values"] |= {name: _plain(float(value)) for name, value in values.items()}
+        self._state["values"] |= {name: to_plain(float(value)) for name, value in values.items()}
         self._is_sent = False
         if time.monotonic() - self._sent_at >= _PROGRESS_EVERY_S or self._state["done"] >= self._state["total"]:
             self.flush()
@@ -125,23 +124,16 @@ class ChildProgress:
         self.warnings.append(text)
         self._events.send("log", level="warning", text=text)
 
+    def fail(self, error: WsssError) -> None:
+        """Say how it ended, from any thread."""
+        self._events.send("error", **to_message(error))
+
     def flush(self) -> None:
         """Send the last state if it was held back."""
         if not self._is_sent:
             self._events.send("progress", **self._state)
             self._sent_at = time.monotonic()
             self._is_sent = True
-
-
-@dataclass(frozen=True)
-class Built:
-    """What became of the request."""
-
-    artifact: Artifact
-    state: str
-    """built, resumed, or cached when another process had built it meanwhile."""
-    seconds: float
-    warnings: tuple[str, ...]
 
 
 def main() -> int:
@@ -151,7 +143,7 @@ def main() -> int:
     events = Events(descriptor)
     faulthandler.enable()
     request = TypeAdapter(CheckRequest | Request).validate_json(sys.stdin.buffer.readline())
-    _die_with_parent()
+    die_with_parent()
     progress = ChildProgress(events)
     doing = request.stage if isinstance(request, Request) else "the check of the networks"
     try:
@@ -174,54 +166,65 @@ def answer_check(request: CheckRequest, progress: ChildProgress) -> dict[str, An
 
 def answer_stage(request: Request, progress: ChildProgress) -> dict[str, Any]:
     """Build the artifact and describe it."""
+    started = time.monotonic()
     built = build(request, progress)
+    path = open_store(request.artifacts).path(request.stage, request.key)
     return {
         "state": built.state,
-        "path": str(built.artifact.path),
-        "seconds": built.seconds,
-        "metrics": built.artifact.metrics,
+        "path": str(path if built.artifact is None else built.artifact.path),
+        "seconds": time.monotonic() - started,
+        "metrics": {} if built.artifact is None else built.artifact.metrics,
         "warnings": list(built.warnings),
+        "num_shards": built.num_shards,
     }
 
 
 def build(request: Request, progress: ChildProgress) -> Built:
-    """Build the artifact under its lock, or find that another process has built it meanwhile."""
-    started = time.monotonic()
-    store = Store(request.artifacts)
-    stage, key = request.stage, request.key
-    with store.lock(stage, key, waiting=lambda holder: progress.info(f"waiting: {holder} builds {stage} {key}")):
-        damage: list[str] = []
-        artifact = store.lookup(stage, key, damaged=damage.append)
-        if artifact is not None and not request.force:
-            return Built(artifact, "cached", time.monotonic() - started, artifact.warnings)
-        if damage:
-            aside = store.set_aside(stage, key)
-            progress.warn(f"damaged artifact: {damage[0]}; set aside as {aside}, building it again")
-        _check_free_space(store.root)
-        work, is_resumed = store.work_dir(stage, key, fresh=request.force)
-        if is_resumed:
-            progress.info(f"continuing the unfinished work in {work}")
-        begun = datetime.now(UTC).isoformat(timespec="seconds")
-        result = _call_stage(request, store, work, progress)
-        seconds = time.monotonic() - started
-        artifact = store.publish(
-            stage,
-            key,
-            content=request.content | {"mask_supervision": sorted(result.mask_supervision)},
-            run={
-                "started": begun,
-                "seconds": round(seconds, 3),
-                "resumed": is_resumed,
-                "runtime": request.run.get("runtime"),
-                "metrics": _plain(result.metrics),
-                "warnings": progress.warnings,
-                **describe_machine(),
-            },
-        )
-        return Built(artifact, "resumed" if is_resumed else "built", seconds, tuple(progress.warnings))
+    """Build the artifact under its lock, or find that another process has built it meanwhile.
+
+    With ``runtime.shards`` the work is shared with every process that does the same.
+    """
+    store = open_store(request.artifacts)
+    store.on_lost = partial(end_at_once, progress)
+    table = load_table(request.table)
+    job = Job(
+        stage=request.stage,
+        key=request.key,
+        content=request.content,
+        runtime=request.run.get("runtime"),
+        call=partial(call_stage, request, store),
+    )
+    count = shard_count(table.spec(request.stage), table.run_type.model_validate(request.run))
+    if count == 1:
+        return build_alone(job, store, progress, force=request.force)
+    shared = SharedBuild(job, count, store, progress, units=lambda: _count_units(request, store))
+    return shared.help() if request.only_parts else shared.build(force=request.force)
 
 
-def _call_stage(request: Request, store: Store, work: Path, progress: ChildProgress) -> StageResult:
+def end_at_once(progress: ChildProgress, error: EnvironmentFailure) -> None:
+    """Another worker has the lock: say so, and end with everything that this process started."""
+    progress.fail(error)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _count_units(request: Request, store: Store) -> int:
+    spec, _, call = _prepare(request, store)
+    return 0 if spec.shard_units is None else spec.shard_units(call)
+
+
+def call_stage(request: Request, store: Store, work: Path, progress: Progress, part: Part | None = None) -> StageResult:
+    """Call the stage, in several processes where it is to train on several devices."""
+    spec, run, call = _prepare(request, store)
+    arguments, runtime = spec.arguments(call), getattr(run, "runtime", None)
+    if part is not None:
+        arguments = {**arguments, "part": part}
+    if (num := count_ranks(arguments.get("config"), runtime)) > 1:
+        return run_on_ranks(request, num, work, progress)
+    return spec.function()(**arguments, out=work, progress=progress, runtime=runtime)
+
+
+def _prepare(request: Request, store: Store) -> tuple[StageSpec, Any, StageCall]:
+    """The stage, the run and what the stage is called with; every artifact that it rests on must be there."""
     table = load_table(request.table)
     run = table.run_type.model_validate(request.run)
     spec: StageSpec = table.spec(request.stage)
@@ -232,7 +235,7 @@ def _call_stage(request: Request, store: Store, work: Path, progress: ChildProgr
         data_root=request.data_root,
         exclude=frozenset().union(*(artifact.mask_supervision for artifact in artifacts.values())),
     )
-    return spec.function()(**spec.arguments(call), out=work, progress=progress, runtime=getattr(run, "runtime", None))
+    return spec, run, call
 
 
 def load_table(location: str) -> StageTable:
@@ -241,27 +244,7 @@ def load_table(location: str) -> StageTable:
     return getattr(importlib.import_module(module), name)
 
 
-def _check_free_space(root: Path) -> None:
-    free = shutil.disk_usage(root).free
-    if free < MIN_FREE_BYTES:
-        raise EnvironmentFailure(
-            f"{root}: {free / 2**20:.0f} MB free, at least {MIN_FREE_BYTES / 2**20:.0f} MB are needed; "
-            "free some space (wsss artifacts prune) or choose another disk with --artifacts DIR"
-        )
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON is any
-    """``value`` as strict JSON: numpy scalars become numbers, nan and infinity null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Watch stdin for its end in a thread; the stage itself and its workers get an empty stdin."""
     watched = os.dup(0)
     empty = os.open(os.devnull, os.O_RDONLY)

@@ -6,11 +6,13 @@ Records and protocols only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-State = Literal["built", "cached", "resumed", "skipped", "failed"]
+State = Literal["built", "cached", "resumed", "skipped", "failed", "helped"]
+"""helped: shards of the stage were built for another run, which puts them together."""
 
 
 class Listener(Protocol):
@@ -65,6 +67,9 @@ class StageOutcome:
 
 Around = Callable[[str, Callable[[], StageOutcome]], StageOutcome]
 """Does something around one stage, such as a Prefect task run."""
+
+Recruit = Callable[[str], AbstractContextManager[None]]
+"""Asks others for help with a stage that is built in shards, for as long as it is built."""
 
 
 @dataclass(frozen=True)

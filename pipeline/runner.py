@@ -6,123 +6,46 @@ call the same functions.
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from functools import partial
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pipeline.keys import Plan, plan_run
-from pipeline.outcomes import Around, Listener, RunOutcome, SilentListener, StageOutcome, StageStatus
+from pipeline.outcomes import Around, Listener, Recruit, RunOutcome, SilentListener, StageOutcome, StageStatus
 from pipeline.runs import RunRecord
+from pipeline.shards import existing_shards
 from pipeline.spawn import run_child
+from pipeline.stage_runner import (
+    ensure,
+    help_with,
+    missing_error,
+    missing_inputs,
+    plan_with_inputs,
+    terminate_as_interrupt,
+    thread_count,
+)
 from pipeline.stage_table import STAGES, TABLE, StageTable
 from pipeline.store import Artifact, Store
-from stages.errors import ConfigError, MissingArtifactError
+from stages.errors import ConfigError
 
 __all__ = [
     "STAGES",
     "Around",
     "Listener",
+    "Recruit",
     "RunOutcome",
     "SilentListener",
     "StageOutcome",
     "StageStatus",
     "ensure",
     "finished_artifacts",
+    "help_with",
     "missing_inputs",
     "run_pipeline",
     "run_stage",
     "stage_positions",
     "status",
 ]
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One stage
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def ensure(
-    stage: str,
-    run: Any,  # noqa: ANN401 - the table's run type
-    store: Store,
-    *,
-    force: bool = False,
-    listener: Listener | None = None,
-    plan: Plan | None = None,
-    table: StageTable = TABLE,
-) -> StageOutcome:
-    """Make sure that the artifact of ``stage`` is in the store; the artifacts it reads must be there.
-
-    Args:
-        stage: Stage name.
-        run: The config.
-        store: Where artifacts live.
-        force: Build it even if it is there.
-        listener: Hears of the start, the progress and the end.
-        plan: The run's keys, when the caller has them already; else the run is checked and planned here.
-        table: The stages.
-
-    Raises:
-        WsssError: the stage failed; the listener has heard of it.
-        KeyboardInterrupt: the child has been ended; its work is kept and continued by the next call.
-    """
-    listener = listener or SilentListener()
-    plan = plan or plan_run(run, store.digest_cache, table)
-    started = time.monotonic()
-    if table.spec(stage).name not in plan.keys:
-        outcome = StageOutcome(stage, None, None, "skipped", 0.0)
-        listener.stage_finished(outcome)
-        return outcome
-    key = plan.keys[stage]
-    listener.stage_started(stage, key)
-    try:
-        outcome = _cached(stage, key, store, listener, started) if not force else None
-        outcome = outcome or _build(stage, plan, store, listener, force=force)
-    except BaseException:
-        seconds = time.monotonic() - started
-        listener.stage_finished(StageOutcome(stage, key, None, "failed", seconds))
-        raise
-    listener.stage_finished(outcome)
-    return outcome
-
-
-def _cached(stage: str, key: str, store: Store, listener: Listener, started: float) -> StageOutcome | None:
-    artifact = store.lookup(stage, key)
-    if artifact is None:
-        return None
-    seconds = time.monotonic() - started
-    return StageOutcome(stage, key, artifact.path, "cached", seconds, artifact.metrics, artifact.warnings)
-
-
-def _build(stage: str, plan: Plan, store: Store, listener: Listener, *, force: bool) -> StageOutcome:
-    request = {
-        "table": plan.table.location,
-        "run": plan.run.model_dump(mode="json"),
-        "stage": stage,
-        "key": plan.keys[stage],
-        "content": dict(plan.contents[stage]),
-        "upstream": {name: plan.keys[name] for name in plan.upstream(stage)},
-        "data_root": None if plan.data.root is None else str(plan.data.root),
-        "artifacts": str(store.root),
-        "force": force,
-    }
-    started = time.monotonic()
-    answer = run_child(request, listener, threads=_threads(plan))
-    seconds = time.monotonic() - started
-    warnings = tuple(answer["warnings"])
-    return StageOutcome(
-        stage, plan.keys[stage], Path(answer["path"]), answer["state"], seconds, answer["metrics"], warnings
-    )
-
-
-def missing_inputs(stage: str, plan: Plan, store: Store) -> tuple[str, ...]:
-    """The stages that ``stage`` reads and whose artifacts are not in the store."""
-    return tuple(name for name in plan.inputs(stage) if store.lookup(name, plan.keys[name]) is None)
 
 
 def run_stage(
@@ -133,6 +56,9 @@ def run_stage(
     force: bool = False,
     listener: Listener | None = None,
     invocation: str = "CONFIG",
+    plan: Plan | None = None,
+    around: Around | None = None,
+    recruit: Recruit | None = None,
     table: StageTable = TABLE,
 ) -> RunOutcome:
     """Run one stage from cached inputs, also one that the whole run would skip.
@@ -144,25 +70,25 @@ def run_stage(
         force: Build it even if it is there.
         listener: Hears of the start, the progress and the end.
         invocation: Config and options as the user wrote them, for the command in the error.
+        plan: The keys up to this stage, when the caller has them already.
+        around: Called in place of the stage, as in ``run_pipeline``.
+        recruit: Called with the stage's name around the building of one that is built in shards.
         table: The stages.
 
     Raises:
         MissingArtifactError: an input is not in the store; the command that makes it is in the message.
     """
-    plan = plan_run(run, store.digest_cache, table, last=table.spec(stage).name)
-    missing = missing_inputs(stage, plan, store)
-    if missing:
-        raise _missing(stage, missing, invocation)
-    with _terminate_as_interrupt(), RunRecord.open(store, plan) as record:
-        outcome = ensure(stage, run, store, force=force, listener=listener, plan=plan, table=table)
+    plan = plan_with_inputs(stage, run, store, invocation, plan, table)
+    around = around or _as_it_is
+    body = partial(ensure, stage, run, store, force=force, listener=listener, plan=plan, recruit=recruit, table=table)
+    with terminate_as_interrupt(), RunRecord.open(store, plan) as record:
+        outcome = around(stage, body)
     return RunOutcome(record.run_id, (outcome,), record.path)
 
 
-def _missing(stage: str, missing: Sequence[str], invocation: str) -> MissingArtifactError:
-    return MissingArtifactError(
-        f"{stage} rests on the artifact of {' and '.join(missing)}, which is not in the store; "
-        f"make it with: wsss run {invocation} --until {missing[-1]}"
-    )
+def _as_it_is(stage: str, body: Callable[[], StageOutcome]) -> StageOutcome:
+    del stage
+    return body()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,6 +107,7 @@ def run_pipeline(
     invocation: str = "CONFIG",
     plan: Plan | None = None,
     around: Around | None = None,
+    recruit: Recruit | None = None,
     table: StageTable = TABLE,
 ) -> RunOutcome:
     """Check the inputs, then bring the stages into being one after the other.
@@ -195,6 +122,7 @@ def run_pipeline(
         invocation: Config and options as the user wrote them, for the command in an error.
         plan: The run's keys, when the caller has them already.
         around: Called in place of each stage with its name and what brings it into being; returns what that returns.
+        recruit: Called with a stage's name around the building of one that is built in shards.
         table: The stages.
 
     Returns:
@@ -206,19 +134,19 @@ def run_pipeline(
     """
     first, last, forced_from = stage_positions(table, from_, until, force)
     plan = plan or plan_run(run, store.digest_cache, table)
-    around = around or (lambda stage, body: body())
+    around = around or _as_it_is
     missing = [n for n in table.names[:first] if n in plan.keys and store.lookup(n, plan.keys[n]) is None]
     if missing:
-        raise _missing(table.names[first], missing, invocation)
+        raise missing_error(table.names[first], missing, invocation)
     outcomes: list[StageOutcome] = []
-    with _terminate_as_interrupt(), RunRecord.open(store, plan) as record:
+    with terminate_as_interrupt(), RunRecord.open(store, plan) as record:
         for text in plan.data.warnings:
             (listener or SilentListener()).log("warning", text)
         _check_networks(plan, table.names[: last + 1], store, max(forced_from, first), listener or SilentListener())
         for position, name in enumerate(table.names[: last + 1]):
             is_forced = position >= max(forced_from, first)
             body = partial(ensure, name, run, store, force=is_forced, listener=listener, plan=plan, table=table)
-            outcomes.append(around(name, body))
+            outcomes.append(around(name, partial(body, recruit=recruit)))
     return RunOutcome(record.run_id, tuple(outcomes), record.path)
 
 
@@ -232,12 +160,7 @@ def _check_networks(plan: Plan, names: Collection[str], store: Store, forced_fro
     if plan.table.needs_check(plan.run, missing):
         listener.log("info", "checking that the networks can be built and their weights fit")
         request = {"table": plan.table.location, "run": plan.run.model_dump(mode="json"), "check": True}
-        run_child(request, listener, threads=_threads(plan))
-
-
-def _threads(plan: Plan) -> int:
-    runtime = getattr(plan.run, "runtime", None)
-    return 0 if runtime is None else runtime.threads
+        run_child(request, listener, threads=thread_count(plan))
 
 
 def stage_positions(
@@ -297,23 +220,7 @@ def _stage_status(stage: str, key: str | None, store: Store) -> StageStatus:
         return StageStatus(stage, "damaged", key, store.path(stage, key))
     if store.has_work(stage, key):
         return StageStatus(stage, "partial", key, store.work_path(stage, key))
+    shards = existing_shards(store, stage, key)
+    if shards:
+        return StageStatus(stage, "partial", key, store.path(*shards[0].place).parent)
     return StageStatus(stage, "missing", key, None)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the child as Ctrl-C does, where nobody else has taken that signal."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

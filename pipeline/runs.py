@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.keys import Plan
+from pipeline.leases import STALE_S
 from pipeline.locks import KeyLock
+from pipeline.shards import SUFFIX, is_ordered, is_shard_of
 from pipeline.store import Store
 from stages.contracts import read_json, write_json
 from stages.errors import DamagedFileError, EnvironmentFailure, WsssError
@@ -69,6 +71,7 @@ class RunRecord:
             raise EnvironmentFailure(
                 f"{store.root} cannot be written ({error.strerror}); choose another folder with --artifacts DIR"
             ) from error
+        store.share(record.path)
         state = "interrupted"
         try:
             yield record
@@ -77,8 +80,9 @@ class RunRecord:
             state = "failed"
             raise
         finally:
-            with contextlib.suppress(OSError):  # a full disk must not hide how the run ended
+            with contextlib.suppress(OSError, EnvironmentFailure):  # a full disk must not hide how the run ended
                 record._write(state)
+                store.share(record.path)
             with contextlib.suppress(OSError):
                 record._lock_path.unlink(missing_ok=True)
             lock.release()
@@ -88,12 +92,12 @@ class RunRecord:
         """Whether the run's process is still at work.
 
         Raises:
-            EnvironmentFailure: the file system has no flock.
+            EnvironmentFailure: the store cannot be read or written.
         """
         if self.state != "running" or not self._lock_path.exists():
             return False
         lock = KeyLock(self._lock_path)
-        is_free = lock.try_acquire()
+        is_free = lock.try_acquire(patience_s=STALE_S + 2.0)
         lock.release()
         return not is_free
 
@@ -108,6 +112,7 @@ class RunRecord:
                 is_same = older.path != self.path and older.name == self.name and older.keys == self.keys
                 if is_same and not older.is_alive():
                     older.path.unlink(missing_ok=True)
+                    store.share(older.path)
 
     def _write(self, state: str) -> None:
         fields = {"run": self.run_id, "name": self.name, "started": self.started, "state": state}
@@ -156,7 +161,7 @@ def prune(store: Store, *, keep: int | None = None, dry_run: bool = True) -> lis
 
     Raises:
         DamagedFileError: a run record does not read back; nothing is removed then.
-        EnvironmentFailure: the file system has no flock; the same.
+        EnvironmentFailure: the store cannot be read or written; the same.
     """
     if keep is not None and keep < 0:
         raise ValueError(f"keep must be at least 0 runs, got {keep}")
@@ -169,11 +174,25 @@ def prune(store: Store, *, keep: int | None = None, dry_run: bool = True) -> lis
     for stage, key, folder in _candidates(store):
         if folder.name.startswith((".damaged-", ".replaced-")):
             removals.append(Removal(folder, "set aside", _size(folder)))
+        elif stage.endswith(SUFFIX):
+            reason = _why_shards_go(store, (stage, key), kept)
+            removals += [Removal(folder, reason, _size(folder))] if reason else []
         elif (stage, key) not in needed:
             removals.append(Removal(folder, "no kept run needs it", _size(folder)))
     if dry_run:
         return removals
     return [removal for removal in removals if _remove(store, removal.path)]
+
+
+def _why_shards_go(store: Store, place: tuple[str, str], kept: Collection[RunRecord]) -> str | None:
+    """Why a shard, or the order for a forced build, is removed; None while a kept run has a use for it."""
+    stage = place[0].removesuffix(SUFFIX)
+    users = [record for record in kept if stage in record.keys and is_shard_of(place, stage, record.keys[stage])]
+    if not users:
+        return f"shards of {stage} that no kept run needs"
+    artifact = store.lookup(stage, users[0].keys[stage])
+    is_rebuilt = artifact is not None and is_ordered(store, artifact) and any(user.is_alive() for user in users)
+    return None if artifact is None or is_rebuilt else f"shards of {stage} {artifact.key}, which is published"
 
 
 def _candidates(store: Store) -> Iterator[tuple[str, str, Path]]:
@@ -196,7 +215,7 @@ def _remove(store: Store, path: Path) -> bool:
         return True
     stage, key = path.parent.name, _key_of(path)
     lock = store.lock(stage, key)
-    if not lock.try_acquire():
+    if not lock.try_acquire(patience_s=STALE_S + 2.0):
         return False
     try:
         # out of sight first: a removal that is interrupted must not leave half an artifact under its name

@@ -17,7 +17,7 @@ from pipeline.config import RunConfig
 from pipeline.model_errors import did_you_mean
 from pipeline.network_check import check_networks, needs_check
 from pipeline.preflight import config_warnings, preflight
-from stages.contracts import Progress, StageResult
+from stages.contracts import Progress, StageResult, open_image_set
 from stages.data.config import DataConfig
 from stages.data.listing import DataListing, digest_data
 from stages.errors import ConfigError
@@ -65,6 +65,9 @@ class StageSpec:
     arguments: Callable[[StageCall], Mapping[str, Any]]
     """Keyword arguments; ``config`` among them."""
     package: str = "stages"
+    shard_units: Callable[[StageCall], int] | None = None
+    """How many images (or other units) the stage works through one by one, for those that take ``part`` and so can be
+    made in shards; None for the others."""
 
     @property
     def version(self) -> int:
@@ -200,6 +203,10 @@ def _training(call: StageCall) -> dict[str, Any]:
     return _common(call) | {"weights": call.run.weights, "seed": call.run.seed}
 
 
+def _num_training_images(call: StageCall) -> int:
+    return len(open_image_set(call.inputs["prepare_data"], call.data_root).index.splits.get("train", ()))
+
+
 def _optional(call: StageCall, names: Iterable[tuple[str, str]]) -> dict[str, Path | None]:
     """Argument name to the artifact of the stage beside it, None where this run has none."""
     return {argument: call.inputs.get(stage) for argument, stage in names}
@@ -237,6 +244,7 @@ TABLE = StageTable(
                 "classifier": call.inputs["train_classifier"],
                 **_common(call),
             },
+            shard_units=_num_training_images,
         ),
         StageSpec(
             name="make_masks",
@@ -247,6 +255,7 @@ TABLE = StageTable(
                 "attention": call.inputs["make_attention"],
                 **_common(call),
             },
+            shard_units=_num_training_images,
         ),
         StageSpec(
             name="train_segmenter",

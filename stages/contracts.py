@@ -121,9 +121,28 @@ class Runtime(StageConfig):
     """Torch threads; 0 leaves torch's default."""
     devices: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 1
     """Devices that one training is spread over; auto takes every CUDA device that this process may see."""
+    checkpoint_every_s: float = Field(default=30.0, ge=0, le=86_400)
+    """Seconds of training that a kill may cost; 0 keeps a checkpoint of every step."""
     shards: int = Field(default=1, ge=1, le=4096)
     """Parts that attention and masks are made in; with more than one, every run of the same config that reaches the
     same store, here or on another machine, takes free parts and so shares the work."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of ``count`` parts that a stage's work is cut into; everything is in exactly one of them."""
+
+    index: int
+    """0 … count - 1."""
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"a part is numbered 0 … {self.count - 1}, got {self.index}")
+
+    def positions(self, total: int) -> range:
+        """Which of ``total`` things are this part's: neighbours, as many as another part's or one more or less."""
+        return range(self.index * total // self.count, (self.index + 1) * total // self.count)
 
 
 @dataclass(frozen=True)

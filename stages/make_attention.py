@@ -26,6 +26,7 @@ from stages.contracts import (
     AttentionRecord,
     ImageRecord,
     ImageSet,
+    Part,
     Progress,
     Runtime,
     StageConfig,
@@ -75,6 +76,7 @@ def make_attention(
     out: Path,
     progress: Progress,
     runtime: Runtime | None = None,
+    part: Part | None = None,
 ) -> StageResult:
     """Write the attention maps of all training images under ``out / "shards"``.
 
@@ -86,9 +88,11 @@ def make_attention(
         out: Folder to write to; finished shards in it are kept.
         progress: Hears of every finished batch.
         runtime: Device, threads, and the threads that read images ahead (``workers``).
+        part: Write only this part of the files, each with the name and the bytes that it has in the whole; where there
+            are fewer files than parts, some parts are empty.  None writes all.
 
     Returns:
-        Metric ``attention.bytes_per_image``: bytes on disk over images.
+        Metric ``attention.bytes_per_image``: bytes on disk over images; nothing for a part.
 
     Raises:
         DataError: a training image has no labels, cannot be read, or changed its size.
@@ -98,9 +102,10 @@ def make_attention(
     image_set = open_image_set(images, data_root)
     records = _labelled(image_set)
     shards = [records[start : start + config.shard_images] for start in range(0, len(records), config.shard_images)]
-    missing = [n for n, shard in enumerate(shards) if not _is_finished(_shard_path(out, n), shard, progress)]
-    num_done = len(records) - sum(len(shards[number]) for number in missing)
-    progress.begin("attention maps", total=len(records), done=num_done)
+    wanted = range(len(shards)) if part is None else part.positions(len(shards))
+    missing = [n for n in wanted if not _is_finished(_shard_path(out, n), shards[n], progress)]
+    num_images, num_missing = (sum(len(shards[n]) for n in numbers) for numbers in (wanted, missing))
+    progress.begin("attention maps", total=num_images, done=num_images - num_missing)
     if missing:
         runtime = runtime or Runtime()
         extractor = _open_extractor(config, classifier, image_set, progress, runtime)
@@ -108,7 +113,7 @@ def make_attention(
             write_attention_shard(
                 _shard_path(out, number), _extract(extractor, image_set, shards[number], config, progress, runtime)
             )
-    return _measure(out, len(shards), len(records), progress)
+    return StageResult() if part is not None else _measure(out, len(shards), len(records), progress)
 
 
 def _labelled(image_set: ImageSet) -> list[ImageRecord]:

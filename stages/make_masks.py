@@ -10,10 +10,10 @@ Source: the CRF on hard labels is irn's (Ahn, Cho and Kwak, CVPR 2019); the one 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from stages.contracts import (
     AttentionRecord,
     ClassList,
     ImageIndex,
+    Part,
     Progress,
     Runtime,
     StageResult,
@@ -49,6 +50,11 @@ from stages.ops.seeds import (
 )
 
 VERSION = 1
+
+ResultT = TypeVar("ResultT")
+
+_Job = tuple[AttentionRecord, str]
+"""The attention of one image, and the image's file."""
 
 _SHRUNK = 0.5
 """Below this ratio of foreground after to before, the CRF is said to eat the objects."""
@@ -103,6 +109,7 @@ def make_masks(
     out: Path,
     progress: Progress,
     runtime: Runtime | None = None,
+    part: Part | None = None,
 ) -> StageResult:
     """Write one pseudo-mask for every image that has attention maps.
 
@@ -114,10 +121,11 @@ def make_masks(
         out: Where to write; an earlier, stopped call's files are continued.
         progress: Where to report to.
         runtime: Processes (pydensecrf) or device (torch backend).
+        part: Write only the masks of this part of the training images, and no ``stats.json``; None writes all.
 
     Returns:
         ``masks.coverage`` (not 255), ``masks.foreground_ratio`` and ``masks.foreground_ratio_before_crf``, all of all
-        pixels.
+        pixels; nothing for a part.
 
     Raises:
         DataError: an image is missing or is not of the size that its attention was made for.
@@ -131,18 +139,32 @@ def make_masks(
         from stages.training import resolve_device
 
         context, processes = replace(context, device=str(resolve_device(runtime))), 1
-    jobs = _jobs(image_set.index, attention)
-    total = len(image_set.index.splits.get("train", ()))
-    progress.begin("masks", total=total)
-    stats: list[MaskStats] = []
-    started = time.monotonic()
-    for entry in map_ordered(_make_one, jobs, context=context, processes=processes):
-        stats.append(entry)
-        progress.advance(1, images_per_s=len(stats) / max(time.monotonic() - started, 1e-9))
-    _require_all(image_set.index, stats, attention)
+    train = image_set.index.splits.get("train", ())
+    wanted = train if part is None else [train[position] for position in part.positions(len(train))]
+    jobs = _jobs(image_set.index, attention, wanted)
+    progress.begin("masks", total=len(wanted))
+    if part is not None:
+        _require_all(wanted, list(_run(_make_only, jobs, context, processes, progress)), attention)
+        return StageResult()
+    stats = list(_run(_make_one, jobs, context, processes, progress))
+    _require_all(wanted, [entry.id for entry in stats], attention)
     _write_stats(out / "stats.json", stats)
     _warn_if_objects_vanish(stats, progress)
     return StageResult(metrics=_metrics(stats))
+
+
+def _run(
+    function: Callable[[_Context, _Job], ResultT],
+    jobs: Iterator[_Job],
+    context: _Context,
+    processes: int,
+    progress: Progress,
+) -> Iterator[ResultT]:
+    """``function`` of every job, in their order, each told to ``progress``."""
+    started = time.monotonic()
+    for count, result in enumerate(map_ordered(function, jobs, context=context, processes=processes), start=1):
+        progress.advance(1, images_per_s=count / max(time.monotonic() - started, 1e-9))
+        yield result
 
 
 def refine_mask(
@@ -188,18 +210,31 @@ def _refine_labels(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _jobs(index: ImageIndex, attention: Path) -> Iterator[tuple[AttentionRecord, str]]:
-    """Pair the attention of each training image with its file, shard by shard."""
-    wanted = set(index.splits.get("train", ()))
-    for record in iter_attention(attention):
-        if record.id in wanted:
+def _jobs(index: ImageIndex, attention: Path, wanted: Collection[str]) -> Iterator[_Job]:
+    """Pair the attention of each wanted image with its file, shard by shard."""
+    left = set(wanted)
+    for record in iter_attention(attention) if left else ():
+        if record.id in left:
             yield record, index.record(record.id).image
+            left.remove(record.id)
+            if not left:
+                return
 
 
-def _make_one(context: _Context, job: tuple[AttentionRecord, str]) -> MaskStats:
+def _make_one(context: _Context, job: _Job) -> MaskStats:
+    record, _ = job
+    return _measure(record, initial_mask(record, context.config), _find_or_make(context, job))
+
+
+def _make_only(context: _Context, job: _Job) -> str:
+    """Make one mask of a part, which nobody measures before the parts are together."""
+    _find_or_make(context, job)
+    return job[0].id
+
+
+def _find_or_make(context: _Context, job: _Job) -> NDArray[np.uint8]:
     record, relative = job
     path = context.out / f"{record.id}.png"
-    before = initial_mask(record, context.config)
     mask = _read_finished(path)
     if mask is None or mask.shape != record.size:
         image = read_rgb(context.root / relative)
@@ -210,7 +245,7 @@ def _make_one(context: _Context, job: tuple[AttentionRecord, str]) -> MaskStats:
             )
         mask = refine_mask(image, record, context.config, device=context.device)
         write_index_mask(path, mask)
-    return _measure(record, before, mask)
+    return mask
 
 
 def _read_finished(path: Path) -> NDArray[np.uint8] | None:
@@ -246,8 +281,8 @@ def _measure(record: AttentionRecord, before: NDArray[np.uint8], after: NDArray[
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _require_all(index: ImageIndex, stats: list[MaskStats], attention: Path) -> None:
-    missing = sorted(set(index.splits.get("train", ())) - {entry.id for entry in stats})
+def _require_all(wanted: Collection[str], found: Collection[str], attention: Path) -> None:
+    missing = sorted(set(wanted) - set(found))
     if missing:
         raise DamagedFileError(
             f"{attention} has no attention for {len(missing)} training images ({', '.join(missing[:5])}…); "

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fake_stages.table import TABLE, FakeRun
 
-from pipeline import child
+from pipeline import making
 from pipeline.child import ChildProgress, Events, Request, build
 from pipeline.failures import InternalFailure, deliberate, from_message, to_message
 from pipeline.keys import plan_run
@@ -40,7 +40,7 @@ def request(store: Store, stage: str = "collect", *, force: bool = False, **run:
         content=dict(plan.contents[stage]),
         upstream={name: plan.keys[name] for name in plan.upstream(stage)},
         data_root=plan.data.root,
-        artifacts=store.root,
+        artifacts=store.location,
         force=force,
     )
 
@@ -126,7 +126,7 @@ def test_missing_input_is_named(store: Store) -> None:
 
 
 def test_full_disk_is_found_before_the_work(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "MIN_FREE_BYTES", 2**62)
+    monkeypatch.setattr(making, "MIN_FREE_BYTES", 2**62)
     with pytest.raises(EnvironmentFailure, match=r"MB free, at least .* MB are needed; free some space"):
         build(request(store), ChildProgress(Pipe()))
 

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from stages.contracts import Runtime, SilentProgress, attention_shards, iter_attention, read_json, write_json
+from stages.contracts import (
+    Part,
+    Runtime,
+    SilentProgress,
+    StageResult,
+    attention_shards,
+    iter_attention,
+    read_json,
+    write_json,
+)
 from stages.errors import DataError, InputError
 from stages.make_attention import MakeAttentionConfig, make_attention
 from tests.methods.tiny_data import LABELS, SIZES, write_tiny_classifier, write_tiny_data
@@ -42,7 +51,7 @@ def trained(tmp_path):
     return write_tiny_classifier(tmp_path / "classifier")
 
 
-def _run(data, trained, out, *, config=CONFIG, progress=None, runtime=RUNTIME):
+def _run(data, trained, out, *, config=CONFIG, progress=None, runtime=RUNTIME, part=None):
     return make_attention(
         config,
         images=data,
@@ -51,6 +60,7 @@ def _run(data, trained, out, *, config=CONFIG, progress=None, runtime=RUNTIME):
         out=out,
         progress=progress or SilentProgress(),
         runtime=runtime,
+        part=part,
     )
 
 
@@ -116,6 +126,30 @@ def test_a_finished_run_needs_no_classifier(data, trained, tmp_path):
     _run(data, trained, tmp_path / "out")
     again = _run(data, tmp_path / "nowhere", tmp_path / "out")
     assert again.metrics["attention.bytes_per_image"] > 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_parts_are_whole_files_of_the_whole(count, data, trained, tmp_path):
+    """Three files: five parts leave two without any."""
+    whole = _run(data, trained, tmp_path / "whole")
+    files, totals = {}, []
+    for index in range(count):
+        out, progress = tmp_path / f"part{index}", Recorder()
+        assert _run(data, trained, out, progress=progress, part=Part(index, count)) == StageResult()
+        assert not files.keys() & _bytes(out).keys()
+        assert progress.begun == ("attention maps", 2 * len(_bytes(out)), 0, "images")
+        assert progress.lines == []
+        assert out.exists() == bool(_bytes(out)), "an empty part writes nothing"
+        files |= _bytes(out)
+        totals.append(progress.begun[1])
+    assert files == _bytes(tmp_path / "whole")
+    assert sum(totals) == 6
+    (tmp_path / "merged" / "shards").mkdir(parents=True)
+    for name, content in files.items():
+        (tmp_path / "merged" / "shards" / name).write_bytes(content)
+    progress = Recorder()
+    assert _run(data, tmp_path / "no-classifier", tmp_path / "merged", progress=progress) == whole
+    assert progress.counted == 0, "all is there"
 
 
 def test_shards_of_other_images_are_not_taken_over(data, trained, tmp_path):

@@ -14,7 +14,16 @@ from PIL import Image
 from pydantic import ValidationError
 from tiny_masks import COLOURS, TRAIN, attention_of, size_of, truth_of, write_world
 
-from stages.contracts import AttentionRecord, Runtime, SilentProgress, read_index_mask, read_json, write_attention_shard
+from stages.contracts import (
+    AttentionRecord,
+    Part,
+    Runtime,
+    SilentProgress,
+    StageResult,
+    read_index_mask,
+    read_json,
+    write_attention_shard,
+)
 from stages.errors import DamagedFileError, DataError, EnvironmentFailure
 from stages.make_masks import MakeMasksConfig, make_masks, refine_mask
 from stages.ops.crf import CrfConfig, resolve_crf_backend
@@ -118,6 +127,55 @@ def test_a_stopped_run_continues_and_ends_with_the_same_bytes(tmp_path: Path) ->
     assert again == whole
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == files
     assert kept.stat().st_mtime_ns == stamp, "a finished mask must not be made again"
+
+
+class _Counter(SilentProgress):
+    """Keeps the size of the task and counts what is advanced."""
+
+    total = counted = 0
+
+    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
+        self.total = total
+
+    def advance(self, count: int = 1, **values: float) -> None:
+        self.counted += count
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_parts_are_the_files_of_the_whole_and_nothing_else(tmp_path: Path, count: int) -> None:
+    """Five images: seven parts leave two without any; one image of the whole has no label."""
+    prepared, data, attention = world = write_world(tmp_path)
+    config = MakeMasksConfig(crf=SMALL_CRF)
+    whole, _ = _make(config, world, tmp_path / "whole")
+    merged = tmp_path / "merged"
+    inputs = {"images": prepared, "attention": attention, "data_root": data, "runtime": ONE}
+    for index in range(count):
+        out, progress = tmp_path / f"part{index}", _Counter()
+        assert make_masks(config, **inputs, out=out, progress=progress, part=Part(index, count)) == StageResult()
+        files = [path for path in out.rglob("*") if path.is_file()]
+        assert {path.parent for path in files} <= {out / "masks"}, "no stats.json"
+        assert (progress.total, progress.counted) == (len(files), len(files))
+        for path in files:
+            target = merged / "masks" / path.name
+            assert not target.exists()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    stamps = {path: path.stat().st_mtime_ns for path in merged.rglob("*.png")}
+    again, _ = _make(config, world, merged)
+    assert again == whole
+    assert {path: path.stat().st_mtime_ns for path in merged.rglob("*.png")} == stamps, "found, not made again"
+    for path in (tmp_path / "whole").rglob("*.*"):
+        assert path.read_bytes() == (merged / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+def test_missing_attention_of_a_part_is_named(tmp_path: Path) -> None:
+    prepared, data, attention = write_world(tmp_path, shards=5)
+    (attention / "shards" / "attention-00002.npz").unlink()
+    inputs = {"images": prepared, "attention": attention, "data_root": data, "progress": SilentProgress()}
+    config = MakeMasksConfig(refine="none")
+    make_masks(config, **inputs, out=tmp_path / "a", runtime=ONE, part=Part(0, 5))
+    with pytest.raises(DamagedFileError, match="no attention for 1 training images \\(t2"):
+        make_masks(config, **inputs, out=tmp_path / "c", runtime=ONE, part=Part(2, 5))
 
 
 def test_no_true_mask_is_read(tmp_path: Path) -> None:

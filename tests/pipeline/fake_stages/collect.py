@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from stages.contracts import Progress, Runtime, StageConfig, StageResult, write_atomic
+from stages.contracts import Part, Progress, Runtime, StageConfig, StageResult, write_atomic
 from stages.errors import DataError
 
 VERSION = 3
@@ -29,23 +29,43 @@ class Mischief(Runtime):
     at_item: int = 1
     notes: Path | None = None
     """Where the stage tells the test its process ids."""
+    item_s: float = 0.0
+    """How long an item takes."""
+    diary: Path | None = None
+    """Where every item that is made gets a line: process id and number."""
 
 
-def collect(config: CollectConfig, *, out: Path, progress: Progress, runtime: Mischief) -> StageResult:
-    done = [number for number in range(config.items) if (out / f"{number}.txt").exists()]
-    progress.begin("collect", total=config.items, done=len(done), unit="items")
-    for number in range(config.items):
+def collect(
+    config: CollectConfig, *, out: Path, progress: Progress, runtime: Mischief, part: Part | None = None
+) -> StageResult:
+    wanted = range(config.items) if part is None else part.positions(config.items)
+    done = [number for number in wanted if (out / f"{number}.txt").exists()]
+    progress.begin("collect", total=len(wanted), done=len(done), unit="items")
+    for number in wanted:
         if number in done:
             continue
         if number == runtime.at_item:
             misbehave(runtime, out)
-        write_atomic(out / f"{number}.txt", f"item {number}\n".encode())
+        make_item(number, out, runtime)
         progress.advance(loss=1.0 / (number + 1))
+    if part is not None:
+        if runtime.mischief == "noise":
+            progress.warn(f"part {part.index} was noisy")
+            progress.warn("this was noisy")
+        return StageResult()
     if runtime.mischief == "noise":
         progress.warn("this was noisy")
     return StageResult(
         metrics={"collect.items": config.items, "collect.nan": float("nan")}, mask_supervision=config.supervised
     )
+
+
+def make_item(number: int, out: Path, runtime: Mischief) -> None:
+    time.sleep(runtime.item_s)
+    write_atomic(out / f"{number}.txt", f"item {number}\n".encode())
+    if runtime.diary is not None:
+        with runtime.diary.open("a") as diary:
+            diary.write(f"{os.getpid()} {number}\n")
 
 
 def misbehave(runtime: Mischief, out: Path) -> None:

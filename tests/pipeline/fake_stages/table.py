@@ -43,6 +43,7 @@ TABLE = StageTable(
             key_parts=lambda run, data: {"config": run.collect.model_dump(mode="json"), "digest": data.digest},
             arguments=lambda call: {"config": call.run.collect},
             package="fake_stages",
+            shard_units=lambda call: call.run.collect.items,
         ),
         StageSpec(
             name="combine",

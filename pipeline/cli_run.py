@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import enum
-import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,14 +19,11 @@ from pipeline.cli_options import (
     OverridesOption,
 )
 from pipeline.output import Output, get_output, run_document
+from pipeline.run_report import ensure_report, folders, manifests, report_path, write_invocation
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
-    from pipeline.keys import Plan
-    from pipeline.runner import RunOutcome, StageStatus
-    from pipeline.store import Artifact, Store
-
-LAST_STAGE = "evaluate"
+    from pipeline.runner import StageStatus
 
 
 class EngineName(enum.StrEnum):
@@ -65,16 +61,16 @@ def run(
     from pipeline.keys import plan_run
     from pipeline.runner import stage_positions, status
     from pipeline.stage_table import TABLE
-    from pipeline.store import Store
+    from pipeline.store import open_store
 
-    store = Store(artifacts)
+    store = open_store(artifacts)
     first, last, forced = stage_positions(TABLE, from_, until, force or ())
     plan = plan_run(run_config, store.digest_cache)
     console = make_console(is_json=output.is_json)
     stages, forced_from = status(run_config, store, plan=plan)[: last + 1], max(first, forced)
     print_plan(console, stages, forced=forced_from, found=estimate(plan, store, stages, forced=forced_from))
     listener = ConsoleListener(console, plan.table.names)
-    invocation = _invocation(config, overrides, artifacts)
+    invocation = write_invocation(config, overrides, artifacts)
     call = RunCall(
         config, tuple(overrides or ()), run_config, plan, store, invocation, from_, until, tuple(force or ())
     )
@@ -83,7 +79,7 @@ def run(
     finally:
         listener.close()
         output.document = run_document(config, stages=listener.outcomes)
-    report_path = _ensure_report(run_config, plan, store, outcome)
+    report_path = ensure_report(run_config, plan, store, outcome)
     output.document = run_document(config, outcome.run_id, outcome.stages, report_path)
     print_metrics(console, outcome.metrics)
     warnings = [(stage.stage, text) for stage in outcome.stages for text in stage.warnings]
@@ -107,7 +103,7 @@ def stage(
     from pipeline.console import ConsoleListener, make_console, print_end, print_metrics
     from pipeline.runner import run_stage
     from pipeline.stage_table import STAGES
-    from pipeline.store import Store
+    from pipeline.store import open_store
 
     console = make_console(is_json=output.is_json)
     listener = ConsoleListener(console, STAGES)
@@ -115,10 +111,10 @@ def stage(
         outcome = run_stage(
             name,
             run_config,
-            Store(artifacts),
+            open_store(artifacts),
             force=force,
             listener=listener,
-            invocation=_invocation(config, overrides, artifacts),
+            invocation=write_invocation(config, overrides, artifacts),
         )
     finally:
         listener.close()
@@ -141,9 +137,9 @@ def status(
     run_config = _load(config, overrides)
 
     from pipeline.runner import status as read_status
-    from pipeline.store import Store
+    from pipeline.store import open_store
 
-    stages = read_status(run_config, Store(artifacts))
+    stages = read_status(run_config, open_store(artifacts))
     output.document["stages"] = [_describe_status(found) for found in stages]
     if not output.is_json:
         _say_status(output, stages)
@@ -164,16 +160,17 @@ def report(
 
     from pipeline.report import build_report
     from pipeline.runner import finished_artifacts
-    from pipeline.store import Store
+    from pipeline.store import open_store
     from stages.errors import MissingArtifactError
 
-    store = Store(artifacts)
+    store = open_store(artifacts)
     plan, found = finished_artifacts(run_config, store)
     if "prepare_data" not in found:
-        command = f"wsss run {_invocation(config, overrides, artifacts)}"
+        command = f"wsss run {write_invocation(config, overrides, artifacts)}"
         raise MissingArtifactError(f"nothing of {config} is in {artifacts} yet; build it with: {command}")
-    path = out or _report_path(run_config, plan, store, is_complete=LAST_STAGE in found)
-    build_report(run_config, _paths(found), _manifests(found), plan.data.root, path)
+    found = {name: store.require(name, artifact.key) for name, artifact in found.items()}
+    path = out or report_path(run_config, plan, store, is_complete=plan.table.names[-1] in found)
+    build_report(run_config, folders(found), manifests(found), plan.data.root, path)
     output.document["report"] = path
     if not output.is_json:
         output.say(f"report: {path}")
@@ -188,45 +185,6 @@ def _load(config: str, overrides: Sequence[str] | None) -> RunConfig:
     from pipeline.config import find_config, load_config
 
     return load_config(find_config(config), overrides or [])
-
-
-def _invocation(config: str, overrides: Sequence[str] | None, artifacts: Path) -> str:
-    """Config and options as the user would write them again."""
-    words = [config]
-    for override in overrides or ():
-        words += ["--set", override]
-    if artifacts != DEFAULT_ARTIFACTS:
-        words += ["--artifacts", str(artifacts)]
-    return shlex.join(words)
-
-
-def _ensure_report(run_config: RunConfig, plan: Plan, store: Store, outcome: RunOutcome) -> Path | None:
-    """The report of a run that reached its end; written again only when one of its stages was."""
-    states = {stage.stage: stage.state for stage in outcome.stages}
-    if LAST_STAGE not in states:
-        return None
-    path = _report_path(run_config, plan, store, is_complete=True)
-    if path.is_file() and all(state in ("cached", "skipped") for state in states.values()):
-        return path
-
-    from pipeline.report import build_report
-
-    found = {name: store.require(name, key) for name, key in plan.keys.items()}
-    return build_report(run_config, _paths(found), _manifests(found), plan.data.root, path, states=states)
-
-
-def _report_path(run_config: RunConfig, plan: Plan, store: Store, *, is_complete: bool) -> Path:
-    """One file per result: the key of its last artifact is in the name, so it cannot show another result."""
-    suffix = "" if is_complete else "-partial"
-    return store.root / "reports" / f"{run_config.name}-{plan.keys[LAST_STAGE][:8]}{suffix}.html"
-
-
-def _paths(found: Mapping[str, Artifact]) -> dict[str, Path]:
-    return {name: artifact.path for name, artifact in found.items()}
-
-
-def _manifests(found: Mapping[str, Artifact]) -> dict[str, Mapping[str, Any]]:
-    return {name: artifact.manifest for name, artifact in found.items()}
 
 
 def _describe_status(found: StageStatus) -> dict[str, Any]:

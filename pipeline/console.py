@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from pipeline.countdown import Countdown
 from pipeline.estimate import Estimate, describe_disk, describe_stage, describe_time
 from pipeline.report_tables import format_seconds, metric_rows
 
@@ -29,6 +30,7 @@ PLAIN_LINE_EVERY_S = 10.0
 STATE_STYLES: Mapping[str, str] = {
     "built": "green",
     "resumed": "green",
+    "helped": "green",
     "cached": "cyan",
     "skipped": "dim",
     "partial": "yellow",
@@ -49,22 +51,6 @@ def make_console(*, is_json: bool) -> Console:
     stream = sys.stderr if is_json else sys.stdout
     # Without a terminal rich assumes 80 columns and would break paths; a log file has no width.
     return Console(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else 160)
-
-
-class Countdown:
-    """Units done and the seconds that the rest will take, at the pace since this process began."""
-
-    def __init__(self, total: int, done: int, now: float) -> None:
-        """Begin with ``done`` of ``total`` units that earlier work left."""
-        self.total, self.done = total, done
-        self._first, self._start = done, now
-
-    def left_s(self, now: float) -> float | None:
-        """Seconds to the end, or None before the first unit."""
-        fresh = self.done - self._first
-        if fresh <= 0 or now <= self._start:
-            return None
-        return (self.total - self.done) * (now - self._start) / fresh
 
 
 class ConsoleListener:

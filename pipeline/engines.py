@@ -63,7 +63,8 @@ def execute(call: RunCall, engine: Engine, listener: Listener) -> RunOutcome:
             invocation=call.invocation,
             plan=call.plan,
         )
-    from pipeline.embedded_server import EmbeddedServer, set_prefect_environment
+    from pipeline.embedded_server import EmbeddedServer
+    from pipeline.prefect_environment import set_prefect_environment
 
     set_prefect_environment()
     if os.environ.get(API_URL):
@@ -85,7 +86,7 @@ def _run_flow(call: RunCall, listener: Listener, server: EmbeddedServer | None) 
     return run_flow(
         call.config,
         overrides=call.overrides,
-        artifacts=call.store.root,
+        artifacts=call.store.location,
         from_=call.from_,
         until=call.until,
         force=call.force,

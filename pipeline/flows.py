@@ -1,35 +1,40 @@
-"""The Prefect flow ``wsss``: the same run as without Prefect, with one task run per stage to look at.
+"""The Prefect flows: ``wsss``, a whole run; ``wsss-stage``, one stage; ``wsss-shard``, a hand with another's stage.
 
-The flow returns the run's outcome and raises its first error; the state of a failed run begins with what to do.
-Prefect is imported here and in ``tasks`` alone, so whoever imports this module has set Prefect's environment before.
+They are the same runs as without Prefect, with one task run per stage to look at.  A flow ends as Failed with a message
+whose first line says what to do.  Prefect is imported by the modules of this kind alone (``tasks``, ``flow_server``,
+``recruiting``, ``deployments``), so whoever imports one has set Prefect's environment before.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any, cast
 from uuid import UUID
 
 from prefect import flow
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
-from prefect.events.worker import EventsWorker
-from prefect.logging.handlers import APILogWorker
+from prefect.states import Completed, Failed
+from pydantic import Field
 
-from pipeline.config import RunConfig, find_config, load_config
-from pipeline.keys import Plan
-from pipeline.runner import Listener, RunOutcome, SilentListener, run_pipeline
-from pipeline.store import Store
+from pipeline.config import RunConfig
+from pipeline.flow_config import FlowCall, ShardedStage, Split, StageName
+from pipeline.flow_server import check_api, name_run, recorded, show_result, warn_of_other_code
+from pipeline.keys import Plan, plan_run
+from pipeline.outcomes import Listener, RunOutcome, SilentListener
+from pipeline.recruiting import recruit_helpers
+from pipeline.run_report import DEFAULT_ARTIFACTS, ensure_picture, ensure_report, run_name
+from pipeline.runner import help_with, run_pipeline, run_stage
+from pipeline.store import Store, open_store
+from pipeline.summary import headline
 from pipeline.tasks import PrefectListener, run_as_task
-from stages.errors import EnvironmentFailure
+from stages.errors import WsssError
 
-RECORD_TIMEOUT_S = 10.0
-"""Most seconds to wait until a server that is about to end has recorded every task run."""
+Shards = Annotated[int, Field(ge=1, le=4096)]
 
 
 @dataclass
@@ -47,45 +52,76 @@ _session: ContextVar[_Session | None] = ContextVar("wsss_session", default=None)
 
 @flow(name="wsss", persist_result=False, validate_parameters=True)
 def wsss(
-    config: str,
+    config: str | RunConfig,
     overrides: list[str] | None = None,
-    artifacts: str = "artifacts",
-    from_stage: str | None = None,
-    until: str | None = None,
-    force: list[str] | None = None,
-) -> RunOutcome:
+    artifacts: str = DEFAULT_ARTIFACTS,
+    from_stage: StageName | None = None,
+    until: StageName | None = None,
+    force: list[StageName] | None = None,
+    splits: list[Split] | None = None,
+    shards: Shards | None = None,
+) -> Any:  # noqa: ANN401 - a RunOutcome, or the state of a failure
     """Raw images and image-level labels in, a measured mIoU out.
 
     Args:
-        config: Path of a YAML file, or the name of a shipped config.
-        overrides: Values of the config to replace, each ``a.b=value``.
-        artifacts: Root of the artifact store.
+        config: A YAML file on the worker, the name of a shipped config, or a whole config typed in here.
+        overrides: Values of the config to replace, each a.b=value, for instance make_masks.threshold=0.2.
+        artifacts: Root of the artifact store: a folder that every worker sees, or a URL such as s3://bucket/folder.
         from_stage: First stage to run; what it reads must be in the store.
         until: Last stage to run.
         force: Stages to rebuild, each with all after it.
+        splits: Splits that the segmenter predicts, in place of the config's evaluate.splits; only val is scored.
+        shards: Parts that attention and masks are made in, shared with every other idle worker.
     """
-    session = _session.get() or _Session()
-    context = FlowRunContext.get()
-    if context is not None and context.flow_run is not None:
-        session.flow_run_id = context.flow_run.id
-    return run_pipeline(
-        session.run or load_config(find_config(config), overrides or []),
-        Store(Path(artifacts)),
-        from_=from_stage,
-        until=until,
-        force=force or (),
-        listener=PrefectListener(session.listener),
-        invocation=config,
-        plan=session.plan,
-        around=run_as_task,
-    )
+    call = FlowCall.of(config, overrides, artifacts, splits=splits, shards=shards)
+    return _ended(partial(_run_all, call, from_stage, until, tuple(force or ())))
+
+
+@flow(name="wsss-stage", persist_result=False, validate_parameters=True)
+def wsss_stage(
+    stage: StageName,
+    config: str | RunConfig,
+    overrides: list[str] | None = None,
+    artifacts: str = DEFAULT_ARTIFACTS,
+    force: bool = False,
+    shards: Shards | None = None,
+) -> Any:  # noqa: ANN401 - as above
+    """One stage from what is in the store.
+
+    Args:
+        stage: The stage to run; what it reads must be in the store.
+        config: A YAML file on the worker, the name of a shipped config, or a whole config typed in here.
+        overrides: Values of the config to replace, each a.b=value.
+        artifacts: Root of the artifact store: a folder that every worker sees, or a URL.
+        force: Rebuild it even if it is there.
+        shards: Parts that attention and masks are made in, shared with every other idle worker.
+    """
+    return _ended(partial(_run_one, FlowCall.of(config, overrides, artifacts, shards=shards), stage, force))
+
+
+@flow(name="wsss-shard", persist_result=False, validate_parameters=True)
+def wsss_shard(
+    stage: ShardedStage,
+    config: str | RunConfig,
+    overrides: list[str] | None = None,
+    artifacts: str = DEFAULT_ARTIFACTS,
+) -> Any:  # noqa: ANN401 - as above
+    """Build parts of a stage that another run is at; ends when no part is free.
+
+    Args:
+        stage: A stage that works in parts.
+        config: As the other run's.
+        overrides: As the other run's, with runtime.shards.
+        artifacts: As the other run's.
+    """
+    return _ended(partial(_help, FlowCall.of(config, overrides, artifacts), stage))
 
 
 def run_flow(
     config: str,
     *,
     overrides: Sequence[str] = (),
-    artifacts: Path = Path("artifacts"),
+    artifacts: str | Path = DEFAULT_ARTIFACTS,
     from_: str | None = None,
     until: str | None = None,
     force: Sequence[str] = (),
@@ -94,7 +130,7 @@ def run_flow(
     plan: Plan | None = None,
     is_server_ending: bool = False,
 ) -> RunOutcome:
-    """Run the flow in this process.
+    """Run the flow ``wsss`` in this process.
 
     Args:
         config: As the flow's parameter of this name; the same holds for all up to ``force``.
@@ -112,54 +148,91 @@ def run_flow(
         WsssError: the first error of the run.
         EnvironmentFailure: the configured Prefect API does not answer.
     """
-    _check_api()
+    check_api()
     session = _Session(listener or SilentListener(), run, plan)
     token = _session.set(session)
     try:
-        with _recorded(session) if is_server_ending else _nothing():
-            return wsss(config, list(overrides), str(artifacts), from_, until, list(force))
+        with recorded(lambda: session.flow_run_id if is_server_ending else None):
+            stages = cast(Any, (from_, until, list(force)))  # checked by the flow itself
+            return cast(RunOutcome, wsss(config, list(overrides), str(artifacts), *stages))
     finally:
         _session.reset(token)
 
 
-def _check_api() -> None:
-    with get_client(sync_client=True) as client:
-        error = client.api_healthcheck()
-        if error is not None:
-            raise EnvironmentFailure(
-                f"the Prefect API {client.api_url} does not answer ({error}); start it, correct PREFECT_API_URL, "
-                "or run without it: --engine local"
-            )
+# ---------------------------------------------------------------------------------------------------------------------
+# Bodies
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _recorded(session: _Session) -> Iterator[None]:
-    """Leave only after the server has what this process sent: logs, events, and a final state of each task run.
-
-    Prefect sends all three in the background and the server digests events later still; one that ends at once would
-    show a finished run with task runs that are pending for ever.
-    """
+def _ended(body: Callable[[], Any]) -> State[Any]:
+    """The body's result as a state that says it in a line; of a deliberate error the first line says what to do."""
     try:
-        yield
-    finally:
-        APILogWorker.drain_all(timeout=5.0)
-        EventsWorker.drain_all(timeout=5.0)
-        _wait_for_task_runs(session.flow_run_id)
+        result = body()
+    except WsssError as error:
+        return Failed(message=str(error), data=error)
+    message = headline(result.stages) if isinstance(result, RunOutcome) else f"{result} parts built here"
+    return Completed(message=message, data=result)
 
 
-def _wait_for_task_runs(flow_run_id: UUID | None) -> None:
-    if flow_run_id is None:
-        return
-    of_this_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
-    end = time.monotonic() + RECORD_TIMEOUT_S
-    with get_client(sync_client=True) as client:
-        while time.monotonic() < end:
-            task_runs = client.read_task_runs(flow_run_filter=of_this_run)
-            if all(task_run.state is not None and task_run.state.is_final() for task_run in task_runs):
-                return
-            time.sleep(0.1)
+def _begin(call: FlowCall, last: str | None = None) -> tuple[RunConfig, Store, Plan]:
+    """Load and plan the run, and say in its name what it is."""
+    session = _session.get() or _Session()
+    context = FlowRunContext.get()
+    if context is not None and context.flow_run is not None:
+        session.flow_run_id = context.flow_run.id
+    run, store = session.run or call.load(), open_store(call.artifacts)
+    plan = session.plan or plan_run(run, store.digest_cache, last=last)
+    warn_of_other_code()
+    return run, store, plan
+
+
+def _listener() -> PrefectListener:
+    return PrefectListener((_session.get() or _Session()).listener)
+
+
+def _run_all(call: FlowCall, from_stage: str | None, until: str | None, force: Sequence[str]) -> RunOutcome:
+    run, store, plan = _begin(call)
+    name_run(run_name(run, plan))
+    outcome = run_pipeline(
+        run,
+        store,
+        from_=from_stage,
+        until=until,
+        force=force,
+        listener=_listener(),
+        invocation=call.invocation,
+        plan=plan,
+        around=run_as_task,
+        recruit=partial(recruit_helpers, call, run),
+    )
+    report = ensure_report(run, plan, store, outcome)
+    picture = ensure_picture(report, plan, store) if report is not None else None
+    show_result(run.name, run_name(run, plan), f"wsss run {call.invocation}", outcome, report, picture)
+    return outcome
+
+
+def _run_one(call: FlowCall, stage: str, force: bool) -> RunOutcome:
+    open_store(call.artifacts).check_visible()
+    run, store, plan = _begin(call, last=stage)
+    title = f"{run.name}-{stage}-{plan.keys[stage][:8]}"
+    name_run(title)
+    outcome = run_stage(
+        stage,
+        run,
+        store,
+        force=force,
+        listener=_listener(),
+        invocation=call.invocation,
+        plan=plan,
+        around=run_as_task,
+        recruit=partial(recruit_helpers, call, run),
+    )
+    show_result(f"{run.name}-{stage}", title, f"wsss stage {stage} {call.invocation}", outcome)
+    return outcome
+
+
+def _help(call: FlowCall, stage: str) -> int:
+    open_store(call.artifacts).check_visible()
+    run, store, plan = _begin(call, last=stage)
+    name_run(f"{run.name}-{stage}-{plan.keys[stage][:8]}-help")
+    return help_with(stage, run, store, listener=_listener(), plan=plan)

@@ -41,6 +41,13 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def code_version() -> str:
+    """The installed version with the commit of a checkout: ``0.1.0``, or ``0.1.0 at 3f2c1d9``."""
+    commit = code_revision()
+    version = _version("wsss-pipeline") or "0+checkout"
+    return version if commit is None else f"{version} at {commit[:7]}{'+' if commit.endswith('+') else ''}"
+
+
 def _cpu_model() -> str:
     """The processor's own name, where the system tells it."""
     try:

@@ -7,8 +7,9 @@ Values are checked strictly: ``"5"`` is text and ``true`` is no number, wherever
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +69,25 @@ def load_model(model: type[Model], path: Path, overrides: Sequence[str] = ()) ->
     Raises:
         ConfigError: with all problems: form, duplicate and unknown keys, wrong types, ranges and names.
     """
-    document = read_document(path)
+    return _build(model, read_document(path), str(path), overrides)
+
+
+def load_values(model: type[Model], values: Mapping[str, Any], overrides: Sequence[str], source: str) -> Model:
+    """As ``load_model``, from values that are read already.
+
+    Args:
+        model: The class that describes them.
+        values: Plain values as JSON has them.
+        overrides: As for ``load_model``.
+        source: What the values are called in errors.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    return _build(model, Document(values=copy.deepcopy(dict(values))), source, overrides)
+
+
+def _build(model: type[Model], document: Document, source: str, overrides: Sequence[str]) -> Model:
     for override in overrides:
         try:
             apply_override(document, override)
@@ -84,7 +103,7 @@ def load_model(model: type[Model], path: Path, overrides: Sequence[str] = ()) ->
     problems += [_located(text, at, document) for at, text in found.items()]
     if problems or validated is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{path} is not a valid config: {count}", problems)
+        raise ConfigError(f"{source} is not a valid config: {count}", problems)
     return validated
 
 

@@ -9,12 +9,12 @@ from rich.console import Console
 from pipeline.console import (
     ConsoleListener,
     ConsoleProgress,
-    Countdown,
     make_console,
     print_end,
     print_metrics,
     print_plan,
 )
+from pipeline.countdown import Countdown
 from pipeline.estimate import StageEstimate
 from pipeline.runner import StageOutcome, StageStatus
 from pipeline.workload import Work

@@ -1,0 +1,19 @@
+"""How long the rest of a countable task will take."""
+
+from __future__ import annotations
+
+
+class Countdown:
+    """Units done and the seconds that the rest will take, at the pace since this process began."""
+
+    def __init__(self, total: int, done: int, now: float) -> None:
+        """Begin with ``done`` of ``total`` units that earlier work left."""
+        self.total, self.done = total, done
+        self._first, self._start = done, now
+
+    def left_s(self, now: float) -> float | None:
+        """Seconds to the end, or None before the first unit."""
+        fresh = self.done - self._first
+        if fresh <= 0 or now <= self._start:
+            return None
+        return (self.total - self.done) * (now - self._start) / fresh

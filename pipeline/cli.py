@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli_cluster import down, up
 from pipeline.cli_data import data_app
 from pipeline.cli_doctor import doctor
 from pipeline.cli_run import report, run, stage, status
@@ -42,6 +43,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(artifacts_app, name="artifacts")
 app.add_typer(config_app, name="config")
 app.command()(doctor)
+app.command()(up)
+app.command()(down)
 
 
 def version() -> str:

@@ -13,7 +13,7 @@ _MARKS = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}
 
 
 def doctor(context: typer.Context, artifacts: ArtifactsOption = DEFAULT_ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Check interpreter, packages, device, CRF, disk and memory; exit 4 when something is missing."""
+    """Check interpreter, packages, device, CRF, disk, store and memory; exit 4 when something is missing."""
     from pipeline.doctor import examine
     from stages.errors import EnvironmentFailure
 
@@ -23,6 +23,10 @@ def doctor(context: typer.Context, artifacts: ArtifactsOption = DEFAULT_ARTIFACT
     for check in checks:
         remedy = f"  → {check.remedy}" if check.remedy else ""
         output.say(f"{_MARKS[check.status]}  {check.name:9} {check.found}{remedy}")
-    failed = [f"{check.name}: {check.found}; {check.remedy}" for check in checks if check.status == "failed"]
+    failed = [
+        f"{check.name}: {check.found}{check.remedy and '; '}{check.remedy}"
+        for check in checks
+        if check.status == "failed"
+    ]
     if failed:
         raise EnvironmentFailure("this machine is not fit for a run yet", failed)

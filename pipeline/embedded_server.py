@@ -17,17 +17,16 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from filelock import FileLock
 
+from pipeline.prefect_environment import HOST, STARTUP_TIMEOUT_S, bypass_proxy
 from pipeline.spawn import PYTHON, find_our_code
 from stages.errors import EnvironmentFailure
 
-HOST = "127.0.0.1"
-STARTUP_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 10.0
 _SERVER_ENVIRONMENT = {
     "PREFECT_UI_ENABLED": "0",
@@ -36,35 +35,6 @@ _SERVER_ENVIRONMENT = {
     "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
 }
 """What Prefect itself gives to its temporary server, and no block types."""
-
-
-def set_prefect_environment(environment: MutableMapping[str, str] = os.environ, *, home: Path | None = None) -> None:
-    """Make Prefect private, quiet and local to this folder; what the user has set stands.  Call before importing it.
-
-    Args:
-        environment: Variables to complete.
-        home: PREFECT_HOME, by default ``.prefect`` in the working directory.
-    """
-    defaults = {
-        "PREFECT_HOME": str((home or Path(".prefect")).absolute()),
-        "DO_NOT_TRACK": "1",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": f"{STARTUP_TIMEOUT_S:.0f}",
-        # The listener writes to the terminal; Prefect's loggers still reach its API.
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
-        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-    }
-    for name, value in defaults.items():
-        environment.setdefault(name, value)
-
-
-def bypass_proxy(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Keep requests to this machine out of a configured HTTP proxy, which could not answer them."""
-    found = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-    names = [name.strip() for name in found.split(",") if name.strip()]
-    if HOST not in names and "*" not in names:
-        names.append(HOST)
-    environment["no_proxy"] = environment["NO_PROXY"] = ",".join(names)
 
 
 class EmbeddedServer:

@@ -14,12 +14,14 @@ from stages.errors import ConfigError, InputError
 from stages.methods.trained import START, ClassifierDescription, build_classifier
 from stages.nets.segmenters import DeepLabConfig, pretrained_name
 
+_TRAININGS = frozenset({"train_classifier", "train_segmenter"})
+
 
 def needs_check(run: RunConfig, stages: Collection[str]) -> bool:
     """Whether building ``stages`` would train a classifier before it finds out that the segmenter cannot be trained.
 
     A classifier that cannot be built, and a segmenter that is trained first, are refused by their own stage at once;
-    but names of layers that a user wrote by hand are looked up before the data are prepared.
+    but names of layers that a user wrote by hand, and a number of devices, are looked up before the data are prepared.
     """
     names_layers = "train_classifier" in stages and run.train_classifier.method.names_layers
     config = run.train_segmenter
@@ -27,7 +29,8 @@ def needs_check(run: RunConfig, stages: Collection[str]) -> bool:
     is_tu = isinstance(config.net, DeepLabConfig) and config.net.encoder.startswith("tu-")
     is_half = config.training.precision == "fp16"
     is_fetched = pretrained_name(config.net, config.init) is not None
-    return names_layers or (is_late and (is_tu or is_half or is_fetched))
+    is_spread = run.runtime.devices not in (1, "auto") and not _TRAININGS.isdisjoint(stages)
+    return names_layers or is_spread or (is_late and (is_tu or is_half or is_fetched))
 
 
 def check_networks(run: RunConfig, progress: Progress) -> None:
@@ -35,11 +38,13 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
 
     Raises:
         InputError: the networks that cannot be built or trained, each with its reason.
-        EnvironmentFailure: the device is not there.
+        EnvironmentFailure: the device is not there, or there are fewer than were asked for.
     """
     from stages.devices import resolve_device
+    from stages.distributed import resolve_devices
     from stages.nets.segmenters import build_segmenter
 
+    resolve_devices(run.runtime, run.train_classifier.max_devices)
     segmenter = run.train_segmenter
     # a start from the classifier needs no file, and its fit is checked in preflight
     init = "imagenet" if segmenter.init == "imagenet" else "random"

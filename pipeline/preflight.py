@@ -14,6 +14,7 @@ from stages.contracts import MAX_MASK_CLASSES
 from stages.data.listing import list_data
 from stages.data.records import DataListing
 from stages.data.splits import hold_out
+from stages.distributed import device_problems
 from stages.errors import ConfigError, InputError, WeightsError
 from stages.methods.trained import START
 from stages.nets.backbones import BACKBONE_NAMES
@@ -83,6 +84,7 @@ def _joined(errors: list[InputError]) -> InputError:
 
 
 def _config_problems(run: RunConfig) -> Iterator[str]:
+    yield from _device_problems(run)
     if not run.evaluate.segmentation:
         return  # nothing below is run
     segmenter = run.train_segmenter
@@ -92,6 +94,18 @@ def _config_problems(run: RunConfig) -> Iterator[str]:
         yield from _message_of(lambda: resolve_crf_backend(run.make_masks.crf.backend), "make_masks")
     if run.evaluate.crf:
         yield from _message_of(lambda: resolve_crf_backend(run.evaluate.crf_config.backend), "evaluate")
+
+
+def _device_problems(run: RunConfig) -> Iterator[str]:
+    """More devices than there are images in a step; how many this machine has, the network check looks up."""
+    trained = {"train_classifier": run.train_classifier.max_devices}
+    if run.evaluate.segmentation:
+        trained["train_segmenter"] = run.train_segmenter.max_devices
+    stages: dict[str, list[str]] = {}
+    for stage, most in trained.items():
+        for problem in device_problems(run.runtime, most):
+            stages.setdefault(problem, []).append(stage)
+    yield from (f"{' and '.join(names)}: {problem}" for problem, names in stages.items())
 
 
 def _message_of(check: Callable[[], object], section: str) -> list[str]:

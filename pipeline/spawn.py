@@ -47,13 +47,16 @@ class ChildListener(Protocol):
         ...
 
 
-def run_child(request: Mapping[str, Any], listener: ChildListener, *, threads: int = 0) -> dict[str, Any]:
+def run_child(
+    request: Mapping[str, Any], listener: ChildListener, *, threads: int = 0, module: str = "pipeline.child"
+) -> dict[str, Any]:
     """Run one stage in a child and wait for it.
 
     Args:
         request: ``pipeline.child.Request`` or ``CheckRequest`` as JSON.
         listener: Hears progress and log lines, in this thread.
         threads: Threads of the child's numeric libraries; 0 leaves their defaults.
+        module: What the child runs; ``pipeline.launcher`` speaks the same language.
 
     Returns:
         The child's result line.
@@ -64,7 +67,7 @@ def run_child(request: Mapping[str, Any], listener: ChildListener, *, threads: i
         EnvironmentFailure: the child was ended by a signal.
     """
     process = subprocess.Popen(
-        [*PYTHON, "-m", "pipeline.child"],
+        [*PYTHON, "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -80,7 +83,7 @@ def run_child(request: Mapping[str, Any], listener: ChildListener, *, threads: i
                 return message
             if message["event"] == "error":
                 error = from_message(message)
-                if isinstance(error, InternalFailure):
+                if isinstance(error, InternalFailure) and error.trace:
                     listener.log("error", error.trace)
                 raise error
         raise conversation.unanswered(str(request.get("stage", "the check of the networks")))

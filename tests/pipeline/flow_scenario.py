@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.embedded_server import EmbeddedServer, set_prefect_environment
+from pipeline.embedded_server import EmbeddedServer
+from pipeline.prefect_environment import set_prefect_environment
 
 
 class Heard:

@@ -60,20 +60,25 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         cluster.down()
 
 
-def task_runs(world: World, flow_run_id: str) -> list[tuple[str, str]]:
-    """Name and state of each task run, in order; the server hears of them a moment later than of the flow run."""
+def check_task_runs(world: World, flow_run_id: str, expected: list[tuple[str, str]]) -> None:
+    """Compare name and state of each task run, in order; the server hears of them later than of the flow run."""
     body = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
+    end, found = time.monotonic() + 15, []
+    while found != expected and time.monotonic() < end:
+        runs = [run for run in world.cluster.ask("task_runs/filter", body) if run["start_time"]]
+        found = [(run["name"], run["state_name"]) for run in sorted(runs, key=lambda run: run["start_time"])]
+        time.sleep(0.2)
+    assert found == expected
 
-    def find() -> list[dict]:
-        return world.cluster.ask("task_runs/filter", body)
 
-    wait_until(lambda: all(run["state_type"] in ("COMPLETED", "FAILED") for run in find()), "all is told", seconds=15)
-    return [(run["name"], run["state_name"]) for run in sorted(find(), key=lambda run: run["start_time"])]
-
-
-def logs(world: World, flow_run_id: str) -> list[str]:
+def wait_for_log(world: World, flow_run_id: str, words: str) -> None:
+    """Until a line of the run's log has ``words``; lines arrive later than states."""
     body = {"logs": {"flow_run_id": {"any_": [flow_run_id]}}}
-    return [line["message"] for line in world.cluster.ask("logs/filter", body)]
+
+    def is_there() -> bool:
+        return any(words in line["message"] for line in world.cluster.ask("logs/filter", body))
+
+    wait_until(is_there, f"the log says {words!r}", seconds=15)
 
 
 def test_a_run_is_named_after_its_config_and_key_and_ends_with_its_numbers(world: World):
@@ -81,8 +86,8 @@ def test_a_run_is_named_after_its_config_and_key_and_ends_with_its_numbers(world
     run = world.cluster.ask(f"flow_runs/{world.first}")
     assert run["name"] == f"Tiny_one-{key[:8]}"
     assert re.fullmatch(r"attention mIoU .*, pseudo-masks mIoU .*, segmenter mIoU \d+\.\d %", run["state"]["message"])
-    assert task_runs(world, world.first) == [(stage, "Completed") for stage in STAGES]
-    assert any("drawing 8 pictures of 64 px" in line for line in logs(world, world.first)), "the child's own words"
+    check_task_runs(world, world.first, [(stage, "Completed") for stage in STAGES])
+    wait_for_log(world, world.first, "drawing 8 pictures of 64 px")  # the child's own words
 
 
 def test_its_page_has_the_iou_of_every_class_and_links_that_open(world: World):
@@ -104,14 +109,14 @@ def test_its_page_has_the_iou_of_every_class_and_links_that_open(world: World):
 def test_a_second_run_shows_its_stages_as_cached(world: World):
     again = world.cluster.submit("wsss/demo", config="tiny.yaml")
     assert world.cluster.finish(again)["type"] == "COMPLETED"
-    assert task_runs(world, again) == [(stage, "Cached") for stage in STAGES]
+    check_task_runs(world, again, [(stage, "Cached") for stage in STAGES])
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_runs_alone_from_what_is_cached(world: World, stage: str):
     alone = world.cluster.submit(f"wsss-stage/{stage}", config="tiny.yaml")
     assert world.cluster.finish(alone)["type"] == "COMPLETED"
-    assert task_runs(world, alone) == [(stage, "Cached")]
+    check_task_runs(world, alone, [(stage, "Cached")])
     assert world.cluster.ask(f"flow_runs/{alone}")["name"].startswith(f"Tiny_one-{stage}-")
 
 
@@ -126,7 +131,7 @@ def test_a_config_typed_into_the_form_is_the_same_run(world: World):
     typed = json.loads(wsss(world.folder, "config", "show", "tiny.yaml", "--json"))["values"]
     run = world.cluster.submit("wsss/demo", config=typed)
     assert world.cluster.finish(run)["type"] == "COMPLETED"
-    assert {state for _, state in task_runs(world, run)} == {"Cached"}
+    check_task_runs(world, run, [(stage, "Cached") for stage in STAGES])
 
 
 @pytest.mark.parametrize(
@@ -202,4 +207,4 @@ def test_a_deployment_with_parameters_of_an_older_version_fails_with_what_to_do(
 def test_a_worker_with_other_code_than_the_deployments_warns(world: World):
     run = deploy_older(world)
     assert world.cluster.finish(run)["type"] == "COMPLETED"
-    assert any("the deployment was made by 0.0.1" in line for line in logs(world, run))
+    wait_for_log(world, run, "the deployment was made by 0.0.1")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.embedded_server import EmbeddedServer, bypass_proxy, set_prefect_environment
+from pipeline.embedded_server import EmbeddedServer
 from pipeline.engines import resolve_engine
+from pipeline.prefect_environment import bypass_proxy, set_prefect_environment
 from stages.errors import EnvironmentFailure
 
 ROOT = Path(__file__).parents[2]

@@ -5,6 +5,7 @@ Reads: the images and labels of split ``train`` minus split ``holdout``; for the
 method asks for by id (GAIN_ext's subset), which are recorded as mask supervision.
 Writes: classifier.safetensors, classifier.json (what it takes to build it again), history.json (loss curve).
 A run that was stopped continues at its last checkpoint and ends with the same bytes.
+Under torchrun every rank trains, and the main one alone writes and scores.
 Shapes: K foreground classes.
 """
 
@@ -31,6 +32,7 @@ from stages.contracts import (
     write_json,
 )
 from stages.data.transforms import AugmentConfig, Augmenter
+from stages.distributed import is_main
 from stages.errors import DataError
 from stages.methods import MethodConfigUnion
 from stages.methods.trained import ClassifierDescription, build_classifier, check_head, save_classifier
@@ -62,6 +64,11 @@ class TrainClassifierConfig(StageConfig):
     """How a training image becomes a crop; its ``short_side_px`` also holds for the closing score."""
     training: TrainingConfig
     """Steps, batch, learning rate, precision."""
+
+    @property
+    def max_devices(self) -> int:
+        """Devices that the training can be spread over: each needs an image of every step."""
+        return self.training.batch_size
 
     @model_validator(mode="after")
     def _check(self) -> TrainClassifierConfig:
@@ -95,7 +102,8 @@ def train_classifier(
 
     Returns:
         ``classifier.map`` (mean average precision) and ``classifier.label_accuracy`` in [0, 1], both absent when no
-        image outside the training has labels; the ids whose masks the method used.
+        image outside the training has labels; the ids whose masks the method used.  Nothing on other ranks than the
+        main one.
 
     Raises:
         DataError: a training image has no labels, no image is left to train on, an image cannot be read.
@@ -126,6 +134,8 @@ def train_classifier(
         runtime=runtime,
         task="train classifier",
     )
+    if not is_main():
+        return StageResult()
     metrics = score_classifier(classifier.eval(), image_set, config.augment.short_side_px, progress, runtime)
     write_json(out / "history.json", history)
     save_classifier(out, description, classifier)

@@ -5,6 +5,7 @@ Reads: the images of split ``train`` and ``masks/<id>.png`` of ``make_masks`` (c
 trained classifier.
 Writes: segmenter.safetensors, segmenter.json (net and classes), history.json (loss curve).
 A run that was stopped continues at its last checkpoint and ends with the same bytes.
+Under torchrun every rank trains, and the main one alone writes.
 Shapes: B images, C classes with background, H W pixels of a crop, h w cells of the logits.
 """
 
@@ -33,6 +34,7 @@ from stages.contracts import (
     write_json,
 )
 from stages.data.transforms import AugmentConfig, Augmenter, to_network_input
+from stages.distributed import is_main
 from stages.errors import DamagedFileError, DataError, MissingArtifactError
 from stages.nets.segmenters import Init, SegmenterConfig, build_segmenter, init_problems
 from stages.nets.trained import save_segmenter
@@ -75,6 +77,11 @@ class TrainSegmenterConfig(StageConfig):
     loss_resolution: Literal["pixels", "cells"] = "pixels"
     """pixels: logits are upsampled to the crop; cells: masks are sampled at the logits' cells (DeepLab v1, quicker)."""
 
+    @property
+    def max_devices(self) -> int:
+        """Devices that the training can be spread over: each needs an image of every step."""
+        return self.training.batch_size
+
     @model_validator(mode="after")
     def _check_init(self) -> TrainSegmenterConfig:
         # The classifier's backbone is another section: preflight compares the two, here only what this one knows.
@@ -115,7 +122,7 @@ def train_segmenter(
         runtime: Device, threads and loading processes.
 
     Returns:
-        No metrics (evaluate measures); the ids whose true masks were used.
+        No metrics (evaluate measures); the ids whose true masks were used.  Nothing on other ranks than the main one.
 
     Raises:
         MissingArtifactError: ``masks`` or ``classifier`` is needed and not given.
@@ -143,6 +150,8 @@ def train_segmenter(
         runtime=runtime,
         task="train segmenter",
     )
+    if not is_main():
+        return StageResult()
     _warn_of_collapse(segmenter, dataset, runtime, progress)
     write_json(out / "history.json", history)
     save_segmenter(out, config.net, segmenter, image_set.index.classes)

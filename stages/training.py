@@ -1,8 +1,9 @@
 """The one training loop, for classifier and segmenter: seeds, schedule, mixed precision, exact checkpoint and resume.
 
 Writes ``checkpoint.pt`` under ``out`` while it trains.  Killed at any step and called again it continues, and ends with
-the bytes of an uninterrupted training on the same kind of device.  Randomness has no state that could be lost: the data
-of a sample depend on (seed, epoch, sample), the model's random numbers on (seed, step).
+the bytes of an uninterrupted training on the same kind and number of devices.  Randomness has no state that could be
+lost: the data of a sample depend on (seed, epoch, sample), the model's random numbers on (seed, step, rank).
+Under torchrun every rank calls ``train`` with the same arguments; together they take the steps that one device would.
 Torch is imported by the functions, not by the module, so that a config is checked without it.
 Shapes: B images, H W pixels of a crop.
 """
@@ -21,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from stages.checkpoints import load_checkpoint, remove_checkpoint, save_checkpoint
-from stages.contracts import Progress, Runtime, StageConfig
+from stages.contracts import Progress, Runtime, SilentProgress, StageConfig
 from stages.data.batches import Keys, TrainingData, iterate_batches
 from stages.data.transforms import to_network_input
 from stages.devices import deterministic, resolve_device
+from stages.distributed import is_main, join_ranks, main_first, num_ranks, own_slice, this_rank
 from stages.errors import ConfigError, EnvironmentFailure, InputError
 from stages.ops.step import StepInfo
 
@@ -45,9 +47,6 @@ __all__ = [
     "train",
 ]
 
-CHECKPOINT_EVERY_S = 30.0
-"""Seconds of work that a kill may cost."""
-
 
 class TrainingConfig(StageConfig):
     """How long and how fast to train: SGD with momentum and a learning rate schedule."""
@@ -57,7 +56,7 @@ class TrainingConfig(StageConfig):
     steps: int | None = Field(default=None, gt=0, le=100_000_000)
     """Parameter updates; give this or ``epochs``."""
     batch_size: int = Field(default=10, ge=1, le=4096)
-    """Images per step."""
+    """Images per step, over all devices together."""
     learning_rate: float = Field(default=1e-3, gt=0, le=100)
     """Of the backbone, at the start."""
     head_lr_factor: float = Field(default=10.0, gt=0, le=1000)
@@ -171,7 +170,6 @@ def train(
     out: Path,
     progress: Progress,
     runtime: Runtime,
-    checkpoint_every_s: float | None = None,
     task: str = "train",
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, from the checkpoint under ``out`` where there is one.
@@ -181,38 +179,44 @@ def train(
         objective: Called each step with (model, batch, step) inside autocast; returns a dict of scalar tensors of which
             ``"loss"`` is minimised and all are recorded.  The batch has the samples' names: ``"images"`` (uint8
             B H W 3 in the data set) arrives normalised as float32 (B, 3, H, W), all else as it was, on the device.
+            On several devices a rank's batch is its slice of the step's, and what is returned are means over its
+            images, or over other things with ``stages.ops.collectives.mean_divisor``.
         dataset: The samples, see ``TrainingData``.
         config: Length, batch, learning rate.
         parameter_groups: Each with "params" and optionally "lr_factor" (default 1) and "weight_decay".
         seed: Decides order and model randomness.
-        out: Folder of the checkpoint; ``remove_checkpoint`` when the results are written.
-        progress: Told about steps and losses.
-        runtime: Device, threads and workers; changes no result.
-        checkpoint_every_s: Seconds between two checkpoints, 0 for one after each step; None means CHECKPOINT_EVERY_S.
+        out: Folder of the checkpoint, which the main rank writes; ``remove_checkpoint`` when the results are written.
+        progress: Told about steps and losses, by the main rank.
+        runtime: Device, threads, workers and how often to keep a checkpoint; changes no result.
         task: Name of the bar.
 
     Returns:
         About a hundred records {"step", "epoch", "learning_rate", "loss", …}: the means of the losses since the
-        record before, and where the training stood after them.
+        record before, and where the training stood after them; the same on every rank.
 
     Raises:
-        InputError: a loss is not finite, the data set is empty, or ``out`` holds the checkpoint of another training.
+        InputError: a loss is not finite, the data set is empty or has fewer images than there are devices, or ``out``
+            holds the checkpoint of another training.
         EnvironmentFailure: the device is missing or out of memory.
     """
     import torch
 
-    device = resolve_device(runtime)
-    _check_start(config, dataset, device)
-    with deterministic(device):
+    from stages.nets.shared_batch_norm import share_batch_norm
+    from stages.ops.collectives import copy_from_first
+
+    progress = progress if is_main() else SilentProgress()
+    with join_ranks(runtime) as device, deterministic(device), share_batch_norm(model):
+        _check_start(config, dataset, device)
         _place(model, device)
         loop = _Loop(model.train(), objective, config, parameter_groups, seed, len(dataset), device, out)
         loop.resume(progress)
+        copy_from_first(model)
         progress.begin(task, total=loop.num_steps, done=loop.step, unit="steps")
-        order = batch_order(len(dataset), config, seed, start=loop.step)
+        order = (own_slice(batch) for batch in batch_order(len(dataset), config, seed, start=loop.step))
         batches = iterate_batches(dataset, order, workers=runtime.workers, processes=device.type != "cpu")
         with contextlib.closing(batches):
             try:
-                loop.run(batches, progress, CHECKPOINT_EVERY_S if checkpoint_every_s is None else checkpoint_every_s)
+                loop.run(batches, progress, runtime.checkpoint_every_s)
             except torch.OutOfMemoryError as error:
                 raise EnvironmentFailure(
                     f"{device} is out of memory at batch_size {config.batch_size}; lower training.batch_size or "
@@ -234,6 +238,11 @@ def _place(model: nn.Module, device: torch.device) -> None:
 def _check_start(config: TrainingConfig, dataset: TrainingData, device: torch.device) -> None:
     if len(dataset) == 0:
         raise InputError("there is no image to train on; check the train list and its labels or masks")
+    if min(len(dataset), config.batch_size) < num_ranks():
+        raise InputError(
+            f"a step has {min(len(dataset), config.batch_size)} images (training.batch_size {config.batch_size}, "
+            f"{len(dataset)} to train on), fewer than runtime.devices {num_ranks()}; lower runtime.devices"
+        )
     if config.precision == "fp16" and device.type != "cuda":
         raise ConfigError(f"training.precision fp16 needs CUDA, found {device.type}; use fp32 or bf16")
 
@@ -274,6 +283,7 @@ class _Loop:
         self.out = out
         self.num_steps = config.num_steps(num_samples)
         self.per_epoch = config.steps_per_epoch(num_samples)
+        self.num_images = min(config.batch_size, num_samples)
         self.record_every = max(1, self.num_steps // 100)
         self.optimizer = _build_optimizer(config, parameter_groups)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -321,7 +331,9 @@ class _Loop:
     def _take_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         import torch
 
-        torch.manual_seed(step_seed(self.seed, self.step))
+        from stages.ops.collectives import sum_gradients, sum_losses
+
+        torch.manual_seed(step_seed(self.seed, self.step, this_rank()))
         rate = self.config.learning_rate_at(self.step, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
@@ -330,13 +342,15 @@ class _Loop:
         with torch.autocast(self.device.type, dtype=precision, enabled=self.config.precision != "fp32"):
             losses = self.objective(self.model, batch, info)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(losses["loss"]).backward()
+        share = len(next(iter(batch.values()))) / self.num_images  # of the step's images; 1 on one device
+        self.scaler.scale(losses["loss"] * share).backward()
+        sum_gradients(self.model.parameters())
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return {name: value.detach() for name, value in losses.items()}
+        return sum_losses({name: value.detach() for name, value in losses.items()}, share)
 
     def _read_losses(self) -> None:
         """Check and record the losses of the last step that was not read yet."""
@@ -364,8 +378,10 @@ class _Loop:
         return f"the loss is not finite at step {step + 1} of {self.num_steps} ({terms}); {', or '.join(remedies)}"
 
     def _save(self) -> None:
-        """Write the whole state; its losses are read, and so checked, first."""
+        """Write the whole state; its losses are read, and so checked, first.  Every rank has the same state."""
         self._read_losses()
+        if not is_main():
+            return
         state = {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -378,7 +394,8 @@ class _Loop:
 
     def resume(self, progress: Progress) -> None:
         """Take over the checkpoint under ``out``, where there is one."""
-        state = load_checkpoint(self.out, self.identity, progress)
+        with main_first():  # it sets a damaged checkpoint aside before the others look
+            state = load_checkpoint(self.out, self.identity, progress)
         if state is None:
             return
         self.model.load_state_dict(state["model"])

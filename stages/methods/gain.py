@@ -254,17 +254,25 @@ class Gain(GradCam):
 
     def _mine(self, classifier: Classifier, images: Tensor, evidence: Evidence, step: StepInfo) -> dict[str, Tensor]:
         """S_am: the class scores of the images whose attention is erased (eq. 3-5)."""
-        import torch
-
-        from stages.ops.mining import erase, mean_over_classes_then_images, normalise_maps, soft_mask, upsample
+        from stages.ops.mining import mean_over_classes_then_images
 
         config = self.options
         nothing = {"mining": images.new_zeros(()), "mined": images.new_zeros(())}
         if config.alpha == 0 or step.epoch < config.am_warmup_epochs:
             return nothing
         chosen = self._choose(evidence)
-        if len(chosen) == 0:
-            return nothing
+        image = evidence.image[chosen]
+        values = self._erased_scores(classifier, images, evidence, chosen) if len(chosen) else images.new_zeros(0)
+        mining = mean_over_classes_then_images(values, image, len(images))
+        return {"mining": mining, "mined": mining.new_tensor(len(chosen) / max(len(evidence.image), 1))}
+
+    def _erased_scores(self, classifier: Classifier, images: Tensor, evidence: Evidence, chosen: Tensor) -> Tensor:
+        """The score (n,) of each chosen pair's class in the image whose attention is erased (eq. 3-4)."""
+        import torch
+
+        from stages.ops.mining import erase, normalise_maps, soft_mask, upsample
+
+        config = self.options
         image, label = evidence.image[chosen], evidence.label[chosen]
         maps = upsample(evidence.maps[chosen], (images.shape[2], images.shape[3]))
         maps = normalise_maps(maps, config.attention_norm, config.norm_gradient)
@@ -274,9 +282,7 @@ class Gain(GradCam):
             maps = maps.new_zeros(len(shown), *maps.shape[1:]).index_add(0, row, maps).clamp(max=1)
         erased = erase(images[shown], soft_mask(maps, sigma=config.mask_sigma, omega=config.mask_omega))
         scores = self._look_again(classifier, erased)[row, label].float()
-        values = scores.sigmoid() if config.am_score == "sigmoid" else scores
-        mining = mean_over_classes_then_images(values, image, len(images))
-        return {"mining": mining, "mined": mining.new_tensor(len(chosen) / len(evidence.image))}
+        return scores.sigmoid() if config.am_score == "sigmoid" else scores
 
     def _choose(self, evidence: Evidence) -> Tensor:
         """Positions (n,) of the pairs to mine."""
@@ -336,8 +342,9 @@ class GainExt(Gain):
 
         options = self.ext
         chosen = _pairs_in_masks(masks, evidence)
-        if len(chosen) == 0:
-            return evidence.maps.sum() * 0
+        if len(chosen) == 0:  # another device may have pairs
+            nothing = mean_over_classes_then_images(evidence.maps.new_zeros(0), chosen, len(masks))
+            return evidence.maps.sum() * 0 + nothing
         maps, image, label = evidence.maps[chosen], evidence.image[chosen], evidence.label[chosen]
         if options.ext_resize == "map_to_mask":
             maps = upsample(maps, (masks.shape[1], masks.shape[2]))

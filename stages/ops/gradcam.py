@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stages.ops.collectives import largest_over_devices
+
 
 def label_pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
     """The (image, class) pairs of a batch: all classes that each image has.
@@ -52,7 +54,8 @@ def gradient_weights(
     """
     rank = torch.arange(len(image), device=image.device) - torch.searchsorted(image, image)  # n-th pair of its image
     weights = features.new_zeros(len(image), features.shape[1])
-    for number in range(int(rank.max()) + 1 if len(image) else 0):
+    # as many passes on every device: behind a BatchNorm that all devices share each pass is an exchange
+    for number in range(largest_over_devices(int(rank.max()) + 1 if len(image) else 0)):
         chosen = torch.nonzero(rank == number)[:, 0]
         total = logits[image[chosen], label[chosen]].sum()
         (gradient,) = torch.autograd.grad(total, features, retain_graph=True, create_graph=second_order)

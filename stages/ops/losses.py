@@ -2,6 +2,8 @@
 
 Pure tensor code, no I/O, no config.  Every loss is computed in float32, also under autocast, and is finite where there
 is nothing to learn from (a batch whose pixels are all 255 gives zero with zero gradients, never NaN).
+On several devices the mean of a loss over the devices, weighed by their images, is the loss of the whole batch
+(``stages.ops.collectives``).
 Shapes: B images, K foreground classes, C = K + 1, H W pixels.
 """
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX
+from stages.ops.collectives import mean_divisor, sum_over_devices
 
 
 def multilabel_soft_margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ def segmentation_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
         ValueError: the sizes differ.
     """
     losses = _pixel_losses(logits, masks)
-    return losses.sum() / (masks != IGNORE_INDEX).sum().clamp(min=1)
+    return losses.sum() / mean_divisor((masks != IGNORE_INDEX).sum(), len(masks))
 
 
 def balanced_segmentation_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
@@ -76,8 +79,12 @@ def balanced_segmentation_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor
     losses = _pixel_losses(logits, masks)
     background = masks == BACKGROUND_INDEX
     foreground = (masks != BACKGROUND_INDEX) & (masks != IGNORE_INDEX)
-    sides = [(losses * side).sum() / side.sum().clamp(min=1) for side in (background, foreground)]
-    num_sides = background.any().float() + foreground.any().float()
+    counts = torch.stack([background.sum(), foreground.sum()])
+    sides = [
+        (losses * side).sum() / mean_divisor(count, len(masks))
+        for side, count in zip((background, foreground), counts, strict=True)
+    ]
+    num_sides = (sum_over_devices(counts) > 0).float().sum()
     return (sides[0] + sides[1]) / num_sides.clamp(min=1)
 
 
@@ -108,4 +115,4 @@ def object_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     """
     known = (mask != IGNORE_INDEX).float()
     losses = functional.binary_cross_entropy_with_logits(logits.float(), mask.float() * known, reduction="none")
-    return (losses * known).sum() / known.sum().clamp(min=1)
+    return (losses * known).sum() / mean_divisor(known.sum(), len(mask))

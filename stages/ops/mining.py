@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.contracts import IGNORE_INDEX, ClassList
+from stages.ops.collectives import mean_divisor
 
 EPSILON = 1e-6
 """Keeps a map without any evidence at zero instead of NaN."""
@@ -75,6 +76,8 @@ def erase(images: Tensor, mask: Tensor) -> Tensor:
 def mean_over_classes_then_images(values: Tensor, image: Tensor, num_images: int) -> Tensor:
     """Mean over the images that have pairs of the mean over their pairs, so that rich images weigh no more.
 
+    On several devices every one of them must call it, with no pair too.
+
     Args:
         values: (P,) one value a pair.
         image: (P,) image of each pair.
@@ -87,7 +90,7 @@ def mean_over_classes_then_images(values: Tensor, image: Tensor, num_images: int
         GAIN eq. 5: L_am = 1/n Σ_c s^c(I*c), of one image.
     """
     counts = torch.bincount(image, minlength=num_images).to(values.dtype)
-    return (values / counts[image]).sum() / (counts > 0).sum().clamp(min=1)
+    return (values / counts[image]).sum() / mean_divisor((counts > 0).sum(), num_images)
 
 
 def class_pixels(masks: Tensor, image: Tensor, label: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from stages.train_classifier import LabelledImages, TrainClassifierConfig, train
 from stages.training import TrainingConfig
 from tests.methods.tiny_data import LABELS, SIZES, write_tiny_data
 
-RUNTIME = Runtime(device="cpu", workers=0, threads=1)
+RUNTIME = Runtime(device="cpu", workers=0, threads=1, checkpoint_every_s=0)
 
 
 def _config(method=None, *, backbone=None, head="gap", **training):
@@ -105,10 +105,6 @@ def test_two_trainings_give_equal_bytes_and_another_seed_does_not(tmp_path):
 
 
 def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    import stages.train_classifier as stage
-
-    train = stage.train
-    monkeypatch.setattr(stage, "train", lambda *args, **options: train(*args, checkpoint_every_s=0, **options))
     data = write_tiny_data(tmp_path, holdout=1)
     _train(data, tmp_path / "whole")
     objective = Cam.objective

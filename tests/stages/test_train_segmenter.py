@@ -91,7 +91,7 @@ def run(folders, out, config=None, *, progress=None, workers=0, **changes):
         "seed": 1,
         "out": out,
         "progress": progress or SilentProgress(),
-        "runtime": Runtime(device="cpu", threads=1, workers=workers),
+        "runtime": Runtime(device="cpu", threads=1, workers=workers, checkpoint_every_s=0),
     }
     return train_segmenter(config or make_config(), **{**arguments, **changes})
 
@@ -130,7 +130,6 @@ def test_killed_in_the_middle_it_ends_with_the_same_files_whatever_the_workers(f
 
     original = losses.segmentation_cross_entropy
     monkeypatch.setattr(losses, "segmentation_cross_entropy", killing)
-    monkeypatch.setattr("stages.training.CHECKPOINT_EVERY_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         run(folders, tmp_path / "killed", workers=2)
     assert (tmp_path / "killed" / "checkpoint.pt").exists()

@@ -56,7 +56,6 @@ CONFIG = TrainingConfig(epochs=3, batch_size=4, learning_rate=0.05, warmup_steps
 
 def run(out: Path, *, model=None, objective=squared_error, config=CONFIG, dataset=None, progress=None, **runtime):
     model = build_net() if model is None else model
-    checkpoint_every_s = runtime.pop("checkpoint_every_s", 0.0)
     groups = [{"params": model[:4].parameters()}, {"params": model[4].parameters(), "lr_factor": 10.0}]
     history = train(
         model,
@@ -67,8 +66,7 @@ def run(out: Path, *, model=None, objective=squared_error, config=CONFIG, datase
         seed=5,
         out=out,
         progress=progress or SilentProgress(),
-        runtime=Runtime(device="cpu", threads=1, **{"workers": 0, **runtime}),
-        checkpoint_every_s=checkpoint_every_s,
+        runtime=Runtime(device="cpu", threads=1, **{"workers": 0, "checkpoint_every_s": 0, **runtime}),
     )
     return model, history
 

@@ -113,7 +113,7 @@ def up(call: UpCall, say: Say) -> dict[str, Any]:
         automation = cluster_setup.set_up_automation(api)
         say(f"work pool {call.pool}: {pool}; automation for dead runs: {automation}")
         # before the workers: each poll of theirs is a write, and SQLite refuses a deployment that meets one
-        deployments = cluster_setup.register_deployments(call.pool, call.directory, base)
+        deployments = cluster_setup.register_deployments(call.pool, call.directory, call.store, base)
         say(deployments)
         started = _bring_up_rest(call, environment, gpus, say)
         if is_server_new:

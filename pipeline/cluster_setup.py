@@ -126,7 +126,7 @@ def _same(wanted: Any, found: Any) -> bool:  # noqa: ANN401 - JSON is any
     return wanted == found
 
 
-def register_deployments(pool: str, directory: Path, environment: Mapping[str, str]) -> str:
+def register_deployments(pool: str, directory: Path, artifacts: str, environment: Mapping[str, str]) -> str:
     """Create or update all deployments, in a process of its own, since that imports Prefect.
 
     Returns:
@@ -135,7 +135,7 @@ def register_deployments(pool: str, directory: Path, environment: Mapping[str, s
     Raises:
         EnvironmentFailure: it failed.
     """
-    words = ("-m", "pipeline.deployments", "--pool", pool, "--directory", str(directory))
+    words = ("-m", "pipeline.deployments", "--pool", pool, "--directory", str(directory), "--artifacts", artifacts)
     return _run([*PYTHON, *words], environment, "the deployments could not be registered").strip()
 
 

@@ -88,12 +88,13 @@ def _pull_steps(directory: str, deployment: Deployment) -> list[dict[str, dict[s
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def register(pool: str, directory: Path) -> tuple[int, int]:
+def register(pool: str, directory: Path, artifacts: str | None = None) -> tuple[int, int]:
     """Bring all deployments at the configured API up to date.
 
     Args:
         pool: Work pool whose workers run them.
         directory: Working directory of the runs, to which paths of configs and the store are relative.
+        artifacts: Root of the store that the runs use; None leaves the flows' default.
 
     Returns:
         How many there are, and how many of them were new or had changed.
@@ -103,7 +104,7 @@ def register(pool: str, directory: Path) -> tuple[int, int]:
 
     ours = DeploymentFilter(tags=DeploymentFilterTags(all_=["wsss"]))
     with get_client(sync_client=True) as client:
-        wanted = _requests(client, pool, directory)
+        wanted = _requests(client, pool, directory, {} if artifacts is None else {"artifacts": artifacts})
         standing = {(found.flow_id, found.name): found for found in client.read_deployments(deployment_filter=ours)}
         # the schema of a whole config costs the server a quarter of a second: only what differs is sent
         changed = [
@@ -118,7 +119,7 @@ def _differs(found: Any, request: Mapping[str, Any]) -> bool:  # noqa: ANN401 - 
     return found is None or any(getattr(found, name) != value for name, value in request.items())
 
 
-def _requests(client: SyncPrefectClient, pool: str, directory: Path) -> list[dict[str, Any]]:
+def _requests(client: SyncPrefectClient, pool: str, directory: Path, more: Mapping[str, str]) -> list[dict[str, Any]]:
     """What the server is asked to know of each deployment."""
     from prefect.utilities.callables import parameter_schema
 
@@ -127,7 +128,11 @@ def _requests(client: SyncPrefectClient, pool: str, directory: Path) -> list[dic
 
     functions = {name: getattr(flows, function) for name, function in FLOWS.items()}
     ids = {name: client.create_flow(function) for name, function in functions.items()}
-    schemas = {name: parameter_schema(function).model_dump_for_openapi() for name, function in functions.items()}
+    schemas = {
+        # Prefect's own schema lets unknown parameters pass when they do not come through its command line
+        name: parameter_schema(function).model_dump_for_openapi() | {"additionalProperties": False}
+        for name, function in functions.items()
+    }
     version = code_version()
     return [
         {
@@ -135,7 +140,7 @@ def _requests(client: SyncPrefectClient, pool: str, directory: Path) -> list[dic
             "name": deployment.name,
             "version": version,
             "description": deployment.description,
-            "parameters": deployment.parameters,
+            "parameters": deployment.parameters | more,
             "tags": list(deployment.tags),
             "work_pool_name": pool,
             "entrypoint": deployment.entrypoint,
@@ -185,12 +190,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.deployments", description=__doc__)
     parser.add_argument("--pool", default=DEFAULT_POOL)
     parser.add_argument("--directory", type=Path, default=Path())
+    parser.add_argument("--artifacts", metavar="DIR", help="root of the store that the runs use")
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     if options.write is not None:
         write_prefect_yaml(options.write)
         return 0
-    number, changed = register(options.pool, options.directory)
+    number, changed = register(options.pool, options.directory, options.artifacts)
     sys.stdout.write(
         f"{number} deployments on work pool {options.pool}, {changed} of them new or changed; "
         f"runs work in {options.directory.absolute()}\n"

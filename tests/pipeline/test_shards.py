@@ -84,7 +84,7 @@ def request(store: Store, config: FakeRun, **fields: Any) -> Request:
         content=dict(plan.contents[STAGE]),
         upstream={},
         data_root=None,
-        artifacts=store.root,
+        artifacts=store.location,
         **{"force": False, **fields},
     )
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.embedded_server import set_prefect_environment
+from pipeline.prefect_environment import set_private
 from pipeline.provenance import describe_machine
 from stages.contracts import read_json
 
@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     with tempfile.TemporaryDirectory(prefix="wsss-orchestration-") as name:
         folder = Path(name)
+        set_private(os.environ, home=folder / "home")
+        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{_free_port()}/api"  # Prefect reads it once
         iterations = 10 if options.quick else options.iterations
         (folder / "run.yaml").write_text(CONFIG.format(images=120 if options.quick else 600, iterations=iterations))
         _wsss(folder, "run", "run.yaml", "--until", "make_attention", "--engine", "local")
@@ -122,7 +124,8 @@ def measure_shards(folder: Path) -> dict[str, Any]:
 
 def _take_masks(folder: Path) -> Any:  # noqa: ANN401 - JSON
     """What the manifest says of the masks, sizes and digests of all files included; they are removed."""
-    (manifest,) = (folder / "artifacts" / "make_masks").glob("[0-9a-f]*/manifest.json")
+    found = (folder / "artifacts" / "make_masks").glob("[0-9a-f]*/manifest.json")
+    manifest = max(found, key=lambda file: file.stat().st_mtime_ns)  # the cached runs have left another one
     content = read_json(manifest)["content"]
     manifest.parent.rename(folder / f"masks-{time.monotonic_ns()}")
     return content
@@ -136,15 +139,17 @@ def _take_masks(folder: Path) -> Any:  # noqa: ANN401 - JSON
 @contextlib.contextmanager
 def _cluster(folder: Path, *, workers: int) -> Iterator[None]:
     """A server and workers of our own, by the command that users have."""
-    port, files_port = _free_port(), _free_port()
-    home = folder / f"home-{port}"
-    set_prefect_environment(home=home)
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    where = ["--home", str(home)]
+    where = ["--home", os.environ["PREFECT_HOME"]]
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-    ports = ["--port", str(port), "--files-port", str(files_port)]
+    port = os.environ["PREFECT_API_URL"].rsplit(":", 1)[1].removesuffix("/api")
     try:
-        _wsss(folder, "up", *where, *ports, "--workers", str(workers), environment=environment)
+        _wsss(
+            folder,
+            "up",
+            *where,
+            *("--port", port, "--files-port", str(_free_port()), "--workers", str(workers)),
+            environment=environment,
+        )
         _wait_for_workers(workers)
         yield
     finally:

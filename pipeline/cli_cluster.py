@@ -110,7 +110,7 @@ def _say_up(output: Output, found: dict[str, Any], home: Path) -> None:
     for note in found["notes"]:
         output.say(f"note: {note}")
     home_words = "" if home == Path(".prefect").absolute() else f" --home {home}"
-    output.say(f"\nexport PREFECT_API_URL={found['api_url']} PREFECT_HOME={home}")
+    output.say(f"\nexport PREFECT_API_URL={found['api_url']} PREFECT_HOME={home} DO_NOT_TRACK=1")
     output.say("next: prefect deployment run 'wsss/demo' --watch")
     output.say(f"end:  wsss down{home_words}")
 

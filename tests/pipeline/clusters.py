@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "WSSS_"))}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1"} | more
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "WSSS_", "DO_NOT"))}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
 
 
 def run(folder: Path, *words: str, code: int = 0, **more: str) -> str:
@@ -130,7 +130,7 @@ class Cluster:
         return {entry["pid"]: name for name, entry in components.items() if name in names}
 
     def prefect(self, *words: str, code: int = 0) -> str:
-        variables = {"PREFECT_API_URL": self.up["api_url"], "PREFECT_HOME": str(self.home)}
+        variables = {"PREFECT_API_URL": self.up["api_url"], "PREFECT_HOME": str(self.home), "DO_NOT_TRACK": "1"}
         command = str(Path(sys.executable).with_name("prefect"))
         return run(self.folder, command, "--no-prompt", *words, code=code, **variables)
 

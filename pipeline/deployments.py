@@ -140,7 +140,7 @@ def _requests(client: SyncPrefectClient, pool: str, directory: Path, more: Mappi
             "name": deployment.name,
             "version": version,
             "description": deployment.description,
-            "parameters": deployment.parameters | more,
+            "parameters": {**deployment.parameters, **more},
             "tags": list(deployment.tags),
             "work_pool_name": pool,
             "entrypoint": deployment.entrypoint,

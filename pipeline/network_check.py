@@ -23,7 +23,8 @@ def needs_check(run: RunConfig, stages: Collection[str]) -> bool:
     A classifier that cannot be built, and a segmenter that is trained first, are refused by their own stage at once;
     but names of layers that a user wrote by hand, and a number of devices, are looked up before the data are prepared.
     """
-    names_layers = "train_classifier" in stages and run.train_classifier.method.names_layers
+    trains_classifier = "train_classifier" in stages
+    names_layers = trains_classifier and (run.train_classifier.method.names_layers or _walked_layer(run) is not None)
     config = run.train_segmenter
     is_late = {"train_classifier", "train_segmenter"} <= set(stages)
     is_tu = isinstance(config.net, DeepLabConfig) and config.net.encoder.startswith("tu-")
@@ -49,7 +50,7 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
     # a start from the classifier needs no file, and its fit is checked in preflight
     init = "imagenet" if segmenter.init == "imagenet" else "random"
     checks: dict[str, Callable[[], object]] = {
-        "train_classifier": lambda: build_classifier(_describe_classifier(run), run.weights),
+        "train_classifier": lambda: _build_classifier(run),
     }
     if run.evaluate.segmentation:
         checks["train_segmenter"] = lambda: build_segmenter(segmenter.net, 2, init=init, weights=run.weights)
@@ -70,6 +71,22 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
             "a network of this run cannot be built or trained", problems
         )
     progress.info("the networks can be built and their weights fit")
+
+
+def _build_classifier(run: RunConfig) -> None:
+    """The classifier, and a look for the layer over whose features the masks' random walk goes."""
+    from stages.nets.layers import find_layer
+
+    classifier, _ = build_classifier(_describe_classifier(run), run.weights)
+    layer = _walked_layer(run)
+    if layer is not None:
+        find_layer(classifier.backbone, layer)
+
+
+def _walked_layer(run: RunConfig) -> str | None:
+    """The layer that ``make_masks.random_walk`` names, where masks are made by it."""
+    is_used = run.train_segmenter.supervision == "weak" and run.evaluate.segmentation and run.make_masks.walks
+    return run.make_masks.random_walk.layer if is_used else None
 
 
 def _describe_classifier(run: RunConfig) -> ClassifierDescription:

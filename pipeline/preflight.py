@@ -5,7 +5,7 @@ Reads file names, lists and label files; opens no image and imports no torch.  W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from pipeline.config import RunConfig
@@ -14,6 +14,7 @@ from stages.contracts import MAX_MASK_CLASSES
 from stages.data.listing import list_data
 from stages.data.records import DataListing
 from stages.data.splits import hold_out
+from stages.data.subsets import choose_sweep_images
 from stages.distributed import device_problems
 from stages.errors import ConfigError, InputError, WeightsError
 from stages.methods.trained import START
@@ -21,6 +22,9 @@ from stages.nets.backbones import BACKBONE_NAMES
 from stages.nets.segmenters import DILATABLE_ENCODERS, backbone_name, init_problems, pretrained_name
 from stages.nets.weights import weights_problems
 from stages.ops.crf import resolve_crf_backend
+
+_NAMES_SHOWN = 20
+"""Class names that a message lists."""
 
 
 def preflight(run: RunConfig) -> DataListing:
@@ -64,11 +68,30 @@ def config_warnings(run: RunConfig) -> list[str]:
     if is_segmented:
         seen = run.train_segmenter.augment.short_side_px
         pairs.append(("train_segmenter", seen, "evaluate", run.evaluate.short_side_px))
-    return [
+    sizes = [
         f"{training}.augment.short_side_px is {_pixels(trained)} and {use}.short_side_px is {_pixels(used)}: the "
         "network sees images at another size than it was trained at, which costs accuracy; give both the same"
         for training, trained, use, used in pairs
         if trained != used
+    ]
+    return sizes + _crf_warnings(run)
+
+
+def _crf_warnings(run: RunConfig) -> list[str]:
+    """Where ``auto`` does not mean what it means on most machines: the backend is in the key."""
+    makes_masks = run.train_segmenter.supervision == "weak" and "crf" in run.make_masks.chain
+    used = {"make_masks.crf": run.make_masks.crf} if makes_masks else {}
+    used |= {"evaluate.crf_config": run.evaluate.crf_config} if run.evaluate.crf else {}
+    automatic = [name for name, crf in used.items() if crf.backend == "auto"]
+    if not run.evaluate.segmentation or not automatic:
+        return []
+    if resolve_crf_backend("auto", run.runtime.device) == "pydensecrf":
+        return []
+    has_native = resolve_crf_backend("auto") == "pydensecrf"
+    reason = "it works on the CUDA device" if has_native else "pydensecrf is not installed or does not import"
+    return [
+        f"{' and '.join(automatic)}.backend: auto means torch here ({reason}), and the key says so; to share artifacts "
+        "with machines where it means pydensecrf, name a backend"
     ]
 
 
@@ -90,7 +113,7 @@ def _config_problems(run: RunConfig) -> Iterator[str]:
     segmenter = run.train_segmenter
     for problem in init_problems(segmenter.net, segmenter.init, run.train_classifier.backbone):
         yield f"train_segmenter.{problem}"
-    if segmenter.supervision == "weak" and run.make_masks.refine == "crf":
+    if segmenter.supervision == "weak" and "crf" in run.make_masks.chain:
         yield from _message_of(lambda: resolve_crf_backend(run.make_masks.crf.backend), "make_masks")
     if run.evaluate.crf:
         yield from _message_of(lambda: resolve_crf_backend(run.evaluate.crf_config.backend), "evaluate")
@@ -123,6 +146,8 @@ def _split_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
         yield from _localization_problems(listing)
     if not run.evaluate.segmentation:
         return
+    if run.train_segmenter.supervision == "weak":
+        yield from _label_rule_problems(run, listing)
     num_classes = listing.classes.num_foreground
     if num_classes > MAX_MASK_CLASSES:
         text = f"evaluate.segmentation: masks can tell apart {MAX_MASK_CLASSES} classes, the data set has {num_classes}"
@@ -146,6 +171,28 @@ def _method_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
         run.train_classifier.method.pixel_labelled(trained)
     except ConfigError as error:
         yield from (f"train_classifier.{line}" for line in (error.problems or (error.message,)))
+
+
+def _label_rule_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
+    """Classes that there are not, a sweep on images that the data set does not have, weights that nobody writes."""
+    rule, names = run.make_masks, listing.classes.names
+    for name in rule.thresholds:
+        if name not in names:
+            yield f"make_masks.thresholds.{name}: the data set has no such class{_near_or_all(name, names)}"
+    if run.train_segmenter.loss_weighting == "confidence" and not rule.soft:
+        yield "train_segmenter.loss_weighting: make_masks writes confidence only with soft: true; set make_masks.soft"
+    if rule.sweep is not None:
+        images = {image.id: image for image in listing.images}
+        try:
+            choose_sweep_images(rule.sweep, [images[name] for name in listing.splits["train"]])
+        except ConfigError as error:
+            yield from (f"make_masks.{line}" for line in (error.problems or (error.message,)))
+
+
+def _near_or_all(name: str, allowed: Sequence[str]) -> str:
+    """The nearest spelling, or the first of the names where none is near."""
+    shown = ", ".join(allowed[:_NAMES_SHOWN]) + (" …" if len(allowed) > _NAMES_SHOWN else "")
+    return did_you_mean(name, allowed) or f"; its classes are {shown}"
 
 
 def _localization_problems(listing: DataListing) -> Iterator[str]:

@@ -84,6 +84,12 @@ METRICS: dict[str, MetricText] = {
         "Attention", "threshold, oracle", "That best threshold, as a fraction of each map's maximum.", "number"
     ),
     "attention.bytes_per_image": MetricText("Attention", "stored", "Disk space of one image's maps.", "bytes"),
+    "masks.threshold": MetricText(
+        "Pseudo-masks",
+        "chosen threshold",
+        "The best one on the images of make_masks.sweep, which count in no score.",
+        "number",
+    ),
     "masks.miou_before_crf": MetricText("Pseudo-masks", "mIoU before the CRF", "Masks as cut from the attention maps."),
     "masks.miou": MetricText(
         "Pseudo-masks", "mIoU", "The masks that the segmenter learns; unsure pixels count as background."

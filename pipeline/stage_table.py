@@ -20,11 +20,14 @@ from pipeline.preflight import config_warnings, preflight
 from stages.contracts import Progress, StageResult, open_image_set
 from stages.data.config import DataConfig
 from stages.data.listing import DataListing, digest_data
+from stages.data.subsets import sweep_key_content
 from stages.errors import ConfigError
+from stages.evaluate import EvaluateConfig
+from stages.make_masks import MakeMasksConfig
 from stages.methods.trained import START
 from stages.nets.segmenters import pretrained_name
 from stages.nets.weights import weights_identity
-from stages.ops.crf import CrfConfig, resolve_crf_backend
+from stages.ops.crf import CrfConfig
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,12 @@ def _is_weak(run: RunConfig) -> bool:
     return run.train_segmenter.supervision == "weak"
 
 
+def _mask_inputs(run: RunConfig) -> tuple[str, ...]:
+    """Maps walk over the features of the classifier that made them."""
+    classifier = ("train_classifier",) if run.make_masks.walks else ()
+    return ("prepare_data", *classifier, "make_attention")
+
+
 def _segmenter_inputs(run: RunConfig) -> tuple[str, ...]:
     from_classifier = ("train_classifier",) if run.train_segmenter.init == "classifier" else ()
     return ("prepare_data", *from_classifier, *(("make_masks",) if _is_weak(run) else ()))
@@ -159,19 +168,34 @@ def data_key_parts(config: DataConfig) -> dict[str, Any]:
     return {name: value for name, value in _json(config).items() if name not in paths and value is not None}
 
 
-def _crf(config: CrfConfig, *, is_used: bool) -> dict[str, Any] | None:
+def _crf(config: CrfConfig, run: RunConfig, *, is_used: bool) -> dict[str, Any] | None:
     """The CRF's numbers with the backend that really runs; None where none runs."""
-    return _json(config) | {"backend": resolve_crf_backend(config.backend)} if is_used else None
+    return config.key_content(run.runtime.device) if is_used else None
+
+
+def _mask_config(run: RunConfig) -> MakeMasksConfig:
+    """The section with the CRF backend of the key by name: the stage must not find another one."""
+    config = run.make_masks
+    crf = config.crf.resolved(run.runtime.device) if "crf" in config.chain else config.crf
+    return config.model_copy(update={"crf": crf})
+
+
+def _evaluate_config(run: RunConfig) -> EvaluateConfig:
+    """The same of ``evaluate``."""
+    config = run.evaluate
+    crf = config.crf_config.resolved(run.runtime.device) if config.crf else config.crf_config
+    return config.model_copy(update={"crf_config": crf})
 
 
 def _mask_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
     config = run.make_masks
-    return {"config": _json(config) | {"crf": _crf(config.crf, is_used=config.refine == "crf")}}
+    sweep = {} if config.sweep is None else {"sweep": sweep_key_content(config.sweep)}
+    return {"config": config.key_content() | sweep | {"crf": _crf(config.crf, run, is_used="crf" in config.chain)}}
 
 
 def _evaluate_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
     config = run.evaluate
-    return {"config": _json(config) | {"crf_config": _crf(config.crf_config, is_used=config.crf)}}
+    return {"config": _json(config) | {"crf_config": _crf(config.crf_config, run, is_used=config.crf)}}
 
 
 def _weights(name: str | None, weights: Mapping[str, Path]) -> str | None:
@@ -192,7 +216,7 @@ def _classifier_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
 def _segmenter_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
     config = run.train_segmenter
     weights = _weights(pretrained_name(config.net, config.init), run.weights)
-    return {"config": _json(config), "seed": run.seed, "weights": weights}
+    return {"config": config.key_content(), "seed": run.seed, "weights": weights}
 
 
 def _common(call: StageCall) -> dict[str, Any]:
@@ -248,11 +272,12 @@ TABLE = StageTable(
         ),
         StageSpec(
             name="make_masks",
-            inputs=lambda run: ("prepare_data", "make_attention"),
+            inputs=_mask_inputs,
             key_parts=_mask_parts,
             arguments=lambda call: {
-                "config": call.run.make_masks,
+                "config": _mask_config(call.run),
                 "attention": call.inputs["make_attention"],
+                **_optional(call, [("classifier", "train_classifier")]),
                 **_common(call),
             },
             shard_units=_num_training_images,
@@ -272,7 +297,7 @@ TABLE = StageTable(
             inputs=_evaluate_inputs,
             key_parts=_evaluate_parts,
             arguments=lambda call: {
-                "config": call.run.evaluate,
+                "config": _evaluate_config(call.run),
                 **_optional(call, [("segmenter", "train_segmenter"), ("classifier", "train_classifier")]),
                 **_optional(call, [("attention", "make_attention"), ("masks", "make_masks")]),
                 "masks_config": call.run.make_masks if "make_masks" in call.inputs else None,

@@ -29,6 +29,7 @@ from stages.ops.pool import num_processes
 from stages.ops.seeds import SeedConfig
 from stages.prediction import PredictionConfig, predict_images
 from stages.scoring import ScoringContext, collect_training, score_training
+from stages.threshold_choice import with_chosen_threshold
 
 VERSION = 2
 
@@ -107,7 +108,7 @@ def evaluate(
         context = ScoringContext(
             images=image_set,
             ids=frozenset(image_set.index.splits.get("train_score", ())) - frozenset(exclude),
-            seeds=masks_config,
+            seeds=with_chosen_threshold(masks_config, masks),
             attention=attention,
             masks=masks,
             partial=out / "partial",

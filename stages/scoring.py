@@ -26,6 +26,7 @@ from stages.contracts import (
     write_json,
 )
 from stages.errors import DamagedFileError, DataError
+from stages.ops.competition import settle_classes
 from stages.ops.confusion import (
     SparseConfusions,
     ThresholdSweep,
@@ -46,7 +47,9 @@ from stages.ops.seeds import (
 )
 
 THINGS = ("attention", "masks_before_crf", "masks", "masks_labelled")
-"""Attention at the configured threshold; pseudo-masks before refinement, with 255 as background, with 255 dropped."""
+"""Attention at the configured threshold for all classes, the strongest map winning (so that methods compare, and the
+oracle is the best of it); pseudo-masks by the whole label rule before refinement, with 255 as background, with 255
+dropped."""
 
 
 @dataclass(frozen=True)
@@ -187,11 +190,13 @@ def _score_image(
     strongest = to_class_indices(winner + (1 if record.labels else 0), record.labels)
     sweep.add(truth, strongest, value)
     cut = cut_byte(background_level(context.seeds))
+    settled = settle_classes(record, context.seeds, context.images.index.classes)
+    seeds = maps if settled is record else upsample_maps(settled)
     masks = _read_pseudo_mask(context.masks / "masks" / f"{record.id}.png", truth.shape)
     num_classes = sweep.num_classes
     return {
         "attention": confusion_matrix(truth, np.where(value > cut, strongest, np.uint8(0)), num_classes),
-        "masks_before_crf": confusion_matrix(truth, initial_mask(record, context.seeds, maps=maps), num_classes),
+        "masks_before_crf": confusion_matrix(truth, initial_mask(settled, context.seeds, maps=seeds), num_classes),
         "masks": confusion_matrix(truth, masks, num_classes),
         "masks_labelled": confusion_matrix(truth, masks, num_classes, unsure="drop"),
     }

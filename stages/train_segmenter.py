@@ -1,8 +1,8 @@
 """Train the segmenter on pseudo-masks, or on true masks as the upper bound (``supervision: full``).
 
 Reads: the images of split ``train`` and ``masks/<id>.png`` of ``make_masks`` (class indices, 255 = unsure); with
-``supervision: full`` the images' true masks instead, all recorded as mask supervision; with ``init: classifier`` the
-trained classifier.
+``supervision: full`` the images' true masks instead, all recorded as mask supervision; with ``loss_weighting:
+confidence`` also ``confidence/<id>.png`` (0 … 255 = sure); with ``init: classifier`` the trained classifier.
 Writes: segmenter.safetensors, segmenter.json (net and classes), history.json (loss curve).
 A run that was stopped continues at its last checkpoint and ends with the same bytes.
 Under torchrun every rank trains, and the main one alone writes.
@@ -38,6 +38,7 @@ from stages.distributed import is_main
 from stages.errors import DamagedFileError, DataError, MissingArtifactError
 from stages.nets.segmenters import Init, SegmenterConfig, build_segmenter, init_problems
 from stages.nets.trained import save_segmenter
+from stages.soft_masks import read_confidence
 from stages.training import TrainingConfig, remove_checkpoint, resolve_device, sample_seed, seed_initial_weights, train
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class TrainSegmenterConfig(StageConfig):
     """balanced_cross_entropy weighs background and foreground one half each (DSRG)."""
     loss_resolution: Literal["pixels", "cells"] = "pixels"
     """pixels: logits are upsampled to the crop; cells: masks are sampled at the logits' cells (DeepLab v1, quicker)."""
+    loss_weighting: Literal["none", "confidence"] = "none"
+    """confidence: a pixel counts as much as its pseudo-label is sure, which needs ``soft: true`` in make_masks."""
 
     @property
     def max_devices(self) -> int:
@@ -89,9 +92,18 @@ class TrainSegmenterConfig(StageConfig):
             problems = init_problems(self.net, self.init, None)
             if problems:
                 raise ValueError("; ".join(problems))
+        if self.loss_weighting == "confidence" and self.supervision == "full":
+            raise ValueError("loss_weighting: confidence is of pseudo-masks; true masks have none: take none")
         if _needs_two_samples(self.net) and self.training.batch_size == 1:
             raise ValueError(f"{self.net.name} needs a training.batch_size of at least 2: {_WHY_TWO}")
         return self
+
+    def key_content(self) -> dict[str, Any]:
+        """The options as JSON; one that came later is in it only where it is used, so that earlier keys stay valid."""
+        content = self.model_dump(mode="json")
+        if self.loss_weighting == "none":
+            del content["loss_weighting"]
+        return content
 
 
 def train_segmenter(
@@ -137,7 +149,9 @@ def train_segmenter(
     if len(records) == 1 and _needs_two_samples(config.net):
         raise DataError(f"{config.net.name} needs at least 2 training images with a mask, found 1: {_WHY_TWO}")
     segmenter = _build_seeded(config, image_set.index.classes.num_classes, classifier, weights, seed, progress)
-    dataset = MaskedImages(image_set, records, mask_folder, Augmenter(config.augment), seed)
+    dataset = MaskedImages(
+        image_set, records, mask_folder, Augmenter(config.augment), seed, _confidence_folder(config, masks)
+    )
     history = train(
         segmenter,
         objective=_Objective(config.loss, config.loss_resolution),
@@ -175,6 +189,8 @@ class MaskedImages:
     """Folder of the pseudo-masks; None reads the true masks."""
     augmenter: Augmenter
     seed: int
+    confidence_folder: Path | None = None
+    """Folder of how sure each pixel of a pseudo-mask is; None where all count alike."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -188,13 +204,19 @@ class MaskedImages:
             epoch: 0-based; another epoch gives another crop.
 
         Returns:
-            ``images`` uint8 (crop, crop, 3) and ``masks`` uint8 (crop, crop).
+            ``images`` uint8 (crop, crop, 3), ``masks`` uint8 (crop, crop), and where it is used ``confidence`` uint8
+            (crop, crop).
         """
         record = self.records[index]
         image, mask = self.image_set.read_image(record), self._read_mask(record)
         if image.shape[:2] != mask.shape:
             raise DataError(f"image '{record.id}' has {image.shape[:2]} pixels, its mask {mask.shape}")
-        crop, mask_crop = self.augmenter(image, mask, seed=sample_seed(self.seed, epoch, index))
+        seed = sample_seed(self.seed, epoch, index)
+        if self.confidence_folder is not None:
+            confidence = read_confidence(self.confidence_folder / f"{record.id}.png", record.size)
+            crop, (mask_crop, confidence_crop) = self.augmenter.crop_aligned(image, [mask, confidence], seed=seed)
+            return {"images": crop, "masks": mask_crop, "confidence": confidence_crop}
+        crop, mask_crop = self.augmenter(image, mask, seed=seed)
         assert mask_crop is not None
         return {"images": crop, "masks": mask_crop}
 
@@ -213,6 +235,19 @@ class MaskedImages:
                 f"values {np.unique(mask).tolist()}; rebuild make_masks"
             )
         return mask
+
+
+def _confidence_folder(config: TrainSegmenterConfig, masks: Path | None) -> Path | None:
+    """Where the confidence of the pseudo-masks is, if it is used."""
+    if config.loss_weighting == "none" or masks is None:
+        return None
+    folder = masks / "confidence"
+    if not folder.is_dir():
+        raise MissingArtifactError(
+            f"loss_weighting: confidence needs {folder}, which make_masks writes with soft: true; run it so, or take "
+            "loss_weighting: none"
+        )
+    return folder
 
 
 def _supervised_records(
@@ -288,10 +323,14 @@ class _Objective:
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], step: StepInfo) -> dict[str, Tensor]:
         from stages.ops.losses import balanced_segmentation_cross_entropy, segmentation_cross_entropy
 
-        logits, masks = model(batch["images"]), batch["masks"]
-        logits, masks = match_sizes(logits, masks, self.resolution)
+        logits, masks = match_sizes(model(batch["images"]), batch["masks"], self.resolution)
         criterion = segmentation_cross_entropy if self.loss == "cross_entropy" else balanced_segmentation_cross_entropy
-        return {"loss": criterion(logits, masks)}
+        if "confidence" not in batch:
+            return {"loss": criterion(logits, masks)}
+        confidence = batch["confidence"]
+        if self.resolution == "cells":
+            confidence = _at_cells(confidence, logits.shape[-2:])
+        return {"loss": criterion(logits, masks, confidence.float() / 255)}
 
 
 def match_sizes(logits: Tensor, masks: Tensor, resolution: Literal["pixels", "cells"]) -> tuple[Tensor, Tensor]:
@@ -308,11 +347,17 @@ def match_sizes(logits: Tensor, masks: Tensor, resolution: Literal["pixels", "ce
     from torch.nn import functional
 
     if resolution == "cells":
-        size = logits.shape[-2:]
-        cells = functional.interpolate(masks[:, None].float(), size=size, mode="nearest-exact")
-        return logits.float(), cells[:, 0].to(masks.dtype)
+        return logits.float(), _at_cells(masks, logits.shape[-2:])
     upsampled = functional.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
     return upsampled, masks
+
+
+def _at_cells(values: Tensor, size: Sequence[int]) -> Tensor:
+    """The value of (B, H, W) at the centre of each of the (h, w) cells."""
+    from torch.nn import functional
+
+    cells = functional.interpolate(values[:, None].float(), size=tuple(size), mode="nearest-exact")
+    return cells[:, 0].to(values.dtype)
 
 
 def _warn_of_collapse(segmenter: Segmenter, dataset: MaskedImages, runtime: Runtime, progress: Progress) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,14 +86,38 @@ class Augmenter:
         """
         if mask is not None and mask.shape != image.shape[:2]:
             raise ValueError(f"mask must have the image's size {image.shape[:2]}, got {mask.shape}")
-        pipeline = getattr(self._local, "pipeline", None)
-        if pipeline is None:
-            pipeline = self._local.pipeline = build_pipeline(self.config)
-        seed_pipeline(pipeline, seed)
+        pipeline = self._seeded_pipeline(seed)
         if mask is None:
             return np.ascontiguousarray(pipeline(image=image)["image"]), None
         done = pipeline(image=image, mask=mask)
         return np.ascontiguousarray(done["image"]), np.ascontiguousarray(done["mask"])
+
+    def crop_aligned(
+        self, image: NDArray[np.uint8], masks: Sequence[NDArray[np.uint8]], *, seed: int
+    ) -> tuple[NDArray[np.uint8], list[NDArray[np.uint8]]]:
+        """Cut the crop of ``__call__`` with the same seed from the image and several masks that lie on it.
+
+        Args:
+            image: RGB, uint8 (H, W, 3).
+            masks: uint8 (H, W) each; values are kept (nearest), padding is 255.
+            seed: 0 … 2**32 - 1.
+
+        Returns:
+            The crop, uint8 (c, c, 3), and the masks', uint8 (c, c); all contiguous.
+        """
+        sizes = [mask.shape for mask in masks]
+        if any(size != image.shape[:2] for size in sizes):
+            raise ValueError(f"masks must have the image's size {image.shape[:2]}, got {sizes}")
+        done = self._seeded_pipeline(seed)(image=image, masks=list(masks))
+        return np.ascontiguousarray(done["image"]), [np.ascontiguousarray(mask) for mask in done["masks"]]
+
+    def _seeded_pipeline(self, seed: int) -> Any:  # noqa: ANN401 - see build_pipeline
+        """This thread's pipeline, about to draw what ``seed`` says."""
+        pipeline = getattr(self._local, "pipeline", None)
+        if pipeline is None:
+            pipeline = self._local.pipeline = build_pipeline(self.config)
+        seed_pipeline(pipeline, seed)
+        return pipeline
 
 
 def build_pipeline(config: AugmentConfig) -> Any:  # noqa: ANN401 - albumentations is not imported at the top

@@ -1,6 +1,7 @@
 """Dense CRF: the field's parameter presets, unaries, and one mean field with two backends of equal result.
 
-Reads and writes no file.  The ``pydensecrf`` backend needs no torch; the ``torch`` backend is ``stages.ops.crf_torch``.
+Reads and writes no file.  The backends are ``stages.ops.crf_native`` (pydensecrf; needs no torch) and
+``stages.ops.crf_torch``; ``stages.ops.crf_half`` works with either.  ``docs/crf.md`` says what each costs.
 Shapes: L labels of the CRF (background and the classes that may occur), H W image pixels.
 Source: Krähenbühl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", NIPS 2011.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, Protocol
 
@@ -20,58 +21,17 @@ from pydantic import Field
 
 from stages.contracts import StageConfig
 from stages.errors import ConfigError
-
-CrfPreset = Literal[
-    "sec",
-    "psa",
-    "irn",
-    "deeplab_v1",
-    "toco",
-    "deeplab_v2_vgg16",
-    "deeplab_v2_resnet101",
-    "weclip",
-    "mctformer",
-    "weaktr",
-    "weaktr_coco",
-    "sec_mxnet",
-]
-
-
-@dataclass(frozen=True)
-class CrfNumbers:
-    """The numbers of one CRF: Potts weights, and kernel widths in pixels and in grey levels (0 … 255)."""
-
-    bilateral_weight: float
-    bilateral_sxy_px: float
-    bilateral_srgb: float
-    gaussian_weight: float
-    gaussian_sxy_px: float
-
-
-PRESETS: dict[CrfPreset, CrfNumbers] = {
-    "sec": CrfNumbers(10, 80, 13, 3, 3),
-    "psa": CrfNumbers(10, 80, 13, 3, 3),
-    "irn": CrfNumbers(10, 50, 5, 3, 3),
-    "deeplab_v1": CrfNumbers(4, 121, 5, 3, 3),
-    "toco": CrfNumbers(4, 121, 5, 1, 1),
-    "deeplab_v2_vgg16": CrfNumbers(4, 65, 3, 2, 2),
-    "deeplab_v2_resnet101": CrfNumbers(4, 67, 3, 3, 1),
-    "weclip": CrfNumbers(4, 64, 5, 3, 3),
-    "mctformer": CrfNumbers(3, 83, 5, 3, 4),
-    "weaktr": CrfNumbers(3, 83, 5, 3, 3),
-    "weaktr_coco": CrfNumbers(4, 67, 3, 3, 1),
-    "sec_mxnet": CrfNumbers(10, 80, 10, 3, 3),
-}
-"""What the field's codes use, all with 10 iterations.
-
-SEC's training divides the widths by its stride of 12; psa is also SEAM's, irn also AdvCAM's, toco also DuPL's and
-SeCo's, deeplab_v2_resnet101 (from deeplab-pytorch) also CLIP-ES's.
-"""
+from stages.ops.crf_presets import PRESETS, CrfNumbers, CrfPreset
+from stages.ops.cuda_presence import has_cuda
 
 CrfBackend = Literal["pydensecrf", "torch"]
 
 _PROBABILITY_FLOOR = 1e-5
 """pydensecrf's ``unary_from_softmax`` clips here, so that no energy is infinite."""
+
+
+_LATER_FIELDS = ("resolution", "tolerance")
+"""Fields of ``CrfConfig`` that are younger than keys in use."""
 
 
 class CrfConfig(StageConfig):
@@ -92,7 +52,12 @@ class CrfConfig(StageConfig):
     iterations: int = Field(default=10, ge=0, le=1000)
     """Mean-field steps; 0 gives the unary back."""
     backend: Literal["auto", "pydensecrf", "torch"] = "auto"
-    """auto takes pydensecrf where it can be imported, else torch."""
+    """auto takes torch on a CUDA device; else pydensecrf where it can be imported, else torch."""
+    resolution: Literal["full", "half"] = "full"
+    """half works on half the height and width, four times faster or more, and brings the marginals back along the
+    edges of the full image: an approximation."""
+    tolerance: float | None = Field(default=None, gt=0, lt=1)
+    """Stop after a step that moves no probability by as much; null makes all iterations."""
 
     def numbers(self) -> CrfNumbers:
         """The preset's numbers with the replacements."""
@@ -100,14 +65,32 @@ class CrfConfig(StageConfig):
         own = {name: getattr(self, name) for name in CrfNumbers.__dataclass_fields__}
         return CrfNumbers(**{name: getattr(preset, name) if own[name] is None else own[name] for name in own})
 
+    def key_content(self, device: str = "cpu") -> dict[str, Any]:
+        """What a key holds of this CRF: the numbers and the backend that really runs.
 
-def resolve_crf_backend(backend: Literal["auto", "pydensecrf", "torch"]) -> CrfBackend:
+        A field that came later is left out at its default, so that the keys of the time before stay valid.
+        """
+        content = self.model_dump(mode="json") | {"backend": resolve_crf_backend(self.backend, device)}
+        later = {name for name in _LATER_FIELDS if content[name] == type(self).model_fields[name].default}
+        return {name: value for name, value in content.items() if name not in later}
+
+    def resolved(self, device: str = "cpu") -> CrfConfig:
+        """The same with the backend by name, so that a stage runs the one that is in its key."""
+        return self.model_copy(update={"backend": resolve_crf_backend(self.backend, device)})
+
+
+def resolve_crf_backend(backend: Literal["auto", "pydensecrf", "torch"], device: str = "cpu") -> CrfBackend:
     """The backend that ``backend`` means on this machine; never imports torch.
+
+    Args:
+        backend: As in the config.
+        device: ``Runtime.device``, or a torch device: where it is CUDA, or auto with a CUDA device at hand, auto means
+            torch.
 
     Raises:
         ConfigError: pydensecrf is asked for and not installed, or installed and not importable.
     """
-    if backend == "torch":
+    if backend == "torch" or (backend == "auto" and _means_cuda(device)):
         return "torch"
     if _has_pydensecrf():
         return "pydensecrf"
@@ -123,6 +106,10 @@ def resolve_crf_backend(backend: Literal["auto", "pydensecrf", "torch"]) -> CrfB
         "crf.backend: pydensecrf is not installed; set it to auto or torch, or install the extra: "
         "pip install 'wsss-pipeline[crf]' (needs a C++ compiler)"
     )
+
+
+def _means_cuda(device: str) -> bool:
+    return device.startswith("cuda") or (device == "auto" and has_cuda())
 
 
 def _has_pydensecrf() -> bool:
@@ -184,12 +171,24 @@ def probability_unary(probabilities: NDArray[np.float32]) -> NDArray[np.float32]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class ImageCrf(Protocol):
+class BatchCrf(Protocol):
+    """The kernels of some images, built once and used with any number of unaries."""
+
+    def infer(self, unaries: Sequence[NDArray[np.float32]], iterations: int) -> list[NDArray[np.float32]]:
+        """Marginals (L, H, W) of each image after ``iterations`` steps from its energies (L, H, W)."""
+        ...
+
+
+class ImageCrf:
     """The kernels of one image, built once and used with any number of unaries of L labels."""
+
+    def __init__(self, batch: BatchCrf) -> None:
+        """Take a batch of one image."""
+        self._batch = batch
 
     def infer(self, unary: NDArray[np.float32], iterations: int) -> NDArray[np.float32]:
         """Marginals (L, H, W) after ``iterations`` mean-field steps from the energies ``unary`` (L, H, W)."""
-        ...
+        return self._batch.infer([unary], iterations)[0]
 
 
 def open_crf(image: NDArray[np.uint8], num_labels: int, config: CrfConfig, *, device: str = "cpu") -> ImageCrf:
@@ -198,14 +197,75 @@ def open_crf(image: NDArray[np.uint8], num_labels: int, config: CrfConfig, *, de
     Args:
         image: RGB, uint8 (H, W, 3).
         num_labels: L ≥ 2.
-        config: Numbers and backend.
+        config: Numbers, backend, resolution, tolerance.
         device: Where the torch backend works; pydensecrf works on the CPU.
     """
-    if resolve_crf_backend(config.backend) == "pydensecrf":
-        return _PydenseCrf(image, num_labels, config.numbers())
+    return ImageCrf(open_crf_batch([image], [num_labels], config, device=device))
+
+
+def open_crf_batch(
+    images: Sequence[NDArray[np.uint8]], num_labels: Sequence[int], config: CrfConfig, *, device: str = "cpu"
+) -> BatchCrf:
+    """Build the kernels of images of any sizes: at once by the torch backend (for CUDA), else one by one.
+
+    Args:
+        images: RGB, uint8 (H, W, 3) each; at least one.
+        num_labels: L ≥ 2 of each image.
+        config: Numbers, backend, resolution, tolerance.
+        device: Where the torch backend works; pydensecrf works on the CPU.
+
+    Returns:
+        Kernels that give each image what it would get alone, but for float32 rounding.
+
+    Raises:
+        ValueError: no image, an image that is not uint8 (H, W, 3), or fewer than two labels; ``infer`` of what is
+            returned, for a unary of another shape or with NaN or infinity.
+    """
+    if not images or len(images) != len(num_labels) or min(num_labels) < 2:
+        raise ValueError(f"expected one image or more, L >= 2 for each, got {len(images)} images, L = {[*num_labels]}")
+    for image in images:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(f"expected an RGB image, uint8 (H, W, 3), got {image.dtype} {image.shape}")
+    shapes = [(count, *image.shape[:2]) for count, image in zip(num_labels, images, strict=True)]
+    if config.resolution == "full":
+        return _CheckedCrf(shapes, _open_unchecked(images, num_labels, config, config.numbers(), device))
+    from stages.ops.crf_half import HalfResolutionCrf, halve_image
+
+    small = [halve_image(image) for image in images]
+    coarse = _open_unchecked(small, num_labels, config, config.numbers().halved(), device)
+    return _CheckedCrf(shapes, HalfResolutionCrf(images, coarse))
+
+
+def _open_unchecked(
+    images: Sequence[NDArray[np.uint8]], num_labels: Sequence[int], config: CrfConfig, numbers: CrfNumbers, device: str
+) -> BatchCrf:
+    if resolve_crf_backend(config.backend, device) == "pydensecrf":
+        from stages.ops.crf_native import PydenseCrf
+
+        return PydenseCrf(images, num_labels, numbers, tolerance=config.tolerance)
     from stages.ops.crf_torch import TorchCrf
 
-    return TorchCrf(image, config.numbers(), device=device)
+    return TorchCrf(images, numbers, device=device, tolerance=config.tolerance)
+
+
+class _CheckedCrf:
+    """Refuses unaries that do not fit or would spoil every pixel that their kernels reach; a ``BatchCrf``."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], batch: BatchCrf) -> None:
+        self._shapes = shapes
+        self._batch = batch
+
+    def infer(self, unaries: Sequence[NDArray[np.float32]], iterations: int) -> list[NDArray[np.float32]]:
+        for unary, shape in zip(unaries, self._shapes, strict=True):
+            if unary.shape != shape:
+                raise ValueError(f"expected a unary {shape}, got {unary.shape}")
+            bad = int((~np.isfinite(unary)).any(axis=0).sum())
+            if bad:
+                raise ValueError(
+                    f"expected finite energies, found NaN or infinity in {bad} of {unary[0].size} pixels of a unary; "
+                    "leave such maps or probabilities out before the CRF"
+                )
+        return self._batch.infer(unaries, iterations)
 
 
 def dense_crf(
@@ -228,27 +288,3 @@ def dense_crf(
         return np.ones_like(unary_prob, dtype=np.float32)
     crf = open_crf(image, len(unary_prob), config, device=device)
     return crf.infer(probability_unary(unary_prob), config.iterations)
-
-
-class _PydenseCrf:
-    """pydensecrf's DenseCRF2D; a second unary reuses the lattices, which cost as much as several steps."""
-
-    def __init__(self, image: NDArray[np.uint8], num_labels: int, numbers: CrfNumbers) -> None:
-        import pydensecrf.densecrf as native  # pyright: ignore[reportMissingImports] - the optional extra
-
-        height, width = image.shape[:2]
-        self._shape = (num_labels, height, width)
-        self._crf: Any = native.DenseCRF2D(width, height, num_labels)
-        self._crf.addPairwiseGaussian(sxy=numbers.gaussian_sxy_px, compat=numbers.gaussian_weight)
-        self._crf.addPairwiseBilateral(
-            sxy=numbers.bilateral_sxy_px,
-            srgb=numbers.bilateral_srgb,
-            rgbim=np.array(image, dtype=np.uint8, order="C"),  # pydensecrf refuses a read-only array
-            compat=numbers.bilateral_weight,
-        )
-
-    def infer(self, unary: NDArray[np.float32], iterations: int) -> NDArray[np.float32]:
-        if unary.shape != self._shape:
-            raise ValueError(f"expected a unary {self._shape}, got {unary.shape}")
-        self._crf.setUnaryEnergy(np.array(unary.reshape(self._shape[0], -1), dtype=np.float32, order="C"))
-        return np.array(self._crf.inference(iterations), dtype=np.float32).reshape(self._shape)

@@ -4,13 +4,15 @@ For machines without pydensecrf2, which has no wheel, and for CUDA.  Probabiliti
 within 1e-3, save single pixels near a tie, where the iterations amplify either one's float32 rounding.
 Reads and writes no file.  Splatting, blurring and slicing are weighted sums of rows, so each is one ``embedding_bag``,
 which is deterministic (no atomic additions) and parallel.
-Shapes: N = H·W pixels, d feature dimensions, D = d + 1 corners of a simplex, M lattice vertices, L labels.
+Images of a batch share one lattice, on which none is a neighbour of another.
+Shapes: N pixels of all B images, d feature dimensions, D = d + 1 corners of a simplex, M lattice vertices, L labels.
 Source: Adams, Baek, Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice", 2010 (the lattice);
 Krähenbühl and Koltun, 2011 (the mean field, symmetric normalisation).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from stages.ops.crf import CrfNumbers
+    from stages.ops.crf_presets import CrfNumbers
 
 _EPS = 1e-20
 """What pydensecrf adds under the root of the normalisation."""
@@ -75,10 +77,11 @@ def _barycentric(elevated: Tensor, vertex: Tensor, rank: Tensor) -> Tensor:
     return weights[:, :size].contiguous()
 
 
-def _vertex_codes(vertex: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+def _vertex_codes(vertex: Tensor, rank: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
     """Number all corners of all simplices: codes (N, D), and each coordinate's multiplier (d,) in a code.
 
-    A lattice point is known by its first d coordinates; a code is those in mixed radix, with room for one step.
+    A lattice point is known by its first d coordinates; a code is those in mixed radix, with room for one step, and
+    then the number of the group (N,): points of different groups are never one, nor neighbours.
     """
     size = vertex.shape[1]
     d = size - 1
@@ -89,7 +92,10 @@ def _vertex_codes(vertex: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
     extent = keys.amax((0, 1)) + size - low + 1
     multiplier = torch.ones_like(extent)
     multiplier[1:] = extent[:-1].cumprod(0)
-    return ((keys - low) * multiplier).sum(-1), multiplier
+    codes = ((keys - low) * multiplier).sum(-1)
+    if group is not None:
+        codes += group[:, None] * (multiplier[-1] * extent[-1])
+    return codes, multiplier
 
 
 def _neighbours(codes: Tensor, multiplier: Tensor) -> Tensor:
@@ -115,16 +121,17 @@ def _weighted_sums(rows: Tensor, index: Tensor, weights: Tensor, offsets: Tensor
 class PermutohedralFilter:
     """Gaussian filter of unit width over given features, normalised symmetrically."""
 
-    def __init__(self, features: Tensor) -> None:
+    def __init__(self, features: Tensor, group: Tensor | None = None) -> None:
         """Build the lattice.
 
         Args:
             features: Positions divided by the kernel's widths, float32 (N, d).
+            group: Number of each row's group, int64 (N,), such as its image: groups are filtered apart; None is one.
         """
         elevated = _elevate(features)
         vertex, rank = _enclosing_simplex(elevated)
         self._weights = _barycentric(elevated, vertex, rank)
-        codes, multiplier = _vertex_codes(vertex, rank)
+        codes, multiplier = _vertex_codes(vertex, rank, group)
         unique, self._corners = torch.unique(codes, return_inverse=True)
         self.num_vertices = len(unique)
         self._neighbours = _neighbours(unique, multiplier)
@@ -159,41 +166,103 @@ class PermutohedralFilter:
 
 
 class TorchCrf:
-    """The kernels of one image on a torch device; an ``ImageCrf``."""
+    """The kernels of a batch of images, of any sizes, on a torch device; a ``BatchCrf``."""
 
-    def __init__(self, image: NDArray[np.uint8], numbers: CrfNumbers, *, device: str = "cpu") -> None:
-        """Build both lattices.
+    def __init__(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        numbers: CrfNumbers,
+        *,
+        device: str = "cpu",
+        tolerance: float | None = None,
+    ) -> None:
+        """Build both lattices of all images.
 
         Args:
-            image: RGB, uint8 (H, W, 3).
+            images: RGB, uint8 (H, W, 3) each; at least one.
             numbers: Weights and widths.
             device: cpu or cuda; mps works on the CPU.
+            tolerance: An image keeps the marginals of the step that moved none by as much; None makes all steps.
         """
-        height, width = image.shape[:2]
-        self._size = (height, width)
+        self._sizes: list[tuple[int, int]] = [(image.shape[0], image.shape[1]) for image in images]
+        self._num_pixels = [height * width for height, width in self._sizes]
+        self._tolerance = tolerance
+        self.steps = [0] * len(images)
+        """Mean-field steps of each image in the last ``infer``."""
         # MPS lacks some of the integer operations that the lattice is built with
         self._device = torch.device("cpu" if device.startswith("mps") else device)
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        position = torch.stack([columns, rows], -1).reshape(-1, 2).float().to(self._device)
-        colour = torch.tensor(np.ascontiguousarray(image)).reshape(-1, 3).float().to(self._device)
-        bilateral = torch.cat([position / numbers.bilateral_sxy_px, colour / numbers.bilateral_srgb], 1)
         with torch.inference_mode():
+            position = torch.cat([_positions(*size) for size in self._sizes]).to(self._device)
+            flat = [torch.tensor(np.ascontiguousarray(image)).reshape(-1, 3) for image in images]
+            colour = torch.cat(flat).to(self._device).float()
+            bilateral = torch.cat([position / numbers.bilateral_sxy_px, colour / numbers.bilateral_srgb], 1)
+            group = self._image_of_each_pixel() if len(images) > 1 else None
             self._kernels = (
-                (numbers.gaussian_weight, PermutohedralFilter(position / numbers.gaussian_sxy_px)),
-                (numbers.bilateral_weight, PermutohedralFilter(bilateral)),
+                (numbers.gaussian_weight, PermutohedralFilter(position / numbers.gaussian_sxy_px, group)),
+                (numbers.bilateral_weight, PermutohedralFilter(bilateral, group)),
             )
 
-    def infer(self, unary: NDArray[np.float32], iterations: int) -> NDArray[np.float32]:
-        """Marginals (L, H, W) after ``iterations`` steps from the energies ``unary`` (L, H, W)."""
-        if unary.shape[1:] != self._size:
-            raise ValueError(f"expected a unary (L, *{self._size}), got {unary.shape}")
+    def _image_of_each_pixel(self) -> Tensor:
+        counts = torch.tensor(self._num_pixels, device=self._device)
+        return torch.repeat_interleave(torch.arange(len(counts), device=self._device), counts)
+
+    def infer(self, unaries: Sequence[NDArray[np.float32]], iterations: int) -> list[NDArray[np.float32]]:
+        """Marginals (L, H, W) of each image after at most ``iterations`` steps from its energies (L, H, W).
+
+        The images may have different numbers of labels.
+        """
         with torch.inference_mode():
-            energy = torch.tensor(np.ascontiguousarray(unary)).reshape(len(unary), -1).T.contiguous()
-            energy = energy.to(self._device)
-            marginals = torch.softmax(-energy, 1)
-            for _ in range(iterations):
-                logits = -energy
-                for weight, kernel in self._kernels:
-                    logits = logits + weight * kernel(marginals)
-                marginals = torch.softmax(logits, 1)
-            return marginals.T.reshape(unary.shape).cpu().numpy().copy()
+            energy = self._joined(unaries)
+            marginals = self._mean_field(energy, iterations).split(self._num_pixels)
+            return [
+                part[:, : len(unary)].T.reshape(unary.shape).cpu().numpy().copy()
+                for part, unary in zip(marginals, unaries, strict=True)
+            ]
+
+    def _joined(self, unaries: Sequence[NDArray[np.float32]]) -> Tensor:
+        """Energies (N, most labels of an image); infinite for labels that an image does not have."""
+        num_labels = max(len(unary) for unary in unaries)
+        rows = [torch.tensor(np.ascontiguousarray(unary)).reshape(len(unary), -1).T for unary in unaries]
+        energy = torch.cat([functional.pad(row, (0, num_labels - row.shape[1]), value=torch.inf) for row in rows])
+        return energy.contiguous().to(self._device)
+
+    def _mean_field(self, energy: Tensor, iterations: int) -> Tensor:
+        self.steps = [0] * len(self._sizes)
+        is_moving = [True] * len(self._sizes)
+        marginals = torch.softmax(-energy, 1)
+        for _ in range(iterations):
+            before, marginals = marginals, self._step(energy, marginals)
+            self.steps = [steps + moves for steps, moves in zip(self.steps, is_moving, strict=True)]
+            if self._tolerance is None:
+                continue
+            marginals = self._keep_still(before, marginals, is_moving)
+            is_moving = [
+                m and c for m, c in zip(is_moving, self._moves(before, marginals, self._tolerance), strict=True)
+            ]
+            if not any(is_moving):
+                break
+        return marginals
+
+    def _step(self, energy: Tensor, marginals: Tensor) -> Tensor:
+        logits = -energy
+        for weight, kernel in self._kernels:
+            logits = logits + weight * kernel(marginals)
+        return torch.softmax(logits, 1)
+
+    def _keep_still(self, before: Tensor, after: Tensor, is_moving: Sequence[bool]) -> Tensor:
+        """``after``, but ``before`` for the images that do not move any more."""
+        if all(is_moving):
+            return after
+        pairs = zip(before.split(self._num_pixels), after.split(self._num_pixels), is_moving, strict=True)
+        return torch.cat([new if moves else old for old, new, moves in pairs])
+
+    def _moves(self, before: Tensor, after: Tensor, tolerance: float) -> list[bool]:
+        """Whether a probability of the image moved by the tolerance or more."""
+        moved = [part.amax() for part in (after - before).abs().split(self._num_pixels)]
+        return (torch.stack(moved) >= tolerance).tolist()
+
+
+def _positions(height: int, width: int) -> Tensor:
+    """Column and row of each pixel, float32 (H·W, 2)."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([columns, rows], -1).reshape(-1, 2).float()

@@ -38,12 +38,14 @@ def multilabel_soft_margin(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.multilabel_soft_margin_loss(logits.float(), labels.float())
 
 
-def segmentation_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+def segmentation_cross_entropy(logits: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean cross-entropy over the labelled pixels of the batch; pixels of 255 count neither above nor below the line.
 
     Args:
         logits: (B, C, H, W) class scores at the masks' resolution.
         masks: (B, H, W) class indices 0 … K and 255; any integer dtype.
+        weights: (B, H, W) in [0, 1], how much each labelled pixel counts; the sum is divided by their sum (by 1 where
+            they sum to less), and None counts all alike.
 
     Returns:
         Scalar, float32; zero with zero gradients when no pixel is labelled.
@@ -52,10 +54,10 @@ def segmentation_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
         ValueError: the sizes differ.
     """
     losses = _pixel_losses(logits, masks)
-    return losses.sum() / mean_divisor((masks != IGNORE_INDEX).sum(), len(masks))
+    return _weighted_mean(losses, masks != IGNORE_INDEX, weights)
 
 
-def balanced_segmentation_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+def balanced_segmentation_cross_entropy(logits: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """Half the mean loss of the background pixels plus half the mean loss of the foreground pixels of the batch.
 
     Background, which fills most of a pseudo-mask, then weighs no more than the objects.  Where a batch has only one of
@@ -64,6 +66,7 @@ def balanced_segmentation_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor
     Args:
         logits: (B, C, H, W) class scores at the masks' resolution.
         masks: (B, H, W) class indices 0 … K and 255; any integer dtype.
+        weights: (B, H, W) in [0, 1] as in ``segmentation_cross_entropy``; each side is divided by its own sum.
 
     Returns:
         Scalar, float32, on the scale of the plain cross-entropy; zero with zero gradients when no pixel is labelled.
@@ -80,12 +83,19 @@ def balanced_segmentation_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor
     background = masks == BACKGROUND_INDEX
     foreground = (masks != BACKGROUND_INDEX) & (masks != IGNORE_INDEX)
     counts = torch.stack([background.sum(), foreground.sum()])
-    sides = [
-        (losses * side).sum() / mean_divisor(count, len(masks))
-        for side, count in zip((background, foreground), counts, strict=True)
-    ]
+    sides = [_weighted_mean(losses, side, weights) for side in (background, foreground)]
     num_sides = (sum_over_devices(counts) > 0).float().sum()
     return (sides[0] + sides[1]) / num_sides.clamp(min=1)
+
+
+def _weighted_mean(losses: Tensor, counted: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of ``losses`` (B, H, W) over the pixels in ``counted``, by ``weights`` where there are some."""
+    if weights is None:
+        return (losses * counted).sum() / mean_divisor(counted.sum(), len(losses))
+    if weights.shape != losses.shape:
+        raise ValueError(f"expected weights {tuple(losses.shape)} as the masks, got {tuple(weights.shape)}")
+    share = weights.float() * counted
+    return (losses * share).sum() / mean_divisor(share.sum(), len(losses))
 
 
 def _pixel_losses(logits: Tensor, masks: Tensor) -> Tensor:

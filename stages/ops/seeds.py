@@ -1,6 +1,7 @@
 """From attention maps to labels of pixels: upsampling, the threshold rule and its config.
 
 Pure functions without torch: ``make_masks`` makes pseudo-masks with them, ``evaluate`` scores these before refinement.
+Thresholds by class and conflicts are settled in the maps before (``stages.ops.competition``).
 Shapes: n labels of one image, H W image pixels, h w map cells.
 Source: Kolesnikov and Lampert, ECCV 2016 (fractions of the maximum); Ahn and Kwak, CVPR 2018 (background by a power);
 Ahn, Cho and Kwak, CVPR 2019, ``step/cam_to_ir_label.py`` (confident labels).
@@ -8,7 +9,8 @@ Ahn, Cho and Kwak, CVPR 2019, ``step/cam_to_ir_label.py`` (confident labels).
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,17 +41,82 @@ class ConfidentThresholds(StageConfig):
         return self
 
 
+class SweepConfig(StageConfig):
+    """Training images with true masks on which ``threshold`` is chosen; all are recorded as mask supervision."""
+
+    num_images: int | None = Field(default=100, ge=1)
+    """How many, drawn by ``seed`` among the training images that have a true mask and a label."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Which ones; a larger subset of one seed contains the smaller."""
+    image_list: Path | None = None
+    """File with one image id a line, instead of ``num_images`` and ``seed``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prefer_list(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic hands over whatever the user wrote
+        """A list stands instead of the default number."""
+        if isinstance(values, dict) and values.get("image_list") is not None:
+            return {"num_images": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> Self:
+        if (self.num_images is None) == (self.image_list is None):
+            raise ValueError(
+                f"give exactly one of num_images and image_list, got {self.num_images} and {self.image_list}"
+            )
+        return self
+
+
 class SeedConfig(StageConfig):
     """The threshold rule: where an attention map is strong enough to be its class."""
 
     threshold: float = Field(default=0.3, ge=0, lt=1)
-    """Fraction of each class map's own maximum above which it says foreground (``background: constant``)."""
+    """Fraction of each class map's own maximum above which it says foreground (``background: constant``); not used
+    where ``sweep`` chooses it."""
+    thresholds: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(default_factory=dict)
+    """Thresholds of single classes by name, instead of the one for all; classes then compete by how far each is above
+    its own (``stages.ops.competition``)."""
+    conflict: Literal["strongest", "smallest_area", "unsure"] = "strongest"
+    """What a pixel becomes where several classes exceed their thresholds: the strongest there, the one that exceeds its
+    threshold on the fewest pixels of the image (SEC), or 255."""
+    sweep: SweepConfig | None = None
+    """Choose ``threshold`` by the mIoU of the masks before refinement on a few true masks ({} for 100 images)."""
+    soft: bool = False
+    """Write beside each mask how sure each pixel is, for ``train_segmenter.loss_weighting``."""
     background: Literal["constant", "power"] = "constant"
     """The background's score: ``threshold``, or (1 - m)^background_power where m is the strongest map of the pixel."""
     background_power: float = Field(default=4.0, gt=0, le=1000)
     """The exponent α of ``background: power``; PSA uses 4 and 16, SEAM 24.  Higher means less background."""
     confident: ConfidentThresholds | None = None
     """Label only the confident pixels, by two thresholds instead of the one above; the rest becomes 255."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.confident is not None and self.thresholds:
+            raise ValueError("thresholds do not go with confident, whose two thresholds are for all classes: drop one")
+        if self.sweep is not None and (self.confident is not None or self.background != "constant"):
+            other = "confident" if self.confident is not None else f"background: {self.background}"
+            raise ValueError(f"sweep chooses threshold, which {other} does not use: remove one of the two")
+        return self
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the strongest map of a pixel alone decides, by one threshold for all classes."""
+        return not self.thresholds and self.conflict == "strongest"
+
+    def key_content(self) -> dict[str, Any]:
+        """What of these options decides the masks, as JSON: one that came later is in it only where it is used.
+
+        So the keys of earlier releases stay valid.  ``sweep`` is left to the caller, who can read its list.
+        """
+        content = self.model_dump(mode="json", exclude={"sweep"})
+        for name in ("thresholds", "conflict", "soft"):
+            if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True):
+                del content[name]
+        if self.sweep is not None:
+            del content["threshold"]
+        return content
 
 
 def background_level(config: SeedConfig) -> float:
@@ -69,6 +136,11 @@ def background_level(config: SeedConfig) -> float:
 def cut_byte(threshold: float) -> int:
     """The largest byte (0 … 255) that is still background: foreground means byte / 255 > ``threshold``."""
     return int(np.floor(threshold * _TOP + 1e-9))
+
+
+def foreground_level(config: SeedConfig) -> float:
+    """The map value above which a class claims a pixel; with ``confident`` the stricter of the two."""
+    return background_level(config) if config.confident is None else config.confident.foreground_threshold
 
 
 def upsample_maps(record: AttentionRecord) -> NDArray[np.uint8]:
@@ -126,25 +198,42 @@ def combine_confident(foreground: NDArray[np.uint8], background: NDArray[np.uint
     return combined
 
 
+def contested_pixels(maps: NDArray[np.uint8], config: SeedConfig) -> NDArray[np.bool_]:
+    """Where two or more of the maps (n, H, W) exceed the threshold: bool (H, W).
+
+    Args:
+        maps: Upsampled, with thresholds by class settled (``stages.ops.competition``).
+        config: The threshold rule.
+    """
+    return (maps > cut_byte(foreground_level(config))).sum(axis=0) > 1
+
+
 def initial_mask(
     record: AttentionRecord, config: SeedConfig, *, maps: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
     """The pseudo-mask before any refinement.
 
     Args:
-        record: The image's attention.
+        record: The image's attention, settled where the rule is not plain (``stages.ops.competition``).
         config: The threshold rule.
         maps: ``upsample_maps(record)`` where the caller has it already.
 
     Returns:
-        Class indices (H, W): 0 background, 1 … K, and 255 for unsure where ``config.confident`` is set.
+        Class indices (H, W): 0 background, 1 … K, and 255 for unsure with ``confident`` or ``conflict: unsure``.
     """
     full = upsample_maps(record) if maps is None else maps
+    mask = _label_pixels(full, record.labels, config)
+    if config.conflict == "unsure":
+        mask[contested_pixels(full, config)] = IGNORE_INDEX
+    return mask
+
+
+def _label_pixels(full: NDArray[np.uint8], labels: tuple[int, ...], config: SeedConfig) -> NDArray[np.uint8]:
     if config.confident is None:
-        return to_class_indices(threshold_maps(full, background_level(config)), record.labels)
+        return to_class_indices(threshold_maps(full, background_level(config)), labels)
     strict = threshold_maps(full, config.confident.foreground_threshold)
     loose = threshold_maps(full, config.confident.background_threshold)
-    return combine_confident(to_class_indices(strict, record.labels), to_class_indices(loose, record.labels))
+    return combine_confident(to_class_indices(strict, labels), to_class_indices(loose, labels))
 
 
 def map_probabilities(maps: NDArray[np.uint8], config: SeedConfig) -> NDArray[np.float32]:

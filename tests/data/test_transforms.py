@@ -169,6 +169,19 @@ def test_a_mask_of_another_size_is_refused(augmenter):
         augmenter(image, mask[:, :55], seed=0)
 
 
+def test_aligned_masks_get_the_crop_of_the_mask_alone(augmenter):
+    image, mask = picture()
+    other = np.random.default_rng(5).integers(0, 255, mask.shape, dtype=np.uint8)
+    for seed in range(6):
+        crop, (first, second) = augmenter.crop_aligned(image, [mask, other], seed=seed)
+        alone, mask_crop = augmenter(image, mask, seed=seed)
+        np.testing.assert_array_equal(crop, alone)
+        np.testing.assert_array_equal(first, mask_crop)
+        np.testing.assert_array_equal(second, augmenter(image, other, seed=seed)[1])
+    with pytest.raises(ValueError, match=r"image's size \(40, 56\), got \[\(40, 56\), \(40, 55\)\]"):
+        augmenter.crop_aligned(image, [mask, other[:, :55]], seed=0)
+
+
 def test_network_input_by_hand():
     images = torch.tensor([[[[0, 128, 255]]]], dtype=torch.uint8)
     found = to_network_input(images, torch.device("cpu"))

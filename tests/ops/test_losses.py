@@ -50,6 +50,34 @@ def test_balanced_cross_entropy_weighs_background_as_much_as_objects():
     assert balanced_segmentation_cross_entropy(logits, masks).item() == pytest.approx((background + math.log(4)) / 2)
 
 
+def test_a_weight_is_how_much_a_pixel_counts():
+    """The weight of a pixel of 255 is in neither sum."""
+    logits = _logits([[0.5, 0.5], [0.25, 0.75], [0.125, 0.875], [0.9, 0.1]])
+    masks = torch.tensor([[[0, 0, 1, 255]]])
+    weights = torch.tensor([[[1.0, 0.25, 0.5, 1.0]]])
+    plain = (math.log(2) + 0.25 * math.log(4) + 0.5 * math.log(8 / 7)) / 1.75
+    assert segmentation_cross_entropy(logits, masks, weights).item() == pytest.approx(plain)
+    background = (math.log(2) + 0.25 * math.log(4)) / 1.25
+    foreground = 0.5 * math.log(8 / 7)  # weights that sum to less than one pixel are not blown up
+    balanced = balanced_segmentation_cross_entropy(logits, masks, weights)
+    assert balanced.item() == pytest.approx((background + foreground) / 2)
+
+
+@pytest.mark.parametrize("loss", [segmentation_cross_entropy, balanced_segmentation_cross_entropy])
+def test_weights_of_one_change_nothing_and_of_zero_leave_nothing(loss):
+    logits = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    masks = torch.randint(0, 3, (2, 4, 5), generator=torch.Generator().manual_seed(1))
+    masks[0, 0] = 255
+    assert loss(logits, masks, torch.ones(2, 4, 5)).item() == loss(logits, masks).item()
+    nothing = loss(logits, masks, torch.zeros(2, 4, 5))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert logits.grad is not None
+    assert logits.grad.abs().max() == 0
+    with pytest.raises(ValueError, match=r"expected weights \(2, 4, 5\) as the masks, got \(2, 4, 4\)"):
+        loss(logits, masks, torch.ones(2, 4, 4))
+
+
 @pytest.mark.parametrize("value", [0, 1])
 def test_balanced_cross_entropy_of_one_side_is_the_plain_one(value):
     logits = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))

@@ -15,3 +15,9 @@ if HERE not in sys.path:
 @pytest.fixture(autouse=True)
 def _children_find_the_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", HERE)
+
+
+@pytest.fixture(autouse=True)
+def _auto_means_the_same_crf_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a CUDA device ``auto`` means torch, and keys and warnings say so."""
+    monkeypatch.setattr("stages.ops.crf.has_cuda", lambda: False)

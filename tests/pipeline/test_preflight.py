@@ -275,6 +275,43 @@ def test_pixel_labelled_images_that_there_are_not_are_refused_before_any_stage(t
     )
 
 
+def test_thresholds_of_no_class_and_sweeps_of_no_image_are_refused_before_any_stage(tmp_path: Path) -> None:
+    small = ("data.num_train=12", "data.num_val=4")
+    check(*small, "make_masks.thresholds={cod: 0.2}", "make_masks.sweep={num_images: 12}")
+    (tmp_path / "ids.txt").write_text("train_00003 val_00001")
+    wrong = (*small, "make_masks.thresholds={codd: 0.2, zebra: 0.3}")
+    with pytest.raises(ConfigError) as caught:
+        check(*wrong, f"make_masks.sweep={{image_list: {tmp_path}/ids.txt}}")
+    assert caught.value.problems[0] == (
+        "make_masks.thresholds.codd: the data set has no such class; did you mean 'cod'?"
+    )
+    assert caught.value.problems[1].startswith(
+        "make_masks.thresholds.zebra: the data set has no such class; its classes are "
+    )
+    assert caught.value.problems[2] == (
+        f"make_masks.sweep.image_list: {tmp_path}/ids.txt: image 'val_00001' is not among the training images; "
+        "remove the line"
+    )
+    with pytest.raises(ConfigError) as caught:
+        check(*small, "make_masks.sweep={num_images: 13}")
+    assert caught.value.problems == (
+        "make_masks.sweep.num_images asks for 13 images with true masks; 12 of the 12 training images have one: lower "
+        "it, or give them masks",
+    )
+    check(*wrong, "train_segmenter.supervision=full")
+
+
+def test_a_loss_weighed_by_confidence_needs_soft_masks() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check("train_segmenter.loss_weighting=confidence")
+    assert caught.value.problems == (
+        "train_segmenter.loss_weighting: make_masks writes confidence only with soft: true; set make_masks.soft",
+    )
+    check("train_segmenter.loss_weighting=confidence", "make_masks.soft=true")
+    with pytest.raises(ConfigError, match="true masks have none"):
+        check("train_segmenter.loss_weighting=confidence", "train_segmenter.supervision=full")
+
+
 def test_a_list_of_pixel_labelled_images_enters_the_key_by_its_ids(tmp_path: Path) -> None:
     def key(path: Path, text: str) -> str:
         path.write_text(text)

@@ -59,6 +59,15 @@ class LastMasks(Samples):
         return sample if index >= 9 else {**sample, "masks": np.full_like(sample["masks"], 255)}
 
 
+class SureSamples(Samples):
+    """With a confidence for each pixel; the first samples are less sure than the last."""
+
+    def get(self, index, epoch):
+        random = np.random.default_rng(100 + index)
+        confidence = random.integers(0, 20 * (index + 1), (SIZE, SIZE)).astype(np.uint8)
+        return {**super().get(index, epoch), "confidence": confidence}
+
+
 def fit(model, objective, out, *, samples=None, config=CONFIG, groups=None):
     history = train(
         model,
@@ -84,11 +93,12 @@ def classify(out, *, method=None, freeze_bn=True, samples=None):
     return fit(classifier, ClassifierObjective(prepared), out, samples=samples)
 
 
-def segment(out, *, loss="cross_entropy", resolution="pixels", model=None, config=CONFIG):
+def segment(out, *, loss="cross_entropy", resolution="pixels", model=None, config=CONFIG, samples=None):
     """A segmenter without BatchNorm and dropout, unless another is given."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, CLASSES + 1, 3, 2, 1))
-    return fit(plain if model is None else model(), SegmenterObjective(loss, resolution), out, config=config)
+    objective = SegmenterObjective(loss, resolution)
+    return fit(plain if model is None else model(), objective, out, config=config, samples=samples)
 
 
 def deeplab():
@@ -174,6 +184,8 @@ EQUAL = {
     "cross_entropy": segment,
     "cross_entropy, cells": partial(segment, resolution="cells"),
     "balanced_cross_entropy": partial(segment, loss="balanced_cross_entropy"),
+    "confidence": partial(segment, samples=SureSamples()),
+    "confidence, balanced": partial(segment, loss="balanced_cross_entropy", resolution="cells", samples=SureSamples()),
     # the statistics of five values behind the image pooling make much of rounding: slowly
     "deeplab": partial(segment, model=deeplab, config=CONFIG.model_copy(update={"learning_rate": 0.001})),
     "uneven parameters": uneven_parameters,

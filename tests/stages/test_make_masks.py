@@ -12,23 +12,30 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
-from tiny_masks import COLOURS, TRAIN, attention_of, size_of, truth_of, write_world
+from scipy import ndimage
+from tiny_masks import CLASSES, COLOURS, TRAIN, attention_of, size_of, truth_of, write_world
 
 from stages.contracts import (
     AttentionRecord,
+    ClassList,
     Part,
     Runtime,
     SilentProgress,
     StageResult,
+    open_image_set,
     read_index_mask,
     read_json,
     write_attention_shard,
 )
-from stages.errors import DamagedFileError, DataError, EnvironmentFailure
+from stages.errors import ConfigError, DamagedFileError, DataError, EnvironmentFailure
 from stages.make_masks import MakeMasksConfig, make_masks, refine_mask
-from stages.ops.crf import CrfConfig, resolve_crf_backend
+from stages.ops.crf import CrfConfig, dense_crf, resolve_crf_backend
+from stages.ops.par import ParBatch, ParConfig
 from stages.ops.pool import map_ordered, num_processes
-from stages.ops.seeds import ConfidentThresholds
+from stages.ops.random_walk import RandomWalkConfig, walk_maps
+from stages.ops.seeds import ConfidentThresholds, map_probabilities, upsample_maps
+from stages.refinements import refine_masks
+from stages.walked_maps import MapWalker
 
 ONE = Runtime(processes=1, device="cpu")
 SMALL_CRF = CrfConfig(bilateral_sxy_px=20, bilateral_srgb=10, gaussian_sxy_px=1, gaussian_weight=1, iterations=5)
@@ -333,3 +340,190 @@ def _is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refinements by name, and chains of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+SMALL_PAR = ParConfig(dilations=(1, 2, 4), shrink=1)
+SMALL_WALK = RandomWalkConfig(beta=4, radius_cells=3, steps=3)
+
+
+def _noisy(truth: np.ndarray) -> np.ndarray:
+    noise = np.random.default_rng(3).integers(-4, 5, (*truth.shape, 3))
+    return np.clip(COLOURS[truth] + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("refine", ["par", ["par", "crf"], ["crf", "par"]])
+def test_chains_find_the_whole_object(refine: str | list[str]) -> None:
+    record, truth = attention_of("t2", (0, 2), shrink=2), truth_of((0, 2), size_of("t2"))
+    config = MakeMasksConfig.model_validate({"threshold": 0.5, "refine": refine, "crf": SMALL_CRF, "par": SMALL_PAR})
+    before = refine_mask(_noisy(truth), record, config.model_copy(update={"refine": "none"}))
+    assert (before != truth).sum() == 2 * 2 * 16
+    after = refine_mask(_noisy(truth), record, config)
+    assert (after != truth).sum() <= 8
+
+
+def test_a_chain_hands_probabilities_on() -> None:
+    record, truth = attention_of("t2", (0, 2), shrink=2), truth_of((0, 2), size_of("t2"))
+    image, config = _noisy(truth), MakeMasksConfig(refine=("par", "crf"), crf=SMALL_CRF, par=SMALL_PAR)
+    start = map_probabilities(upsample_maps(record), config)
+    end = dense_crf(image, ParBatch([image], SMALL_PAR).refine([start])[0], SMALL_CRF)
+    np.testing.assert_array_equal(refine_mask(image, record, config), np.array([0, 1, 3])[end.argmax(axis=0)])
+
+
+def test_confident_masks_of_a_chain_leave_the_doubtful_unsure() -> None:
+    """One step of PAR in a flat image moves the borders of the weak columns by a pixel at most."""
+    record, size = attention_of("t0", (0,), shrink=4), size_of("t0")
+    pair = ConfidentThresholds(foreground_threshold=0.5, background_threshold=0.2)
+    par = ParConfig(dilations=(1,), iterations=1, shrink=1)
+    config = MakeMasksConfig(confident=pair, refine="par", par=par)
+    flat = np.full((*size, 3), 90, np.uint8)
+    mask = refine_mask(flat, record, config)
+    plain = refine_mask(flat, record, config.model_copy(update={"refine": "none"}))
+    for value in (0, 1, 255):
+        inner = ndimage.binary_erosion(plain == value, np.ones((3, 3)), border_value=1)
+        assert inner.any()
+        assert (mask[inner] == value).all()
+
+
+@pytest.mark.parametrize("refine", [("par",), ("crf",), ("par", "crf")])
+def test_images_refined_together_are_those_refined_alone(refine: tuple[str, ...]) -> None:
+    """Two sizes, one to two labels, and one image without any."""
+    records = [attention_of(name, labels, shrink=2) for name, labels in TRAIN.items()]
+    images = [_noisy(truth_of(labels, size_of(name))) for name, labels in TRAIN.items()]
+    crf = SMALL_CRF.model_copy(update={"backend": "torch"})
+    config = MakeMasksConfig(refine=refine, crf=crf, par=SMALL_PAR)
+    together = refine_masks(images, records, config)
+    for image, record, mask in zip(images, records, together, strict=True):
+        np.testing.assert_array_equal(mask, refine_mask(image, record, config))
+
+
+def test_par_in_processes_changes_nothing(tmp_path: Path) -> None:
+    world, config = write_world(tmp_path), MakeMasksConfig(refine="par", par=SMALL_PAR)
+    one, _ = _make(config, world, tmp_path / "one")
+    two, _ = _make(config, world, tmp_path / "two", Runtime(processes=2, device="cpu"))
+    assert one == two
+    for name in TRAIN:
+        path = f"masks/{name}.png"
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()
+
+
+def _write_classifier(folder: Path) -> Path:
+    import torch
+
+    from stages.methods.cam import CamConfig
+    from stages.methods.trained import ClassifierDescription, build_classifier, save_classifier
+    from stages.nets.backbones import BackboneConfig
+
+    torch.manual_seed(1)
+    classes = ClassList(names=CLASSES)
+    description = ClassifierDescription(backbone=BackboneConfig(name="small"), method=CamConfig(), classes=classes)
+    save_classifier(folder, description, build_classifier(description, {})[0])
+    return folder
+
+
+def _walk(tmp_path: Path, world: tuple[Path, Path, Path], out: str, part: Part | None = None, **options: object):
+    prepared, data, attention = world
+    walk = SMALL_WALK.model_copy(update=options)
+    return make_masks(
+        MakeMasksConfig(refine=("random_walk", "par"), random_walk=walk, par=SMALL_PAR),
+        images=prepared,
+        attention=attention,
+        classifier=tmp_path / "classifier",
+        data_root=data,
+        out=tmp_path / out,
+        progress=SilentProgress(),
+        runtime=ONE,
+        part=part,
+    )
+
+
+def test_maps_walk_over_the_features_of_the_classifier(tmp_path: Path) -> None:
+    """Images of 24 × 32 are seen at 32 × 32, the least, where the small net has 8 × 8 cells: 3 × 4 pixels each."""
+    import torch
+
+    from stages.data.transforms import to_network_input
+    from stages.methods.trained import load_classifier
+
+    prepared, data, _ = write_world(tmp_path)
+    images = open_image_set(prepared, data)
+    walker = MapWalker(
+        SMALL_WALK,
+        classifier=_write_classifier(tmp_path / "classifier"),
+        images=images,
+        progress=SilentProgress(),
+        runtime=ONE,
+    )
+    record, image = attention_of("t2", (0, 2), shrink=2), images.index.record("t2")
+    found = walker.walk([record], [image])["t2"]
+    assert found.maps.shape == (2, 8, 8)
+    pixels = Image.fromarray(images.read_image(image)).resize((32, 32), Image.Resampling.BICUBIC)
+    network, _ = load_classifier(tmp_path / "classifier", torch.device("cpu"))
+    with torch.inference_mode():
+        features = network.backbone(to_network_input(torch.from_numpy(np.array(pixels))[None], torch.device("cpu")))[0]
+    coarse = record.maps.reshape(2, 8, 3, 8, 4).mean(axis=(2, 4)) / 255
+    walked = walk_maps(torch.from_numpy(coarse).float(), features, SMALL_WALK).numpy()
+    expected = 255 * walked / walked.max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(found.maps, expected, atol=0.6)
+
+
+def test_a_walk_continues_and_is_made_in_parts_with_the_same_bytes(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    _write_classifier(tmp_path / "classifier")
+    whole = _walk(tmp_path, world, "out")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out" / "masks").iterdir()}
+    assert set(files) == {f"{name}.png" for name in TRAIN}
+    kept = tmp_path / "out" / "masks" / "t0.png"
+    stamp = kept.stat().st_mtime_ns
+    (tmp_path / "out" / "masks" / "t1.png").unlink()
+    (tmp_path / "out" / "masks" / "t2.png").write_bytes(b"half a png")
+    assert _walk(tmp_path, world, "out") == whole
+    assert kept.stat().st_mtime_ns == stamp, "a finished mask must not be made again"
+    for index in range(2):
+        assert _walk(tmp_path, world, "parts", Part(index, 2)) == StageResult()
+    for folder in ("out", "parts"):
+        assert {path.name: path.read_bytes() for path in (tmp_path / folder / "masks").iterdir()} == files
+    _walk(tmp_path, world, "other", beta=50.0)
+    other = {path.name: path.read_bytes() for path in (tmp_path / "other" / "masks").iterdir()}
+    assert other != files, "the walk has no influence"
+
+
+def test_who_is_wanted_does_not_decide_the_batches_of_a_walk(tmp_path: Path) -> None:
+    """As on a GPU, where several images of a window share a forward pass."""
+    prepared, data, _ = write_world(tmp_path)
+    images = open_image_set(prepared, data)
+    folder = _write_classifier(tmp_path / "classifier")
+    walker = MapWalker(SMALL_WALK, classifier=folder, images=images, progress=SilentProgress(), runtime=ONE)
+    walker._budget_px = 1 << 20
+    batches: list[int] = []
+    forward = walker._forward
+    walker._forward = lambda inputs: batches.append(len(inputs)) or forward(inputs)
+    records = [attention_of(name, labels) for name, labels in TRAIN.items() if labels]
+    together = walker.walk(records, images.index.split("train"))
+    alone = walker.walk(records[1:2], images.index.split("train"))
+    assert set(together) == {"t0", "t1", "t2", "t4"}
+    assert set(alone) == {"t1"}
+    np.testing.assert_array_equal(alone["t1"].maps, together["t1"].maps)
+    assert batches[:-1] == [4], "all are seen at 32 × 32"
+    assert batches[-1] == 4, "its neighbours came along"
+
+
+def test_a_walk_without_a_classifier_or_with_a_wrong_layer_is_refused_before_work(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    with pytest.raises(ConfigError, match="no classifier was given; give classifier=the output folder"):
+        _make(MakeMasksConfig(refine="random_walk"), world, tmp_path / "out")
+    _write_classifier(tmp_path / "classifier")
+    with pytest.raises(ConfigError, match=r"no layer 'feature\.3'; the nearest are: features\.3"):
+        _walk(tmp_path, world, "out", layer="feature.3")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_named_layer_is_compared(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    _write_classifier(tmp_path / "classifier")
+    _walk(tmp_path, world, "last")
+    _walk(tmp_path, world, "early", layer="features.2")
+    same = [(tmp_path / f / "masks" / "t2.png").read_bytes() for f in ("last", "early")]
+    assert same[0] != same[1]

@@ -17,6 +17,7 @@ from stages.contracts import (
     ImageRecord,
     Runtime,
     SilentProgress,
+    read_index_mask,
     read_json,
     write_index_mask,
     write_json,
@@ -24,6 +25,7 @@ from stages.contracts import (
 from stages.data.transforms import AugmentConfig
 from stages.errors import DamagedFileError, DataError, MissingArtifactError
 from stages.nets.trained import load_segmenter
+from stages.soft_masks import write_confidence
 from stages.train_segmenter import TrainSegmenterConfig, match_sizes, train_segmenter
 from stages.training import TrainingConfig
 
@@ -219,6 +221,54 @@ def test_pixels_upsample_the_logits():
     upsampled, masks = match_sizes(logits, torch.zeros(1, 2, 4, dtype=torch.uint8), "pixels")
     assert upsampled.tolist() == [[[[0, 1, 3, 4], [0, 1, 3, 4]]]]
     assert masks.shape == (1, 2, 4)
+
+
+def write_confidences(folders, value_of):
+    """Write ``confidence/<id>.png`` beside the pseudo-masks, from each mask."""
+    for path in (folders[1] / "masks").iterdir():
+        write_confidence(folders[1] / "confidence" / path.name, value_of(read_index_mask(path)))
+
+
+def test_full_confidence_trains_as_none_does(folders, tmp_path):
+    """Void pixels count in neither loss, so their confidence does not matter."""
+    write_confidences(folders, lambda mask: np.where(mask == 255, 0, 255).astype(np.uint8))
+    run(folders, tmp_path / "plain")
+    run(folders, tmp_path / "sure", make_config(loss_weighting="confidence"))
+    assert digests(tmp_path / "plain") == digests(tmp_path / "sure")
+
+
+@pytest.mark.parametrize("resolution", ["pixels", "cells"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "balanced_cross_entropy"])
+def test_pixels_without_confidence_count_as_void(folders, tmp_path, resolution, loss):
+    config = make_config(loss=loss, loss_resolution=resolution)
+    weighted = make_config(loss=loss, loss_resolution=resolution, loss_weighting="confidence")
+    write_confidences(folders, lambda mask: np.where(np.indices(mask.shape)[1] < 20, 0, 255).astype(np.uint8))
+    run(folders, tmp_path / "weighted", weighted)
+    run(folders, tmp_path / "plain", config)
+    for path in (folders[1] / "masks").iterdir():
+        mask = read_index_mask(path)
+        mask[:, :20] = 255
+        write_index_mask(path, mask)
+    run(folders, tmp_path / "void", config)
+    losses = {
+        name: [record["loss"] for record in read_json(tmp_path / name / "history.json")]
+        for name in ("weighted", "void", "plain")
+    }
+    assert losses["weighted"] == pytest.approx(losses["void"], rel=1e-5)
+    assert losses["weighted"] != pytest.approx(losses["plain"], rel=1e-2)
+
+
+def test_a_confidence_that_is_not_there_or_does_not_fit_is_named(folders, tmp_path):
+    config = make_config(loss_weighting="confidence")
+    with pytest.raises(MissingArtifactError, match="which make_masks writes with soft: true"):
+        run(folders, tmp_path / "a", config)
+    write_confidences(folders, lambda mask: np.full((4, 4), 255, np.uint8))
+    with pytest.raises(DamagedFileError, match=r"img\d\.png: expected \(40, 48\) pixels, found \(4, 4\)"):
+        run(folders, tmp_path / "b", config)
+    shutil.rmtree(folders[1] / "confidence")
+    (folders[1] / "confidence").mkdir()
+    with pytest.raises(DamagedFileError, match="rebuild make_masks with soft: true"):
+        run(folders, tmp_path / "c", config)
 
 
 # -- warnings and refusals --------------------------------------------------------------------------------------------

@@ -1,0 +1,181 @@
+"""Make the pseudo-masks of some images: what a worker of ``make_masks`` does, a call at a time.
+
+Reads images and masks that an earlier call finished; writes ``<id>.png`` under the context's folder, and with ``soft``
+``confidence/<id>.png`` beside that.  Needs no torch but for refinements that work with it.
+Shapes: H W image pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.contracts import (
+    IGNORE_INDEX,
+    AttentionRecord,
+    ClassList,
+    read_index_mask,
+    read_rgb,
+    write_index_mask,
+)
+from stages.errors import DataError, EnvironmentFailure
+from stages.ops.competition import settle_classes
+from stages.ops.seeds import contested_pixels, initial_mask, upsample_maps
+from stages.refinements import Probabilities, RefinementConfig, refine_with_states
+from stages.soft_masks import label_confidence, write_confidence
+
+_VANISHED = 0.1
+"""An object whose area falls below this ratio has nearly vanished."""
+
+Mask = NDArray[np.uint8]
+"""Class indices (H, W), 255 = unsure."""
+
+
+class Job(NamedTuple):
+    """One image."""
+
+    record: AttentionRecord
+    """Its attention."""
+    image: str
+    """Its file, relative to the data root."""
+    walked: AttentionRecord | None = None
+    """Its attention after a random walk."""
+    mask: Mask | None = None
+    """Its mask, where that was found already."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every image of one run shares."""
+
+    config: RefinementConfig
+    classes: ClassList
+    root: Path
+    """Folder of the user's data."""
+    out: Path
+    """Folder of the masks."""
+    device: str = "cpu"
+    """Where refinements work that torch does."""
+    is_pooled: bool = False
+    """Whether other processes do the same beside this one."""
+
+
+@dataclass(frozen=True)
+class MaskStats:
+    """Areas in pixels of one image's mask."""
+
+    id: str
+    pixels: int
+    foreground_before: int
+    foreground_after: int
+    unsure: int
+    vanished: tuple[int, ...]
+    """Label indices whose area fell below a tenth by refinement."""
+
+
+def make_and_measure(context: Context, jobs: Sequence[Job]) -> list[MaskStats]:
+    """Make the masks of some images and measure them."""
+    measured = []
+    for job, mask in zip(jobs, _find_or_make(context, jobs), strict=True):
+        record = settle_classes(job.record, context.config, context.classes)
+        measured.append(_measure(record, initial_mask(record, context.config), mask))
+    return measured
+
+
+def make_only(context: Context, jobs: Sequence[Job]) -> list[str]:
+    """Make masks of a part, which nobody measures before the parts are together; the ids."""
+    _find_or_make(context, jobs)
+    return [job.record.id for job in jobs]
+
+
+def find_mask(folder: Path, record: AttentionRecord) -> Mask | None:
+    """The mask that an earlier, stopped call wrote; None where there is none of the image's size that reads back."""
+    path = folder / f"{record.id}.png"
+    if not path.exists():
+        return None
+    try:
+        mask = read_index_mask(path)
+    except DataError:
+        return None
+    return mask if mask.shape == record.size else None
+
+
+def _find_or_make(context: Context, jobs: Sequence[Job]) -> list[Mask]:
+    found = [find_mask(context.out, job.record) if job.mask is None else job.mask for job in jobs]
+    missing = [job for job, mask in zip(jobs, found, strict=True) if mask is None]
+    made = iter(_make(context, missing) if missing else ())
+    return [next(made) if mask is None else mask for mask in found]
+
+
+def _make(context: Context, jobs: Sequence[Job]) -> list[Mask]:
+    """Refine and write the masks of some images."""
+    if context.is_pooled and "par" in context.config.chain:
+        import torch
+
+        torch.set_num_threads(1)  # the other processes have the other cores
+    images = [_read_image(context, job) for job in jobs]
+    records = [settle_classes(job.walked or job.record, context.config, context.classes) for job in jobs]
+    refined = _refine(context, images, records)
+    for record, (mask, states) in zip(records, refined, strict=True):
+        if context.config.conflict == "unsure":  # refinement decides nothing between classes that both claim a pixel
+            mask[contested_pixels(upsample_maps(record), context.config)] = IGNORE_INDEX
+        if context.config.soft:  # before the mask, which says that the image is done
+            confidence = label_confidence(mask, record.labels, states)
+            write_confidence(context.out.parent / "confidence" / f"{record.id}.png", confidence)
+        write_index_mask(context.out / f"{record.id}.png", mask)
+    return [mask for mask, _ in refined]
+
+
+def _refine(
+    context: Context, images: Sequence[NDArray[np.uint8]], records: Sequence[AttentionRecord]
+) -> list[tuple[Mask, list[Probabilities]]]:
+    """The refined masks with the probabilities behind them.
+
+    Half the images at a time where the device's memory does not hold them all.
+    """
+    try:
+        return refine_with_states(images, records, context.config, device=context.device)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which a process without torch cannot name
+            raise
+        if len(images) == 1:
+            raise EnvironmentFailure(
+                f"the device's memory does not hold the refinement of image '{records[0].id}' of {records[0].size} "
+                "pixels; run with runtime.device: cpu"
+            ) from error
+    half = len(images) // 2
+    return [*_refine(context, images[:half], records[:half]), *_refine(context, images[half:], records[half:])]
+
+
+def _read_image(context: Context, job: Job) -> NDArray[np.uint8]:
+    path = context.root / job.image
+    image = read_rgb(path)
+    if image.shape[:2] != job.record.size:
+        raise DataError(
+            f"{path}: expected {job.record.size} pixels (height, width), as when its attention was made, found "
+            f"{image.shape[:2]}; the file changed since prepare_data ran: run it again"
+        )
+    return image
+
+
+def _measure(record: AttentionRecord, before: Mask, after: Mask) -> MaskStats:
+    counts_before = np.bincount(before.ravel(), minlength=256)
+    counts_after = np.bincount(after.ravel(), minlength=256)
+    classes = [ClassList.class_index(label) for label in record.labels]
+    return MaskStats(
+        id=record.id,
+        pixels=before.size,
+        foreground_before=int(counts_before[classes].sum()),
+        foreground_after=int(counts_after[classes].sum()),
+        unsure=int(counts_after[IGNORE_INDEX]),
+        vanished=tuple(
+            label
+            for label, index in zip(record.labels, classes, strict=True)
+            if counts_after[index] < _VANISHED * counts_before[index]
+        ),
+    )

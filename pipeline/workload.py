@@ -236,4 +236,6 @@ def _segmenter(net: Content) -> tuple[object, ...]:
 
 def _backend(crf: Content | None) -> str | None:
     """Which CRF runs; None where none does, which is how a key says it."""
-    return None if crf is None else crf["backend"]
+    if crf is None:
+        return None
+    return f"{crf['backend']} at half resolution" if crf.get("resolution") == "half" else crf["backend"]

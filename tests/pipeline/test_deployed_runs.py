@@ -124,7 +124,9 @@ def test_a_stage_without_its_input_fails_with_the_command_that_makes_it(world: W
     alone = world.cluster.submit("wsss-stage/make_masks", config="tiny.yaml", overrides=["seed=5"])
     state = world.cluster.finish(alone)
     assert state["type"] == "FAILED"
-    assert state["message"].endswith("make it with: wsss run tiny.yaml --set seed=5 --until make_attention")
+    store = world.folder / "artifacts"
+    command = f"wsss run tiny.yaml --set seed=5 --artifacts {store} --until make_attention"
+    assert state["message"].endswith(f"make it with: {command}")
 
 
 def test_a_config_typed_into_the_form_is_the_same_run(world: World):

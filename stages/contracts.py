@@ -111,8 +111,8 @@ class SilentProgress:
 class Runtime(StageConfig):
     """How to run, not what to compute: no field is in a key.
 
-    Another kind or number of devices moves the last bits of float arithmetic.  Where ``crf.backend`` is auto, ``device``
-    decides what it means, and the key names that.
+    Another kind or number of devices moves the last bits of float arithmetic.  Where ``crf.backend`` is auto,
+    ``device`` decides what it means, and the key names that.
     """
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")

@@ -15,7 +15,7 @@ SHM = "8Gi"
 ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-    "WSSS_ARTIFACTS": "/work/artifacts",
+    "WSSS_ARTIFACTS": "/wsss/artifacts",
 }
 """Of each flow run.  A deployment's ``job_variables.env`` replaces all of it."""
 
@@ -27,7 +27,7 @@ def docker_template(template: dict[str, Any]) -> dict[str, Any]:
         "image_pull_policy": "IfNotPresent",
         "env": ENVIRONMENT,
         "auto_remove": True,
-        "volumes": ["/srv/wsss/artifacts:/work/artifacts", "/srv/wsss/data:/work/data:ro"],
+        "volumes": ["/srv/wsss/artifacts:/wsss/artifacts", "/srv/wsss/data:/wsss/data:ro"],
         "container_create_kwargs": {
             "init": True,
             "shm_size": "8g",
@@ -65,8 +65,8 @@ def kubernetes_template(template: dict[str, Any]) -> dict[str, Any]:
     container = pod["containers"][0]
     container["resources"]["limits"]["nvidia.com/gpu"] = "{{ gpus }}"
     container["volumeMounts"] = [
-        {"name": "artifacts", "mountPath": "/work/artifacts"},
-        {"name": "data", "mountPath": "/work/data", "readOnly": True},
+        {"name": "artifacts", "mountPath": "/wsss/artifacts"},
+        {"name": "data", "mountPath": "/wsss/data", "readOnly": True},
         {"name": "shm", "mountPath": "/dev/shm"},
     ]
     return template

@@ -426,7 +426,7 @@ def test_the_pool_templates_give_a_gpu_shared_memory_and_the_store():
     extra = docker["container_create_kwargs"]["default"]
     assert extra["device_requests"][0]["capabilities"] == [["gpu"]]
     assert extra["shm_size"] == "8g"
-    assert any(volume.endswith(":/work/artifacts") for volume in docker["volumes"]["default"])
+    assert any(volume.endswith(":/wsss/artifacts") for volume in docker["volumes"]["default"])
     kubernetes = json.loads((ROOT / "deploy" / "kubernetes-pool.json").read_text())
     pod = kubernetes["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "{{ gpus }}"
@@ -434,7 +434,7 @@ def test_the_pool_templates_give_a_gpu_shared_memory_and_the_store():
     assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == names == {"artifacts", "data", "shm"}
     for properties in (docker, kubernetes["variables"]["properties"]):
         assert properties["env"]["default"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
-        assert properties["env"]["default"]["WSSS_ARTIFACTS"] == "/work/artifacts"
+        assert properties["env"]["default"]["WSSS_ARTIFACTS"] == "/wsss/artifacts"
 
 
 # -- for real ---------------------------------------------------------------------------------------------------------

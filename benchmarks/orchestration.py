@@ -150,22 +150,9 @@ def _cluster(folder: Path, *, workers: int) -> Iterator[None]:
             *("--port", port, "--files-port", str(_free_port()), "--workers", str(workers)),
             environment=environment,
         )
-        _wait_for_workers(workers)
         yield
     finally:
         _wsss(folder, "down", *where, environment=environment)
-
-
-def _wait_for_workers(number: int) -> None:
-    from prefect.client.orchestration import get_client
-
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        with get_client(sync_client=True) as client:
-            if len(client.read_workers_for_work_pool("wsss")) >= number:
-                return
-        time.sleep(0.5)
-    raise TimeoutError(f"{number} workers were not online within 60 s")
 
 
 def _submit(deployment: str, parameters: dict[str, Any]) -> None:

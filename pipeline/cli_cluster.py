@@ -11,6 +11,7 @@ import typer
 
 from pipeline.cli_options import JsonOption
 from pipeline.output import Output, get_output
+from pipeline.run_report import DEFAULT_ARTIFACTS
 
 if TYPE_CHECKING:
     from pipeline.cluster import UpCall
@@ -37,7 +38,7 @@ def up(
     home: HomeOption = None,
     artifacts: Annotated[
         str, typer.Option("--artifacts", metavar="DIR", envvar="WSSS_ARTIFACTS", help="Root of the artifact store.")
-    ] = "artifacts",
+    ] = DEFAULT_ARTIFACTS,
     files_port: Annotated[
         int, typer.Option("--files-port", min=1, max=65535, help="Port for the store's reports, on this machine only.")
     ] = 4201,

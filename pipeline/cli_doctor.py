@@ -6,8 +6,9 @@ import dataclasses
 
 import typer
 
-from pipeline.cli_options import DEFAULT_ARTIFACTS, ArtifactsOption, JsonOption
+from pipeline.cli_options import ArtifactsOption, JsonOption
 from pipeline.output import get_output
+from pipeline.run_report import DEFAULT_ARTIFACTS
 
 _MARKS = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}
 

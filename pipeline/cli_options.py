@@ -28,5 +28,3 @@ ForceOption = Annotated[
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 """Read by ``main`` from the command line, since it also decides how a wrong command line is reported."""
-
-DEFAULT_ARTIFACTS = "artifacts"

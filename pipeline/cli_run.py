@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli_options import (
-    DEFAULT_ARTIFACTS,
     ArtifactsOption,
     ConfigArgument,
     ForceOption,
@@ -19,7 +18,7 @@ from pipeline.cli_options import (
     OverridesOption,
 )
 from pipeline.output import Output, get_output, run_document
-from pipeline.run_report import ensure_report, folders, manifests, report_path, write_invocation
+from pipeline.run_report import DEFAULT_ARTIFACTS, ensure_report, folders, manifests, report_path, write_invocation
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig

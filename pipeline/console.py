@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from pipeline.countdown import Countdown
+from pipeline.countdown import Pace
 from pipeline.estimate import Estimate, describe_disk, describe_stage, describe_time
 from pipeline.report_tables import format_seconds, metric_rows
 
@@ -63,8 +63,8 @@ class ConsoleListener:
         self._console, self._stages, self._clock = console, tuple(stages), clock
         self._bar: Progress | None = None
         self._bar_task: TaskID | None = None
-        self._stage = self._task = ""
-        self._countdown = Countdown(0, 0, 0.0)
+        self._stage = ""
+        self._pace = Pace()
         self._last_line = 0.0
 
     # -- the listener's protocol --------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ class ConsoleListener:
     def stage_started(self, stage: str, key: str) -> None:
         """Begin to follow ``stage``."""
         del key
-        self._stage, self._task = stage, ""
+        self._stage, self._pace = stage, Pace()
         self._last_line = self._clock()
         if not self._console.is_terminal:
             return
@@ -90,10 +90,7 @@ class ConsoleListener:
     def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
         """Show that ``done`` of ``total`` units of ``task`` are done."""
         now = self._clock()
-        if task != self._task or total != self._countdown.total or done < self._countdown.done:
-            self._task, self._countdown = task, Countdown(total, done, now)
-        self._countdown.done = done
-        tail = _tail(unit, self._countdown.left_s(now), values)
+        tail = _tail(unit, self._pace.left_s(task, total, done, now), values)
         label = f"{self._label(self._stage)}: {escape(task)}"
         if self._bar is not None and self._bar_task is not None:
             self._bar.update(self._bar_task, description=label, total=total, completed=done, tail=tail)

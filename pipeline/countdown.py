@@ -17,3 +17,19 @@ class Countdown:
         if fresh <= 0 or now <= self._start:
             return None
         return (self.total - self.done) * (now - self._start) / fresh
+
+
+class Pace:
+    """The countdown of whatever task is under way; another task, or one that began anew, starts it again."""
+
+    def __init__(self) -> None:
+        """Begin before any task."""
+        self._task = ""
+        self._countdown = Countdown(0, 0, 0.0)
+
+    def left_s(self, task: str, total: int, done: int, now: float) -> float | None:
+        """Seconds to the end of ``task``, of which ``done`` of ``total`` units are done; None before the first."""
+        if task != self._task or total != self._countdown.total or done < self._countdown.done:
+            self._task, self._countdown = task, Countdown(total, done, now)
+        self._countdown.done = done
+        return self._countdown.left_s(now)

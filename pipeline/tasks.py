@@ -18,7 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from pipeline.countdown import Countdown
+from pipeline.countdown import Pace
 from pipeline.outcomes import Listener, StageOutcome
 from pipeline.report_tables import format_seconds
 from stages.errors import WsssError
@@ -66,14 +66,14 @@ class PrefectListener:
     def __init__(self, inner: Listener, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Relay to ``inner`` too."""
         self._inner, self._clock = inner, clock
-        self._stage = self._task = ""
-        self._countdown = Countdown(0, 0, 0.0)
+        self._stage = ""
+        self._pace = Pace()
         self._artifact: UUID | None = None
         self._updated = 0.0
 
     def stage_started(self, stage: str, key: str) -> None:
         """Begin to follow ``stage``."""
-        self._stage, self._task = stage, ""
+        self._stage, self._pace = stage, Pace()
         self._artifact, self._updated = None, self._clock()
         _logger().info("%s: key %s", stage, key)
         self._inner.stage_started(stage, key)
@@ -82,12 +82,9 @@ class PrefectListener:
         """Show progress and the time left, on the artifact at most every two seconds."""
         self._inner.progress(task, total, done, unit, values)
         now = self._clock()
-        if task != self._task or total != self._countdown.total or done < self._countdown.done:
-            self._task, self._countdown = task, Countdown(total, done, now)
-        self._countdown.done = done
+        left_s = self._pace.left_s(task, total, done, now)
         if now - self._updated >= PROGRESS_EVERY_S and total > 0:
             self._updated = now
-            left_s = self._countdown.left_s(now)
             left = "" if left_s is None else f", {format_seconds(left_s)} left"
             numbers = "".join(f", {name} {value:.4g}" for name, value in values.items())
             self._show(100.0 * done / total, f"{task}: {done}/{total} {unit}{left}{numbers}")

@@ -6,7 +6,7 @@ Reads the list; opens no image and no mask.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,77 @@ class Candidate(Protocol):
         ...
 
 
+def choose_masked(
+    candidates: Sequence[Candidate],
+    *,
+    count: int | None,
+    path: Path | None,
+    draw: str,
+    options: tuple[str, str],
+    lacks: str,
+    unknown: str,
+) -> tuple[str, ...]:
+    """Ids of images with labels and a true mask: those of a list, else a draw.
+
+    Args:
+        candidates: The training images, in list order.
+        count: How many to draw.
+        path: The list, in place of the draw.
+        draw: Names the draw, its seed included; another name is another draw.
+        options: What ``count`` and ``path`` are called in the config.
+        lacks: What is wrong with a listed image that cannot be used.
+        unknown: What is wrong with one that is none of the candidates.
+
+    Raises:
+        ConfigError: fewer images have masks than are asked for, or a listed one cannot be used.
+    """
+    masked = [image.id for image in candidates if image.mask is not None and image.labels]
+    if path is not None:
+        return _check_listed(path, options[1], {image.id for image in candidates}, set(masked), lacks, unknown)
+    if count is None or count > len(masked):
+        raise ConfigError(
+            f"{options[0]} asks for {count} images with true masks; {len(masked)} of the "
+            f"{len(candidates)} training images have one: lower it, or give them masks"
+        )
+    return tuple(sorted(masked, key=lambda image_id: hashlib.sha256(f"{draw}: {image_id}".encode()).digest())[:count])
+
+
+def read_ids(path: Path, option: str) -> tuple[str, ...]:
+    """The ids of a list, each once, in its order.
+
+    Raises:
+        ConfigError: it does not read; ``option`` is what named it.
+    """
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option}: {path} does not read ({error}); name a text file of image ids") from error
+    return tuple(dict.fromkeys(words))
+
+
+def _check_listed(
+    path: Path, option: str, known: Collection[str], usable: Collection[str], lacks: str, unknown: str
+) -> tuple[str, ...]:
+    wanted = read_ids(path, option)
+    problems = [
+        f"{option}: {path}: image '{image_id}' {lacks if image_id in known else unknown}; remove the line"
+        for image_id in wanted
+        if image_id not in usable
+    ]
+    if not wanted:
+        problems = [f"{option}: {path}: the list is empty; put one image id on each line"]
+    if problems:
+        raise ConfigError(f"{option} names images that cannot be used", problems)
+    return wanted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The subset of make_masks.sweep
+# ---------------------------------------------------------------------------------------------------------------------
+
+_SWEEP_LIST = "sweep.image_list"
+
+
 def choose_sweep_images(config: SweepConfig, candidates: Sequence[Candidate]) -> tuple[str, ...]:
     """The ids on which a threshold is chosen; another draw than GAIN_ext's, whose attention knows its own images.
 
@@ -43,19 +114,15 @@ def choose_sweep_images(config: SweepConfig, candidates: Sequence[Candidate]) ->
     Raises:
         ConfigError: fewer images have masks than are asked for, or a listed one has none or is not trained on.
     """
-    masked = [image.id for image in candidates if image.mask is not None and image.labels]
-    if config.image_list is not None:
-        return _check_listed(config.image_list, [image.id for image in candidates], masked)
-    if config.num_images is None or config.num_images > len(masked):
-        raise ConfigError(
-            f"sweep.num_images asks for {config.num_images} images with true masks; {len(masked)} of the "
-            f"{len(candidates)} training images have one: lower it, or give them masks"
-        )
-
-    def draw(image_id: str) -> bytes:
-        return hashlib.sha256(f"threshold subset {config.seed}: {image_id}".encode()).digest()
-
-    return tuple(sorted(masked, key=draw)[: config.num_images])
+    return choose_masked(
+        candidates,
+        count=config.num_images,
+        path=config.image_list,
+        draw=f"threshold subset {config.seed}",
+        options=("sweep.num_images", _SWEEP_LIST),
+        lacks="has no true mask or no label",
+        unknown="is not among the training images",
+    )
 
 
 def sweep_key_content(config: SweepConfig) -> dict[str, Any]:
@@ -65,29 +132,5 @@ def sweep_key_content(config: SweepConfig) -> dict[str, Any]:
         ConfigError: the list does not read.
     """
     if config.image_list is not None:
-        return {"ids": sorted(_read_ids(config.image_list))}
+        return {"ids": sorted(read_ids(config.image_list, _SWEEP_LIST))}
     return {"num_images": config.num_images, "seed": config.seed}
-
-
-def _read_ids(path: Path) -> tuple[str, ...]:
-    try:
-        words = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"sweep.image_list: {path} does not read ({error}); name a text file of image ids") from error
-    return tuple(dict.fromkeys(words))
-
-
-def _check_listed(path: Path, trained: Sequence[str], masked: Sequence[str]) -> tuple[str, ...]:
-    wanted, known, usable = _read_ids(path), set(trained), set(masked)
-    problems = [
-        f"sweep.image_list: {path}: image '{image_id}' "
-        + ("has no true mask or no label" if image_id in known else "is not among the training images")
-        + "; remove the line"
-        for image_id in wanted
-        if image_id not in usable
-    ]
-    if not wanted:
-        problems = [f"sweep.image_list: {path}: the list is empty; put one image id on each line"]
-    if problems:
-        raise ConfigError("sweep.image_list names images that cannot be used", problems)
-    return wanted

@@ -13,31 +13,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from stages.contracts import StageConfig
+from stages.data.subsets import Candidate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.nets.classifier import Classifier
     from stages.ops.step import StepInfo
-
-
-class Candidate(Protocol):
-    """What a choice of pixel-labelled images rests on; listed images and those of an index have it."""
-
-    @property
-    def id(self) -> str:
-        """The image's id."""
-        ...
-
-    @property
-    def labels(self) -> tuple[int, ...] | None:
-        """Its label indices."""
-        ...
-
-    @property
-    def mask(self) -> str | None:
-        """Its official true mask, where it has one."""
-        ...
 
 
 class MethodConfig(StageConfig):

@@ -11,15 +11,14 @@ Source: Li, Wu, Peng, Ernst and Fu, "Tell Me Where to Look: Guided Attention Inf
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stages.errors import ConfigError
-from stages.methods.base import Candidate, Method
+from stages.data.subsets import Candidate, choose_masked, read_ids
+from stages.methods.base import Method
 from stages.methods.gradcam import Evidence, GradCam, GradCamOptions, find_evidence
 
 if TYPE_CHECKING:
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 
     from stages.nets.classifier import Classifier
     from stages.ops.step import StepInfo
+
+_PIXEL_LIST = "method.pixel_list"
 
 GAIN_PAPER: dict[str, Any] = {
     "mining_gradient": "shared",
@@ -155,18 +156,15 @@ class GainExtConfig(GainOptions):
         Raises:
             ConfigError: fewer images have masks than are asked for, or a listed image has none or is not trained on.
         """
-        masked = [record.id for record in candidates if record.mask is not None and record.labels]
-        if self.pixel_list is not None:
-            return _listed_subset(self.pixel_list, [record.id for record in candidates], masked)
-        if self.pixel_images is None or self.pixel_images > len(masked):
-            raise ConfigError(
-                f"method.pixel_images asks for {self.pixel_images} images with true masks; {len(masked)} of the "
-                f"{len(candidates)} training images have one: lower it, or give them masks"
-            )
-        return tuple(sorted(masked, key=self._draw)[: self.pixel_images])
-
-    def _draw(self, image_id: str) -> bytes:
-        return hashlib.sha256(f"pixel subset {self.pixel_seed}: {image_id}".encode()).digest()
+        return choose_masked(
+            candidates,
+            count=self.pixel_images,
+            path=self.pixel_list,
+            draw=f"pixel subset {self.pixel_seed}",
+            options=("method.pixel_images", _PIXEL_LIST),
+            lacks="has no true mask",
+            unknown="is not among the images that the classifier is trained on",
+        )
 
     def repeats(self, image_id: str, pixel_labelled: frozenset[str]) -> int:
         """How often an image stands in an epoch."""
@@ -176,34 +174,8 @@ class GainExtConfig(GainOptions):
         """The options with the ids of the list instead of its path."""
         content = super().key_content()
         if self.pixel_list is not None:
-            content["pixel_list"] = list(_read_list(self.pixel_list))
+            content["pixel_list"] = list(read_ids(self.pixel_list, _PIXEL_LIST))
         return content
-
-
-def _read_list(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"method.pixel_list: {path} does not read ({error}); name a text file of image ids"
-        ) from error
-    return tuple(dict.fromkeys(lines))
-
-
-def _listed_subset(path: Path, trained: Sequence[str], masked: Sequence[str]) -> tuple[str, ...]:
-    wanted, known, has_mask = _read_list(path), set(trained), set(masked)
-    problems = [
-        f"method.pixel_list: {path}: image '{image_id}' "
-        + ("has no true mask" if image_id in known else "is not among the images that the classifier is trained on")
-        + "; remove the line"
-        for image_id in wanted
-        if image_id not in has_mask
-    ]
-    if not wanted:
-        problems = [f"method.pixel_list: {path}: the list is empty; put one image id on each line"]
-    if problems:
-        raise ConfigError("method.pixel_list names images that cannot be used", problems)
-    return wanted
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.  Both set up .venv first.
-# Needs: Python >= 3.11, make; a C++ compiler for pydensecrf2 (without one the built-in torch CRF takes over).
+# Needs: Python >= 3.11, make; with a C++ compiler pydensecrf2 is built too, which the CRF is compared with.
 # Disk: about 6.5 GB for .venv with the registry's CUDA build of torch, about 2 GB with a CPU-only build, 0.1 GB for the demo.
 #   CPU only:  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
@@ -32,7 +32,7 @@ ifneq ($(TORCH_INDEX),)
 endif
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@$(PIP) install -q -c constraints.txt -e '.[crf]' 2> $(VENV)/pydensecrf2.log || \
-		echo "pydensecrf2 did not build here (see $(VENV)/pydensecrf2.log): the CRF uses the built-in torch mean field, equal in result and slower on a CPU"
+		echo "pydensecrf2 did not build here (see $(VENV)/pydensecrf2.log): nothing needs it but the tests and the benchmark that compare our CRF with it"
 	@touch $@
 
 demo: $(READY)

@@ -20,6 +20,8 @@ from stages.errors import WsssError
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
+    from stages.ops.crf import CrfBackend
+
 DISTRIBUTION = "wsss-pipeline"
 LEAST_PYTHON = (3, 11)
 LOW_DISK_BYTES = 2e9
@@ -142,19 +144,39 @@ def check_device() -> Check:
 
 
 def check_crf() -> Check:
-    """The CRF backend that ``auto`` means refines a tiny image."""
+    """The CRF backends that ``auto`` means on the CPU and on the device refine a tiny image."""
+    from stages.ops.crf import INSTALL_NUMBA, resolve_crf_backend
+
+    on_cpu, on_device = resolve_crf_backend("auto"), resolve_crf_backend("auto", "auto")
+    places: dict[CrfBackend, str] = {on_device: "cuda", on_cpu: "cpu"}  # one entry where they are the same
+    for backend, device in places.items():
+        if not _refines(backend, device):
+            return Check("crf", "failed", f"{backend} gives no probabilities on the {device}", _CRF_REMEDIES[backend])
+    found = on_cpu if on_device == on_cpu else f"{on_device} on the CUDA device, {on_cpu} with runtime.device=cpu"
+    hint = (
+        "" if on_cpu == "numba" else f"numba is missing or does not import; with it a CPU is quicker: {INSTALL_NUMBA}"
+    )
+    return Check("crf", "ok", found, hint)
+
+
+_CRF_REMEDIES = {
+    "pydensecrf": "pip install --force-reinstall --no-cache-dir --no-deps pydensecrf2==1.1",
+    "numba": "pip install --upgrade numba, or set crf.backend to torch",
+    "torch": "install torch again from constraints.txt",
+}
+
+
+def _refines(backend: CrfBackend, device: str) -> bool:
+    """Whether a pixel of another label in a flat image is smoothed away."""
     import numpy as np
 
-    from stages.ops.crf import CrfConfig, dense_crf, resolve_crf_backend
+    from stages.ops.crf import CrfConfig, dense_crf
 
-    backend = resolve_crf_backend("auto")
-    image = np.zeros((8, 8, 3), np.uint8)
-    refined = dense_crf(image, np.full((2, 8, 8), 0.5, np.float32), CrfConfig(iterations=1))
-    if not np.allclose(refined.sum(axis=0), 1.0, atol=1e-3):
-        return Check("crf", "failed", f"{backend} gives no probabilities", "install pydensecrf2==1.1 again")
-    if backend == "torch":
-        return Check("crf", "ok", "built-in torch mean field", "faster on a CPU: pip install 'wsss-pipeline[crf]'")
-    return Check("crf", "ok", backend)
+    start = np.full((2, 8, 8), 0.3, np.float32)
+    start[0] = 0.7
+    start[:, 4, 4] = 0.4, 0.6
+    refined = dense_crf(np.zeros((8, 8, 3), np.uint8), start, CrfConfig(backend=backend), device=device)
+    return bool((refined[0] > refined[1]).all() and np.allclose(refined.sum(axis=0), 1, atol=1e-3))
 
 
 def _root(artifacts: str | Path) -> Path:

@@ -22,6 +22,8 @@ PACKAGES = (
     "scipy",
     "pillow",
     "pydensecrf2",
+    "numba",
+    "llvmlite",
 )
 """Distributions whose version may explain a difference in results."""
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "torchvision", "prefect", "albumentations", "cv2", "scipy", "matplotlib", "timm")
+HEAVY = ("torch", "torchvision", "prefect", "albumentations", "cv2", "scipy.ndimage", "matplotlib", "timm")
+"""Of scipy a part: numba, whose import keys rest on, looks at scipy's version, which loads its light root."""
 
 CHECK = f"""
 import sys

@@ -1,7 +1,7 @@
-"""Dense CRF: the field's parameter presets, unaries, and one mean field with two backends of equal result.
+"""Dense CRF: the field's parameter presets, unaries, and one mean field with three backends of equal result.
 
-Reads and writes no file.  The backends are ``stages.ops.crf_native`` (pydensecrf; needs no torch) and
-``stages.ops.crf_torch``; ``stages.ops.crf_half`` works with either.  ``docs/crf.md`` says what each costs.
+Reads and writes no file.  The backends are ``stages.ops.crf_native`` (pydensecrf), ``stages.ops.crf_numba`` (neither
+needs torch) and ``stages.ops.crf_torch``; ``stages.ops.crf_half`` works with each.  Costs: ``docs/crf.md``.
 Shapes: L labels of the CRF (background and the classes that may occur), H W image pixels.
 Source: Krähenbühl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", NIPS 2011.
 """
@@ -24,7 +24,9 @@ from stages.errors import ConfigError
 from stages.ops.crf_presets import PRESETS, CrfNumbers, CrfPreset
 from stages.ops.cuda_presence import has_cuda
 
-CrfBackend = Literal["pydensecrf", "torch"]
+CrfBackend = Literal["pydensecrf", "numba", "torch"]
+
+INSTALL_NUMBA = "pip install --upgrade numba"
 
 _PROBABILITY_FLOOR = 1e-5
 """pydensecrf's ``unary_from_softmax`` clips here, so that no energy is infinite."""
@@ -51,8 +53,8 @@ class CrfConfig(StageConfig):
     """Its width in pixels."""
     iterations: int = Field(default=10, ge=0, le=1000)
     """Mean-field steps; 0 gives the unary back."""
-    backend: Literal["auto", "pydensecrf", "torch"] = "auto"
-    """auto takes torch on a CUDA device; else pydensecrf where it can be imported, else torch."""
+    backend: Literal["auto", "pydensecrf", "numba", "torch"] = "auto"
+    """auto takes torch on a CUDA device; else the first of numba, pydensecrf and torch that can be imported."""
     resolution: Literal["full", "half"] = "full"
     """half works on half the height and width, four times faster or more, and brings the marginals back along the
     edges of the full image: an approximation."""
@@ -79,7 +81,7 @@ class CrfConfig(StageConfig):
         return self.model_copy(update={"backend": resolve_crf_backend(self.backend, device)})
 
 
-def resolve_crf_backend(backend: Literal["auto", "pydensecrf", "torch"], device: str = "cpu") -> CrfBackend:
+def resolve_crf_backend(backend: Literal["auto", "pydensecrf", "numba", "torch"], device: str = "cpu") -> CrfBackend:
     """The backend that ``backend`` means on this machine; never imports torch.
 
     Args:
@@ -88,24 +90,36 @@ def resolve_crf_backend(backend: Literal["auto", "pydensecrf", "torch"], device:
             torch.
 
     Raises:
-        ConfigError: pydensecrf is asked for and not installed, or installed and not importable.
+        ConfigError: pydensecrf or numba is asked for and not installed, or installed and not importable.
     """
     if backend == "torch" or (backend == "auto" and _means_cuda(device)):
         return "torch"
-    if _has_pydensecrf():
-        return "pydensecrf"
     if backend == "auto":
-        return "torch"
-    problem = _import_problem() if _is_installed() else None
+        return "numba" if _has_numba() else "pydensecrf" if _has_pydensecrf() else "torch"
+    if backend == "numba" and not _has_numba():
+        raise ConfigError(_missing_numba())
+    if backend == "pydensecrf" and not _has_pydensecrf():
+        raise ConfigError(_missing_pydensecrf())
+    return backend
+
+
+def _missing_pydensecrf() -> str:
+    problem = _import_problem("pydensecrf.densecrf") if _is_installed() else None
     if problem is not None:
-        raise ConfigError(
-            f"crf.backend: pydensecrf is installed but cannot be imported ({problem}); set it to auto or torch, or "
-            "build it again: pip install --force-reinstall --no-cache-dir --no-deps pydensecrf2"
+        return (
+            f"crf.backend: pydensecrf is installed but cannot be imported ({problem}); set it to auto, which "
+            "is equal in result, or build it again: pip install --force-reinstall --no-cache-dir --no-deps pydensecrf2"
         )
-    raise ConfigError(
-        "crf.backend: pydensecrf is not installed; set it to auto or torch, or install the extra: "
+    return (
+        "crf.backend: pydensecrf is not installed; set it to auto, which is equal in result, or install the extra: "
         "pip install 'wsss-pipeline[crf]' (needs a C++ compiler)"
     )
+
+
+def _missing_numba() -> str:
+    problem = None if importlib.util.find_spec("numba") is None else _import_problem("numba")
+    found = "is not installed" if problem is None else f"cannot be imported ({problem})"
+    return f"crf.backend: numba {found}; set it to auto or torch, or install one that fits this numpy: {INSTALL_NUMBA}"
 
 
 def _means_cuda(device: str) -> bool:
@@ -114,14 +128,22 @@ def _means_cuda(device: str) -> bool:
 
 def _has_pydensecrf() -> bool:
     """Whether pydensecrf works here: a key and the stage behind it must agree, so that it is there is not enough."""
-    return _is_installed() and _import_problem() is None
+    return _is_installed() and _import_problem("pydensecrf.densecrf") is None
+
+
+def _has_numba() -> bool:
+    """Whether numba works here, likewise."""
+    return importlib.util.find_spec("numba") is not None and _import_problem("numba") is None
 
 
 @cache
-def _import_problem() -> str | None:
-    """Why pydensecrf, which is installed, cannot be imported: built for another numpy or C++ library; a few ms."""
+def _import_problem(module: str) -> str | None:
+    """Why an installed module cannot be imported: built for another numpy or C++ library.
+
+    pydensecrf takes a few ms, numba about half a second: it is asked for only where it would be taken.
+    """
     try:
-        importlib.import_module("pydensecrf.densecrf")
+        importlib.import_module(module)
     except Exception as error:  # an extension module may raise anything
         return f"{type(error).__name__}: {error}"
     return None
@@ -178,6 +200,16 @@ class BatchCrf(Protocol):
         """Marginals (L, H, W) of each image after ``iterations`` steps from its energies (L, H, W)."""
         ...
 
+    def infer_sets(
+        self, sets: Sequence[Sequence[NDArray[np.float32]]], iterations: int
+    ) -> list[list[NDArray[np.float32]]]:
+        """As ``infer`` for each of several sets of unaries, such as irn's two labellings of each image.
+
+        The numba backend takes all sets through an image's lattices at once, which costs little more than one of two
+        labels; the others take one set after the other.
+        """
+        ...
+
 
 class ImageCrf:
     """The kernels of one image, built once and used with any number of unaries of L labels."""
@@ -198,7 +230,7 @@ def open_crf(image: NDArray[np.uint8], num_labels: int, config: CrfConfig, *, de
         image: RGB, uint8 (H, W, 3).
         num_labels: L ≥ 2.
         config: Numbers, backend, resolution, tolerance.
-        device: Where the torch backend works; pydensecrf works on the CPU.
+        device: Where the torch backend works; the others work on the CPU.
     """
     return ImageCrf(open_crf_batch([image], [num_labels], config, device=device))
 
@@ -212,7 +244,7 @@ def open_crf_batch(
         images: RGB, uint8 (H, W, 3) each; at least one.
         num_labels: L ≥ 2 of each image.
         config: Numbers, backend, resolution, tolerance.
-        device: Where the torch backend works; pydensecrf works on the CPU.
+        device: Where the torch backend works; the others work on the CPU.
 
     Returns:
         Kernels that give each image what it would get alone, but for float32 rounding.
@@ -239,10 +271,15 @@ def open_crf_batch(
 def _open_unchecked(
     images: Sequence[NDArray[np.uint8]], num_labels: Sequence[int], config: CrfConfig, numbers: CrfNumbers, device: str
 ) -> BatchCrf:
-    if resolve_crf_backend(config.backend, device) == "pydensecrf":
+    backend = resolve_crf_backend(config.backend, device)
+    if backend == "pydensecrf":
         from stages.ops.crf_native import PydenseCrf
 
         return PydenseCrf(images, num_labels, numbers, tolerance=config.tolerance)
+    if backend == "numba":
+        from stages.ops.crf_numba import NumbaCrf
+
+        return NumbaCrf(images, numbers, tolerance=config.tolerance)
     from stages.ops.crf_torch import TorchCrf
 
     return TorchCrf(images, numbers, device=device, tolerance=config.tolerance)
@@ -256,6 +293,17 @@ class _CheckedCrf:
         self._batch = batch
 
     def infer(self, unaries: Sequence[NDArray[np.float32]], iterations: int) -> list[NDArray[np.float32]]:
+        self._check(unaries)
+        return self._batch.infer(unaries, iterations)
+
+    def infer_sets(
+        self, sets: Sequence[Sequence[NDArray[np.float32]]], iterations: int
+    ) -> list[list[NDArray[np.float32]]]:
+        for unaries in sets:
+            self._check(unaries)
+        return self._batch.infer_sets(sets, iterations)
+
+    def _check(self, unaries: Sequence[NDArray[np.float32]]) -> None:
         for unary, shape in zip(unaries, self._shapes, strict=True):
             if unary.shape != shape:
                 raise ValueError(f"expected a unary {shape}, got {unary.shape}")
@@ -265,7 +313,6 @@ class _CheckedCrf:
                     f"expected finite energies, found NaN or infinity in {bad} of {unary[0].size} pixels of a unary; "
                     "leave such maps or probabilities out before the CRF"
                 )
-        return self._batch.infer(unaries, iterations)
 
 
 def dense_crf(

@@ -39,9 +39,18 @@ class HalfResolutionCrf:
 
     def infer(self, unaries: Sequence[NDArray[np.float32]], iterations: int) -> list[NDArray[np.float32]]:
         """Marginals (L, H, W) of each image from its energies (L, H, W); without a step, those of full resolution."""
+        return self.infer_sets([unaries], iterations)[0]
+
+    def infer_sets(
+        self, sets: Sequence[Sequence[NDArray[np.float32]]], iterations: int
+    ) -> list[list[NDArray[np.float32]]]:
+        """As ``infer`` for each set."""
         if iterations == 0:
-            return [_softmax(-unary) for unary in unaries]
-        coarse = self._coarse.infer([halve(unary) for unary in unaries], iterations)
+            return [[_softmax(-unary) for unary in unaries] for unaries in sets]
+        coarse = self._coarse.infer_sets([[halve(unary) for unary in unaries] for unaries in sets], iterations)
+        return [self._upsample_all(marginals) for marginals in coarse]
+
+    def _upsample_all(self, coarse: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         return [_upsample(upsampler, marginals) for upsampler, marginals in zip(self._upsamplers, coarse, strict=True)]
 
 

@@ -48,6 +48,12 @@ class PydenseCrf:
         """Marginals (L, H, W) of each image after at most ``iterations`` steps from its energies (L, H, W)."""
         return [crf.infer(unary, iterations) for crf, unary in zip(self._crfs, unaries, strict=True)]
 
+    def infer_sets(
+        self, sets: Sequence[Sequence[NDArray[np.float32]]], iterations: int
+    ) -> list[list[NDArray[np.float32]]]:
+        """As ``infer`` for each set, one after the other."""
+        return [self.infer(unaries, iterations) for unaries in sets]
+
 
 class _NativeCrf:
     """One image's DenseCRF2D; a second unary reuses the lattices, which cost as much as several steps."""

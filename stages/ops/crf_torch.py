@@ -1,6 +1,6 @@
 """Mean field of the dense CRF on a permutohedral lattice, in torch operations only.
 
-For machines without pydensecrf2, which has no wheel, and for CUDA.  Probabilities agree with pydensecrf's
+For CUDA, and for machines with neither pydensecrf2 nor numba.  Probabilities agree with pydensecrf's
 within 1e-3, save single pixels near a tie, where the iterations amplify either one's float32 rounding.
 Reads and writes no file.  Splatting, blurring and slicing are weighted sums of rows, so each is one ``embedding_bag``,
 which is deterministic (no atomic additions) and parallel.
@@ -218,6 +218,12 @@ class TorchCrf:
                 part[:, : len(unary)].T.reshape(unary.shape).cpu().numpy().copy()
                 for part, unary in zip(marginals, unaries, strict=True)
             ]
+
+    def infer_sets(
+        self, sets: Sequence[Sequence[NDArray[np.float32]]], iterations: int
+    ) -> list[list[NDArray[np.float32]]]:
+        """As ``infer`` for each set, one after the other."""
+        return [self.infer(unaries, iterations) for unaries in sets]
 
     def _joined(self, unaries: Sequence[NDArray[np.float32]]) -> Tensor:
         """Energies (N, most labels of an image); infinite for labels that an image does not have."""

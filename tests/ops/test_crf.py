@@ -1,10 +1,10 @@
-"""The two CRF backends agree, and unaries, presets and backend choice do what they say."""
+"""The CRF backends agree, and unaries, presets and backend choice do what they say."""
 
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -50,11 +50,14 @@ def _scene(num_labels: int, height: int = 40, width: int = 56) -> tuple[np.ndarr
 
 
 @needs_native
-@pytest.mark.parametrize(("num_labels", "preset"), [(2, "irn"), (3, "sec"), (3, "toco"), (7, "deeplab_v2_resnet101")])
-def test_torch_mean_field_equals_pydensecrf(num_labels: int, preset: CrfPreset) -> None:
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize(
+    ("num_labels", "preset"), [(2, "irn"), (3, "sec"), (3, "toco"), (7, "deeplab_v2_resnet101"), (21, "irn")]
+)
+def test_our_mean_fields_equal_pydensecrfs(num_labels: int, preset: CrfPreset, backend: Any) -> None:
     image, probabilities = _scene(num_labels)
     native = dense_crf(image, probabilities, CrfConfig(preset=preset, backend="pydensecrf"))
-    ours = dense_crf(image, probabilities, CrfConfig(preset=preset, backend="torch"))
+    ours = dense_crf(image, probabilities, CrfConfig(preset=preset, backend=backend))
     assert np.abs(native - ours).max() <= 1e-3
     assert (native.argmax(0) == ours.argmax(0)).mean() >= 0.999
     assert (native.argmax(0) != probabilities.argmax(0)).mean() > 0.01, "the scene must give the CRF something to do"
@@ -87,8 +90,11 @@ def test_probability_unary_clips_zero() -> None:
     )
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("pydensecrf", marks=needs_native)])
-class TestBothBackends:
+@pytest.mark.parametrize(
+    "backend",
+    ["torch", pytest.param("pydensecrf", marks=needs_native), "numba"],
+)
+class TestEveryBackend:
     def test_no_iterations_give_the_probabilities_back(self, backend: str) -> None:
         image, probabilities = _scene(3)
         result = dense_crf(image, probabilities, CrfConfig(iterations=0, backend=backend))
@@ -179,9 +185,37 @@ def test_without_pydensecrf_auto_takes_torch_and_an_explicit_wish_fails(monkeypa
     assert resolve_crf_backend("auto") == "torch"
     with pytest.raises(ConfigError, match="pydensecrf is not installed"):
         resolve_crf_backend("pydensecrf")
+    with pytest.raises(ConfigError, match=r"numba is not installed; .* pip install --upgrade numba"):
+        resolve_crf_backend("numba")
 
 
-def test_a_pydensecrf_that_does_not_import_counts_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_doctor_lets_the_backend_of_this_machine_refine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.doctor import check_crf
+
+    monkeypatch.setattr(crf, "has_cuda", lambda: False)
+    found = check_crf()
+    assert (found.status, found.found, found.remedy) == ("ok", "numba", "")
+    monkeypatch.setattr(crf, "_has_numba", lambda: False)
+    monkeypatch.setattr(crf, "_has_pydensecrf", lambda: False)
+    found = check_crf()
+    assert (found.status, found.found) == ("ok", "torch")
+    assert "pip install --upgrade numba" in found.remedy
+    monkeypatch.setattr("stages.ops.crf_torch.TorchCrf.infer", lambda self, unaries, _: unaries)
+    assert check_crf().status == "failed"
+
+
+def test_auto_is_numba_then_pydensecrf_then_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_crf_backend("auto") == resolve_crf_backend("auto", "mps") == "numba"
+    assert resolve_crf_backend("auto", "cuda") == "torch"
+    monkeypatch.setattr(crf, "_has_numba", lambda: False)
+    monkeypatch.setattr(crf, "_has_pydensecrf", lambda: True)
+    assert resolve_crf_backend("auto") == "pydensecrf"
+    monkeypatch.setattr(crf, "_has_pydensecrf", lambda: False)
+    assert resolve_crf_backend("auto") == "torch"
+
+
+def test_what_does_not_import_counts_as_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 1 or less')", encoding="utf-8")
     package = tmp_path / "pydensecrf"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -191,17 +225,20 @@ def test_a_pydensecrf_that_does_not_import_counts_as_none(monkeypatch: pytest.Mo
         from stages.errors import ConfigError
         from stages.ops.crf import resolve_crf_backend
         assert resolve_crf_backend("auto") == resolve_crf_backend("torch") == "torch"
-        try:
-            resolve_crf_backend("pydensecrf")
-        except ConfigError as error:
-            print(error.message)
+        for backend in ("pydensecrf", "numba"):
+            try:
+                resolve_crf_backend(backend)
+            except ConfigError as error:
+                print(error.message)
     """
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.startswith(
+    native, compiled = done.stdout.splitlines()
+    assert native.startswith(
         "crf.backend: pydensecrf is installed but cannot be imported (ImportError: GLIBCXX_3.4.99 not found); "
-        "set it to auto or torch, or build it again: "
+        "set it to auto, which is equal in result, or build it again: "
     )
+    assert compiled.startswith("crf.backend: numba cannot be imported (ImportError: Numba needs NumPy 1 or less); ")
 
 
 def test_choosing_a_backend_imports_no_torch() -> None:

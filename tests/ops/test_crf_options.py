@@ -22,7 +22,11 @@ from stages.ops.crf import (
 )
 
 HAS_NATIVE = resolve_crf_backend("auto") == "pydensecrf"
-BACKENDS = ["torch", pytest.param("pydensecrf", marks=pytest.mark.skipif(not HAS_NATIVE, reason="no pydensecrf2"))]
+BACKENDS = [
+    "torch",
+    pytest.param("pydensecrf", marks=pytest.mark.skipif(not HAS_NATIVE, reason="no pydensecrf2")),
+    "numba",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +89,8 @@ class TestHalfResolution:
 
     def test_kernels_keep_their_width_on_the_image(self, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = []
-        module = {"torch": "stages.ops.crf_torch.TorchCrf", "pydensecrf": "stages.ops.crf_native.PydenseCrf"}[backend]
-        monkeypatch.setattr(module, lambda *arguments, **_: seen.extend(arguments))
+        classes = {"torch": "torch.TorchCrf", "pydensecrf": "native.PydenseCrf", "numba": "numba.NumbaCrf"}
+        monkeypatch.setattr(f"stages.ops.crf_{classes[backend]}", lambda *arguments, **_: seen.extend(arguments))
         open_crf(_scene()[0], 3, CrfConfig(preset="sec", backend=backend, resolution="half"))
         assert seen[0][0].shape == (31, 42, 3)
         assert seen[-1] == CrfNumbers(10, 40, 13, 3, 1.5)
@@ -139,6 +143,34 @@ def test_a_batch_gives_each_image_what_it_gets_alone(backend: Any, resolution: A
         alone = open_crf(image, count, config).infer(unary, 10)
         assert marginals.shape == alone.shape
         np.testing.assert_allclose(marginals, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("resolution", ["full", "half"])
+@pytest.mark.parametrize("tolerance", [None, 1e-2])
+def test_labellings_that_go_together_get_what_each_gets_alone(
+    backend: Any, resolution: Any, tolerance: float | None
+) -> None:
+    config = CrfConfig(backend=backend, resolution=resolution, tolerance=tolerance)
+    scenes, counts = [_scene(0, 3), _scene(1, 2, 40, 30)], [3, 2]
+    sets = [
+        [label_unary(change(labels, count), count, 0.7) for (_, _, labels), count in zip(scenes, counts, strict=True)]
+        for change in (lambda labels, _: labels, lambda labels, count: count - 1 - labels // 2)
+    ]
+    batch = open_crf_batch([image for image, *_ in scenes], counts, config)
+    together = batch.infer_sets(sets, 10)
+    for unaries, found in zip(sets, together, strict=True):
+        for marginals, alone in zip(found, batch.infer(unaries, 10), strict=True):
+            np.testing.assert_array_equal(marginals, alone)
+    assert (together[0][0].argmax(0) != together[1][0].argmax(0)).mean() > 0.1
+
+
+def test_every_labelling_is_checked() -> None:
+    image, _, labels = _scene()
+    good = label_unary(labels, 3, 0.7)
+    batch = open_crf_batch([image], [3], CrfConfig(backend="torch"))
+    with pytest.raises(ValueError, match="expected a unary"):
+        batch.infer_sets([[good], [good[:2]]], 1)
 
 
 def test_equal_images_of_a_batch_do_not_see_each_other() -> None:
@@ -215,9 +247,9 @@ def test_new_options_are_in_the_key_when_they_are_set() -> None:
 @pytest.mark.parametrize(
     ("device", "has_cuda", "expected"),
     [
-        ("cpu", True, "pydensecrf"),
-        ("mps", True, "pydensecrf"),
-        ("auto", False, "pydensecrf"),
+        ("cpu", True, "numba"),
+        ("mps", True, "numba"),
+        ("auto", False, "numba"),
         ("auto", True, "torch"),
         ("cuda", False, "torch"),
         ("cuda:1", True, "torch"),
@@ -228,6 +260,7 @@ def test_auto_is_torch_on_a_cuda_device_alone(
 ) -> None:
     monkeypatch.setattr(crf, "has_cuda", lambda: has_cuda)
     monkeypatch.setattr(crf, "_has_pydensecrf", lambda: True)
+    monkeypatch.setattr(crf, "_has_numba", lambda: True)
     assert resolve_crf_backend("auto", device) == expected
     assert resolve_crf_backend("pydensecrf", device) == "pydensecrf", "what is named is taken"
     config = CrfConfig()

@@ -69,9 +69,9 @@ def test_options_that_are_set_are_in_the_key(cache: Path, option: str) -> None:
 @pytest.mark.parametrize(
     ("device", "has_cuda", "backend"),
     [
-        ("auto", False, "pydensecrf"),
+        ("auto", False, "numba"),
         ("auto", True, "torch"),
-        ("cpu", True, "pydensecrf"),
+        ("cpu", True, "numba"),
         ("cuda:0", True, "torch"),
     ],
 )
@@ -108,7 +108,16 @@ def test_a_key_that_other_machines_do_not_share_is_remarked_on(monkeypatch: pyte
     assert config_warnings(load("train_segmenter.supervision=full")) == []
 
 
-def test_a_missing_pydensecrf_is_remarked_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.ops.crf._has_pydensecrf", lambda: False)
+@pytest.mark.parametrize(("has_native", "meant"), [(True, "pydensecrf"), (False, "torch")])
+def test_a_missing_numba_is_remarked_on_once(has_native: bool, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.ops.crf._has_numba", lambda: False)
+    monkeypatch.setattr("stages.ops.crf._has_pydensecrf", lambda: has_native)
     (warning,) = config_warnings(load(*EVALUATE))
-    assert "auto means torch here (pydensecrf is not installed or does not import)" in warning
+    assert f"auto means {meant} here (numba is not installed or does not import)" in warning
+
+
+def test_a_pydensecrf_beside_numba_changes_no_key(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert contents(cache)[0]["backend"] == "numba"
+    monkeypatch.setattr("stages.ops.crf._has_pydensecrf", lambda: True)
+    assert contents(cache)[0]["backend"] == "numba"
+    assert contents(cache, "make_masks.crf.backend=pydensecrf")[0]["backend"] == "pydensecrf"

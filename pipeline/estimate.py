@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from pipeline.disk_projection import describe_bytes, facts_of_run
 from pipeline.keys import Plan
 from pipeline.outcomes import StageStatus
 from pipeline.store import Store
-from pipeline.workload import Content, DataFacts, Work, count_work, facts_of_index, facts_of_listing
+from pipeline.workload import Content, DataFacts, Work, count_work, facts_of_index
 from stages.errors import WsssError
 
 SCALED_AT_MOST = 20.0
@@ -57,7 +58,7 @@ def estimate(plan: Plan, store: Store, stages: Sequence[StageStatus], *, forced:
         for position, stage in enumerate(stages)
         if stage.state != "skipped" and (stage.state != "cached" or position >= forced)
     }
-    data = _facts(plan, store) if is_needed else None
+    data = facts_of_run(plan, store) if is_needed else None
     if data is None:
         return {}
     history = _History(store, host or socket.gethostname(), plan)
@@ -67,18 +68,6 @@ def estimate(plan: Plan, store: Store, stages: Sequence[StageStatus], *, forced:
         if work is not None:
             found[name] = StageEstimate(work, history.seconds(name, work), is_begun)
     return found
-
-
-def _facts(plan: Plan, store: Store) -> DataFacts | None:
-    """The run's images: as prepare_data found them where it ran already, else as they are listed."""
-    key = plan.keys.get("prepare_data")
-    if key is None:
-        return None
-    artifact = store.lookup("prepare_data", key)
-    if artifact is not None:
-        return facts_of_index(store.require("prepare_data", key).path)
-    listing = plan.data.listing
-    return None if listing is None else facts_of_listing(listing, plan.contents["prepare_data"])
 
 
 class _History:
@@ -151,14 +140,9 @@ def describe_time(found: Estimate) -> str:
 
 
 def describe_disk(found: Estimate) -> str | None:
-    """What attention maps and masks take; None where that is unknown."""
-    things = {"make_attention": "of attention maps", "make_masks": "of masks"}
-    parts = [
-        f"{max(found[name].work.disk_bytes or 0, 1e5) / 1e6:,.1f} MB {thing}"
-        for name, thing in things.items()
-        if name in found and found[name].work.disk_bytes is not None
-    ]
-    return f"at most {' and '.join(parts)}" if parts else None
+    """What the stages write, together and one by one; None where nothing of it is known."""
+    known = {name: stage.work.disk_bytes for name, stage in found.items() if stage.work.disk_bytes is not None}
+    return describe_bytes(known, [name for name in found if name not in known]) or None
 
 
 def about(seconds: float) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
+from pipeline.disk_projection import require_space
 from pipeline.keys import Plan, plan_run
 from pipeline.outcomes import Around, Listener, Recruit, RunOutcome, SilentListener, StageOutcome, StageStatus
 from pipeline.runs import RunRecord
@@ -77,8 +78,11 @@ def run_stage(
 
     Raises:
         MissingArtifactError: an input is not in the store; the command that makes it is in the message.
+        EnvironmentFailure: the disk cannot hold what the stage writes; nothing was built.
     """
     plan = plan_with_inputs(stage, run, store, invocation, plan, table)
+    is_built = stage in plan.keys and (force or store.lookup(stage, plan.keys[stage]) is None)
+    require_space(plan, store, [stage] if is_built else [])
     around = around or _as_it_is
     body = partial(ensure, stage, run, store, force=force, listener=listener, plan=plan, recruit=recruit, table=table)
     with terminate_as_interrupt(), RunRecord.open(store, plan) as record:
@@ -129,6 +133,7 @@ def run_pipeline(
         One outcome per stage up to ``until``.
 
     Raises:
+        EnvironmentFailure: the disk cannot hold what is to be built (``pipeline.disk_projection``); nothing was built.
         WsssError: the first failure; the listener has heard the outcomes before it and a ``failed`` one.
         KeyboardInterrupt: interrupted by SIGINT or SIGTERM; the unfinished stage continues next time.
     """
@@ -138,11 +143,13 @@ def run_pipeline(
     missing = [n for n in table.names[:first] if n in plan.keys and store.lookup(n, plan.keys[n]) is None]
     if missing:
         raise missing_error(table.names[first], missing, invocation)
+    unbuilt = _to_build(plan, table.names[: last + 1], store, max(forced_from, first))
+    require_space(plan, store, unbuilt)
     outcomes: list[StageOutcome] = []
     with terminate_as_interrupt(), RunRecord.open(store, plan) as record:
         for text in plan.data.warnings:
             (listener or SilentListener()).log("warning", text)
-        _check_networks(plan, table.names[: last + 1], store, max(forced_from, first), listener or SilentListener())
+        _check_networks(plan, unbuilt, listener or SilentListener())
         for position, name in enumerate(table.names[: last + 1]):
             is_forced = position >= max(forced_from, first)
             body = partial(ensure, name, run, store, force=is_forced, listener=listener, plan=plan, table=table)
@@ -150,13 +157,17 @@ def run_pipeline(
     return RunOutcome(record.run_id, tuple(outcomes), record.path)
 
 
-def _check_networks(plan: Plan, names: Collection[str], store: Store, forced_from: int, listener: Listener) -> None:
-    """Find out in a child, with torch, what would otherwise come to light only after the first training."""
-    missing = [
+def _to_build(plan: Plan, names: Collection[str], store: Store, forced_from: int) -> list[str]:
+    """Those of ``names`` that will be built: they are forced or not in the store."""
+    return [
         name
         for position, name in enumerate(names)
         if name in plan.keys and (position >= forced_from or store.lookup(name, plan.keys[name]) is None)
     ]
+
+
+def _check_networks(plan: Plan, missing: Collection[str], listener: Listener) -> None:
+    """Find out in a child, with torch, what would otherwise come to light only after the first training."""
     if plan.table.needs_check(plan.run, missing):
         listener.log("info", "checking that the networks can be built and their weights fit")
         request = {"table": plan.table.location, "run": plan.run.model_dump(mode="json"), "check": True}

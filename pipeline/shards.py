@@ -53,7 +53,7 @@ class Shard:
 def shard_count(spec: StageSpec, run: Any) -> int:  # noqa: ANN401 - the table's run type
     """Into how many shards a run cuts a stage: ``runtime.shards`` where the stage can be made in parts, else 1."""
     runtime = getattr(run, "runtime", None)
-    return 1 if spec.shard_units is None or runtime is None else runtime.shards
+    return 1 if spec.shard_units is None or runtime is None or not spec.in_parts(run) else runtime.shards
 
 
 def shards_of(stage: str, whole: str, count: int) -> tuple[Shard, ...]:

@@ -1,6 +1,7 @@
 """How much work a stage is, counted from what its key is made of and from how many images there are.
 
-Reads the index of a ``prepare_data`` artifact; writes nothing; torch-free.  A run's plan and an artifact's manifest
+Reads the index of a ``prepare_data`` artifact, or before there is one the headers of some images; writes nothing;
+torch-free.  A run's plan and an artifact's manifest
 describe a stage in the same words (``content``), so both are counted by the same functions and can be compared.
 """
 
@@ -11,13 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.contracts import ImageIndex, ImageRecord, read_json
+from PIL import Image
+
+from pipeline.disk_sizes import (
+    attention_bytes,
+    classifier_bytes,
+    masks_bytes,
+    prediction_bytes,
+    prepared_bytes,
+    segmenter_bytes,
+)
+from stages.contracts import IMAGE_FORMATS, ImageIndex, ImageRecord, read_json
 from stages.data.records import DataListing, ListedImage
 from stages.data.splits import hold_out
 from stages.training import TrainingConfig
 
 Content = Mapping[str, Any]
 """``content`` of a manifest, or what a key of a plan is the hash of."""
+
+_OPENED_IMAGES = 32
+"""Images of a listing whose headers are read to learn the size of all."""
 
 _PHOTOGRAPH = 4 / 3
 """Longer over shorter side of an image nobody has opened yet."""
@@ -39,9 +53,11 @@ class DataFacts:
     num_labels: int
     """Labels of all training images together: the number of attention maps."""
     mean_px: float | None
-    """Mean height × width of the images; None before prepare_data has opened them."""
+    """Mean height × width of the images, before prepare_data of some of them; None where none can be opened."""
     side_ratio: float = _PHOTOGRAPH
     """Mean of longer over shorter side."""
+    num_train_scored: int = 0
+    """Training images whose true masks score attention and masks."""
 
     def seen_px(self, short_side_px: int | None) -> float | None:
         """Mean pixels of an image resized to this shorter side (None: not resized); None where that is unknown."""
@@ -60,7 +76,7 @@ class Work:
     path: tuple[object, ...]
     """Two builds of a stage compare only if this is equal: networks, precision, backends."""
     disk_bytes: float | None = None
-    """The most that the maps or masks take on disk: their size before compression."""
+    """About the most that its files take on disk (``pipeline.disk_sizes``); None where what decides it is unknown."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,8 +95,23 @@ def facts_of_listing(listing: DataListing, prepare_data: Content) -> DataFacts:
     """What the lists tell before ``prepare_data``, whose content is given, has opened an image."""
     holdout = hold_out(listing, prepare_data["config"]["holdout_ratio"])
     size_px = prepare_data["data"].get("size_px")  # generated images have one size, which the config gives
-    sizes = [] if size_px is None else [(size_px, size_px)]
+    sizes = _sample_sizes(listing) if size_px is None else [(size_px, size_px)]
     return _facts(listing.images, listing.splits, len(holdout), sizes)
+
+
+def _sample_sizes(listing: DataListing) -> list[tuple[int, int]]:
+    """(height, width) of images that lie evenly over the list; what cannot be opened is for prepare_data to name."""
+    if listing.root is None:
+        return []
+    step = max(1, len(listing.images) // _OPENED_IMAGES)
+    sizes = []
+    for image in listing.images[::step][:_OPENED_IMAGES]:
+        try:
+            with Image.open(listing.root / image.image, formats=IMAGE_FORMATS) as opened:
+                sizes.append((opened.height, opened.width))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue
+    return sizes
 
 
 def _facts(
@@ -101,6 +132,7 @@ def _facts(
         num_labels=sum(len(image.labels or ()) for image in train),
         mean_px=sum(height * width for height, width in sizes) / count if count else None,
         side_ratio=sum(max(size) / min(size) for size in sizes) / count if count else _PHOTOGRAPH,
+        num_train_scored=len(splits.get("train_score", ())),
     )
 
 
@@ -132,29 +164,30 @@ def _prepare_data(content: Content, inputs: Mapping[str, Content], data: DataFac
     del inputs
     count = data.num_train + data.num_val + data.num_test
     is_generated = content["data"]["format"] == "synthetic"
-    return Work(count, "images", _times(count, data.mean_px if is_generated else 1.0), (is_generated,))
+    disk = prepared_bytes(count, data.mean_px, is_generated=is_generated)
+    return Work(count, "images", _times(count, data.mean_px if is_generated else 1.0), (is_generated,), disk)
 
 
 def _train_classifier(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
     del inputs
     config = content["config"]
     path = _classifier(config)
-    return _training(config, data.num_train - data.num_holdout, path)
+    return _training(config, data.num_train - data.num_holdout, path, classifier_bytes(config))
 
 
 def _train_segmenter(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
     del inputs
     config = content["config"]
     num_samples = data.num_full_masks if config["supervision"] == "full" else data.num_train
-    return _training(config, num_samples, _segmenter(config["net"]))
+    return _training(config, num_samples, _segmenter(config["net"]), segmenter_bytes(config))
 
 
-def _training(config: Content, num_samples: int, path: tuple[object, ...]) -> Work:
+def _training(config: Content, num_samples: int, path: tuple[object, ...], disk: float | None) -> Work:
     """Steps × batch × crop area."""
     training = TrainingConfig.model_validate(config["training"])
     steps = training.num_steps(num_samples)
     cost = float(steps * training.batch_size * config["augment"]["crop_px"] ** 2)
-    return Work(steps, "steps", cost, (*path, training.precision))
+    return Work(steps, "steps", cost, (*path, training.precision), disk)
 
 
 def _make_attention(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
@@ -162,22 +195,33 @@ def _make_attention(content: Content, inputs: Mapping[str, Content], data: DataF
     config, classifier = content["config"], inputs["train_classifier"]["config"]
     cost = _times(data.num_train * _views(config), data.seen_px(config["short_side_px"]))
     path = _classifier(classifier)
-    disk = _times(data.num_labels / config["map_stride"] ** 2, data.mean_px)
+    disk = attention_bytes(config, data.num_train, data.num_labels, data.mean_px)
+    if not _keeps_maps(config):
+        return Work(0, "images", 1.0, ("no maps",), disk)
     return Work(data.num_train, "images", cost, path, disk)
+
+
+def _keeps_maps(make_attention: Content) -> bool:
+    """Whether the maps are stored; where they are not, make_masks makes them as it goes."""
+    return make_attention.get("keep_maps", True)
 
 
 def _make_masks(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
     """Images × their pixels; the iterations of a CRF are not counted, since its set-up costs as much."""
-    del inputs
-    config = content["config"]
-    path = (config["refine"], _backend(config["crf"]), config["unary"], config["confident"] is not None)
+    config, attention = content["config"], inputs["make_attention"]["config"]
+    path: tuple[object, ...] = (config["refine"], _backend(config["crf"]), config["unary"])
+    path = (*path, config["confident"] is not None)
+    if not _keeps_maps(attention):
+        classifier = _classifier(inputs["train_classifier"]["config"])
+        path = (*path, *classifier, _views(attention), attention["short_side_px"])
     pixels = _times(data.num_train, data.mean_px)
-    return Work(data.num_train, "images", pixels, path, pixels)
+    disk = masks_bytes(config, data.num_train, data.mean_px, num_scored=data.num_train_scored)
+    return Work(data.num_train, "images", pixels, path, disk)
 
 
 def _evaluate(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
     """Predicted images × the pixels of their views; only scored images are seen at several scales."""
-    config, work = content["config"], Work(0, "images", 0.0, ())
+    config, work = content["config"], Work(0, "images", 0.0, (), 0.0)
     if config.get("segmentation", True):
         work = _segmentation(content, inputs, data)
     localization = config.get("localization")
@@ -186,7 +230,7 @@ def _evaluate(content: Content, inputs: Mapping[str, Content], data: DataFacts) 
     cost = _times(data.num_val * _views(localization), data.seen_px(localization["short_side_px"]))
     total = None if cost is None or work.cost is None else cost + work.cost
     path = (*work.path, *_classifier(inputs["train_classifier"]["config"]))
-    return Work(max(work.count, data.num_val), "images", total, path)
+    return Work(max(work.count, data.num_val), "images", total, path, work.disk_bytes)
 
 
 def _segmentation(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
@@ -197,7 +241,7 @@ def _segmentation(content: Content, inputs: Mapping[str, Content], data: DataFac
     cost = _times(count - num_scored + num_scored * views, data.seen_px(config["short_side_px"]))
     net = _segmenter(inputs["train_segmenter"]["config"]["net"])
     path = (*net, _backend(config["crf_config"]), "make_masks" in content["inputs"])
-    return Work(count, "images", cost, path)
+    return Work(count, "images", cost, path, prediction_bytes(count, data.mean_px))
 
 
 _COUNTERS: Mapping[str, Callable[[Content, Mapping[str, Content], DataFacts], Work]] = {

@@ -1,10 +1,11 @@
 """Attention maps of the training images for the labels they have, over several scales and mirrored.
 
 Reads: the images and labels of split ``train`` (never a mask) and the trained classifier.
-Writes: ``shards/attention-00000.npz`` …, ``shard_images`` images each, in the order of the split.
+Writes: ``shards/attention-00000.npz`` …, ``shard_images`` images each, in the order of the split; with
+``keep_maps: false`` only ``views.json``, by which ``make_masks`` makes the same maps when it wants them.
 Each map is the mean over scales and flips of the method's maps (ReLU'd class scores for CAM), laid onto a grid of the
 image's size / ``map_stride``, divided by its own maximum and stored as uint8 with that maximum beside it; a class
-without evidence stays zero.
+without evidence stays zero, and so does a map that is NaN or infinite, whose maximum is stored as NaN.
 
 A run can be stopped at any instant: shards are written whole, and the next run makes those that are missing, with the
 same bytes.  Batches never reach across a shard and are planned from the images' sizes alone.  How many inputs share a
@@ -17,11 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Any
 
-import numpy as np
-from pydantic import Field, field_validator
-
+from stages.attention_windows import (
+    AttentionConfig,
+    Window,
+    WindowAttention,
+    check_classes,
+    training_windows,
+    write_views,
+)
 from stages.contracts import (
     AttentionRecord,
     ImageRecord,
@@ -29,42 +35,29 @@ from stages.contracts import (
     Part,
     Progress,
     Runtime,
-    StageConfig,
     StageResult,
     open_image_set,
     read_attention_shard,
     write_attention_shard,
 )
-from stages.errors import DamagedFileError, DataError, InputError
+from stages.errors import DamagedFileError, InputError
+from stages.map_census import MapCensus
+from stages.writing import explain_full_disk
 
-if TYPE_CHECKING:
-    from stages.methods.extraction import AttentionExtractor
-
-VERSION = 1
+VERSION = 2
 """Raise when equal inputs give other bytes than before."""
 
 
-class MakeAttentionConfig(StageConfig):
-    """How the trained classifier looks at an image, and how finely its attention is stored."""
+class MakeAttentionConfig(AttentionConfig):
+    """How the trained classifier looks at an image, and whether its attention is stored."""
 
-    scales: tuple[Annotated[float, Field(ge=0.1, le=4.0)], ...] = Field(default=(0.5, 1.0, 1.5, 2.0), min_length=1)
-    """Sizes, relative to the image (or to ``short_side_px``), that the maps are averaged over.
-    Source: irn (a2ece00) run_sample.py, cam_scales."""
-    flip: bool = True
-    """Look at the mirrored image too, at every scale."""
-    short_side_px: int | None = Field(default=None, ge=16, le=4096)
-    """Resize the image's shorter side to this before the scales; None keeps the file's size."""
-    map_stride: Literal[1, 2, 4, 8] = 4
-    """Pixels of the original image per stored cell; 4 is irn's quarter resolution."""
-    shard_images: int = Field(default=64, ge=1, le=4096)
-    """Images per file: what an interrupted run loses at most."""
+    keep_maps: bool = True
+    """Store the maps.  With false, ``make_masks`` makes them as it goes and no map touches the disk: the masks are the
+    same, ``attention.*`` is not scored, and other masks from the same classifier look at every image again."""
 
-    @field_validator("scales")
-    @classmethod
-    def _check_scales(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
-        if len(set(scales)) != len(scales):
-            raise ValueError(f"each scale may stand once, got {list(scales)}; drop the repeated one")
-        return scales
+    def key_content(self) -> dict[str, Any]:
+        """What decides the maps, as JSON; the keys of the time when all were kept stay valid."""
+        return self.model_dump(mode="json", exclude={"keep_maps"} if self.keep_maps else None)
 
 
 def make_attention(
@@ -81,7 +74,7 @@ def make_attention(
     """Write the attention maps of all training images under ``out / "shards"``.
 
     Args:
-        config: Scales, flips and the stored resolution.
+        config: Scales, flips and the stored resolution; whether anything is stored.
         images: Output folder of ``prepare_data``.
         classifier: Output folder of ``train_classifier``.
         data_root: Folder of the user's data; None for the embedded data set.
@@ -92,122 +85,91 @@ def make_attention(
             are fewer files than parts, some parts are empty.  None writes all.
 
     Returns:
-        Metric ``attention.bytes_per_image``: bytes on disk over images; nothing for a part.
+        Metric ``attention.bytes_per_image``: bytes on disk over images; nothing for a part or where no map is kept.
 
     Raises:
         DataError: a training image has no labels, cannot be read, or changed its size.
-        InputError: the classifier knows other classes, or gives NaN.
-        EnvironmentFailure: the device cannot hold one image.
+        InputError: the classifier knows other classes, or gives nothing but NaN.
+        EnvironmentFailure: the device cannot hold one image, or the disk is full.
     """
     image_set = open_image_set(images, data_root)
-    records = _labelled(image_set)
-    shards = [records[start : start + config.shard_images] for start in range(0, len(records), config.shard_images)]
-    wanted = range(len(shards)) if part is None else part.positions(len(shards))
-    missing = [n for n in wanted if not _is_finished(_shard_path(out, n), shards[n], progress)]
-    num_images, num_missing = (sum(len(shards[n]) for n in numbers) for numbers in (wanted, missing))
+    shards = training_windows(image_set, config)
+    if not config.keep_maps:
+        return _promise(config, classifier, image_set, out, progress, part)
+    wanted = shards if part is None else [shards[position] for position in part.positions(len(shards))]
+    census = MapCensus()
+    missing = [shard for shard in wanted if not _is_finished(_shard_path(out, shard), shard.records, census, progress)]
+    num_images, num_missing = (sum(len(shard.records) for shard in some) for some in (wanted, missing))
     progress.begin("attention maps", total=num_images, done=num_images - num_missing)
     if missing:
-        runtime = runtime or Runtime()
-        extractor = _open_extractor(config, classifier, image_set, progress, runtime)
-        for number in missing:
-            write_attention_shard(
-                _shard_path(out, number), _extract(extractor, image_set, shards[number], config, progress, runtime)
-            )
-    return StageResult() if part is not None else _measure(out, len(shards), len(records), progress)
+        source = WindowAttention(
+            config, classifier=classifier, images=image_set, progress=progress, runtime=runtime or Runtime()
+        )
+        with explain_full_disk(out, lambda: f"{_count_shards(out)} of {len(shards)} files of maps"):
+            _store(source, missing, census, out, progress)
+    if part is not None:
+        return StageResult()
+    census.conclude(num_images, progress)
+    return _measure(out, shards, num_images, progress)
 
 
-def _labelled(image_set: ImageSet) -> list[ImageRecord]:
-    """The training images; every one must have known labels."""
-    records = list(image_set.index.split("train"))
-    unlabelled = [f"image '{record.id}' of split train has no labels" for record in records if record.labels is None]
-    if unlabelled:
-        raise DataError("attention maps are made for known labels; label these images or drop them", unlabelled)
-    if not records:
-        raise DataError("split train has no images; attention maps are made for training images")
-    return records
+def _promise(
+    config: MakeAttentionConfig,
+    classifier: Path,
+    image_set: ImageSet,
+    out: Path,
+    progress: Progress,
+    part: Part | None,
+) -> StageResult:
+    """Write what ``make_masks`` makes the maps by; a part of it is nothing."""
+    check_classes(classifier, image_set)
+    if part is None:
+        write_views(out, config)
+        progress.info("attention: no map is kept; make_masks makes them as it goes")
+    return StageResult()
 
 
-def _shard_path(out: Path, number: int) -> Path:
-    return out / "shards" / f"attention-{number:05d}.npz"
+def _shard_path(out: Path, shard: Window) -> Path:
+    return out / "shards" / f"attention-{shard.number:05d}.npz"
 
 
-def _is_finished(path: Path, shard: Sequence[ImageRecord], progress: Progress) -> bool:
+def _count_shards(out: Path) -> int:
+    return sum(1 for _ in (out / "shards").glob("attention-*.npz"))
+
+
+def _is_finished(path: Path, shard: Sequence[ImageRecord], census: MapCensus, progress: Progress) -> bool:
     """Whether an earlier run wrote this shard for these images; a damaged one is made again."""
     if not path.exists():
         return False
     try:
-        found = [record.id for record in read_attention_shard(path)]
+        found = read_attention_shard(path)
     except DamagedFileError as error:
         progress.warn(f"{error.message}: making this shard again")
         return False
-    if found != [record.id for record in shard]:
+    if [record.id for record in found] != [record.id for record in shard]:
         raise InputError(
             f"{path} holds attention of other images; choose an empty output folder or delete {path.parent}"
         )
+    for record in found:
+        census.count(record)
     return True
 
 
-def _open_extractor(
-    config: MakeAttentionConfig, classifier: Path, image_set: ImageSet, progress: Progress, runtime: Runtime
-) -> AttentionExtractor:
-    """Load the classifier onto the device, after a look at whether it fits the data."""
-    from stages.methods.extraction import AttentionExtractor, Views
-    from stages.methods.trained import load_classifier, read_description
-    from stages.training import resolve_device
-
-    known, wanted = read_description(classifier).classes, image_set.index.classes
-    if known != wanted:
-        raise InputError(
-            f"the classifier in {classifier} knows the classes {list(known.names)}, the data has {list(wanted.names)}; "
-            "train it on this data"
-        )
-    device = resolve_device(runtime)
-    network, method = load_classifier(classifier, device)
-    views = Views(config.scales, config.flip, config.short_side_px)
-    return AttentionExtractor(
-        network,
-        method,
-        views=views,
-        map_stride=config.map_stride,
-        num_foreground=wanted.num_foreground,
-        device=device,
-        warn=progress.warn,
-    )
+def _store(source: WindowAttention, shards: Sequence[Window], census: MapCensus, out: Path, progress: Progress) -> None:
+    """Make and write shards, each in the order of its images as soon as the last of them is there."""
+    made: dict[str, AttentionRecord] = {}
+    for shard, records in source.batches(shards):
+        made.update((record.id, record) for record in records)
+        progress.advance(len(records))
+        if len(made) == len(shard.records):
+            write_attention_shard(_shard_path(out, shard), [made[image.id] for image in shard.records])
+            for record in made.values():
+                census.count(record)
+            made.clear()
 
 
-def _extract(
-    extractor: AttentionExtractor,
-    image_set: ImageSet,
-    shard: Sequence[ImageRecord],
-    config: MakeAttentionConfig,
-    progress: Progress,
-    runtime: Runtime,
-) -> list[AttentionRecord]:
-    """Attention of one shard, in its order."""
-    from stages.data.inference import prefetch, read_checked
-    from stages.methods.extraction import build_inputs, plan_batches
-    from stages.ops.attention import map_size
-
-    found: dict[str, AttentionRecord] = {}
-    for record in shard:
-        if not record.labels:
-            maps = np.zeros((0, *map_size(record.size, config.map_stride)), dtype=np.uint8)
-            found[record.id] = AttentionRecord(record.id, record.size, (), maps, np.zeros(0, dtype=np.float32))
-    if found:
-        progress.advance(len(found))
-    batches = list(plan_batches([r for r in shard if r.labels], extractor.views, extractor.budget_px))
-
-    def load(batch: list[ImageRecord]) -> list[np.ndarray]:
-        return build_inputs([read_checked(image_set, record) for record in batch], extractor.views)
-
-    for batch, inputs in prefetch(load, batches, workers=runtime.workers):
-        found.update((record.id, record) for record in extractor.records(batch, inputs))
-        progress.advance(len(batch))
-    return [found[record.id] for record in shard]
-
-
-def _measure(out: Path, num_shards: int, num_images: int, progress: Progress) -> StageResult:
+def _measure(out: Path, shards: Sequence[Window], num_images: int, progress: Progress) -> StageResult:
     """Say what the maps cost on disk."""
-    total = sum(_shard_path(out, number).stat().st_size for number in range(num_shards))
+    total = sum(_shard_path(out, shard).stat().st_size for shard in shards)
     progress.info(f"attention: {total / num_images:,.0f} bytes per image, {total / 1e6:.1f} MB for {num_images} images")
     return StageResult(metrics={"attention.bytes_per_image": total / num_images})

@@ -1,7 +1,8 @@
 """Make the pseudo-masks of some images: what a worker of ``make_masks`` does, a call at a time.
 
 Reads images and masks that an earlier call finished; writes ``<id>.png`` under the context's folder, and with ``soft``
-``confidence/<id>.png`` beside that.  Needs no torch but for refinements that work with it.
+``confidence/<id>.png`` beside that; of the images that are scored also the masks between the steps
+(``stages.mask_steps``).  Needs no torch but for refinements that work with it.
 Shapes: H W image pixels.
 """
 
@@ -24,10 +25,13 @@ from stages.contracts import (
     write_index_mask,
 )
 from stages.errors import DataError, EnvironmentFailure
+from stages.mask_steps import write_steps
 from stages.ops.competition import settle_classes
 from stages.ops.seeds import contested_pixels, initial_mask, upsample_maps
-from stages.refinements import Probabilities, RefinementConfig, refine_with_states
+from stages.refinement_config import RefinementConfig
+from stages.refinements import Refined, refine_in_steps
 from stages.soft_masks import label_confidence, write_confidence
+from stages.writing import BackgroundWriter
 
 _VANISHED = 0.1
 """An object whose area falls below this ratio has nearly vanished."""
@@ -47,6 +51,8 @@ class Job(NamedTuple):
     """Its attention after a random walk."""
     mask: Mask | None = None
     """Its mask, where that was found already."""
+    pixels: NDArray[np.uint8] | None = None
+    """Its RGB pixels, where they were read ahead."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,10 @@ class Context:
     """Where refinements work that torch does."""
     is_pooled: bool = False
     """Whether other processes do the same beside this one."""
+    scored: frozenset[str] = frozenset()
+    """Images that evaluate will score; no true mask is read to know them."""
+    writer: BackgroundWriter | None = None
+    """Writes beside the work where this process refines on a device; never sent to another process."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,7 @@ def make_and_measure(context: Context, jobs: Sequence[Job]) -> list[MaskStats]:
     """Make the masks of some images and measure them."""
     measured = []
     for job, mask in zip(jobs, _find_or_make(context, jobs), strict=True):
-        record = settle_classes(job.record, context.config, context.classes)
-        measured.append(_measure(record, initial_mask(record, context.config), mask))
+        measured.append(_measure(job.record, _thresholded(context, job.record), mask))
     return measured
 
 
@@ -105,6 +114,18 @@ def find_mask(folder: Path, record: AttentionRecord) -> Mask | None:
     return mask if mask.shape == record.size else None
 
 
+def read_ahead(context: Context, jobs: Sequence[Job]) -> list[Job]:
+    """Some jobs with the pixels of the images that have no mask yet; for a thread beside the work.
+
+    Raises:
+        DataError: an image is missing or is not of the size that its attention was made for.
+    """
+    return [
+        job if (context.out / f"{job.record.id}.png").exists() else job._replace(pixels=_read_image(context, job))
+        for job in jobs
+    ]
+
+
 def _find_or_make(context: Context, jobs: Sequence[Job]) -> list[Mask]:
     found = [find_mask(context.out, job.record) if job.mask is None else job.mask for job in jobs]
     missing = [job for job, mask in zip(jobs, found, strict=True) if mask is None]
@@ -118,28 +139,52 @@ def _make(context: Context, jobs: Sequence[Job]) -> list[Mask]:
         import torch
 
         torch.set_num_threads(1)  # the other processes have the other cores
-    images = [_read_image(context, job) for job in jobs]
+    images = [_read_image(context, job) if job.pixels is None else job.pixels for job in jobs]
     records = [settle_classes(job.walked or job.record, context.config, context.classes) for job in jobs]
     refined = _refine(context, images, records)
-    for record, (mask, states) in zip(records, refined, strict=True):
-        if context.config.conflict == "unsure":  # refinement decides nothing between classes that both claim a pixel
-            mask[contested_pixels(upsample_maps(record), context.config)] = IGNORE_INDEX
-        if context.config.soft:  # before the mask, which says that the image is done
-            confidence = label_confidence(mask, record.labels, states)
-            write_confidence(context.out.parent / "confidence" / f"{record.id}.png", confidence)
-        write_index_mask(context.out / f"{record.id}.png", mask)
-    return [mask for mask, _ in refined]
+    for job, record, found in zip(jobs, records, refined, strict=True):
+        _mark_contested(context, record, found)
+        if context.writer is None:
+            _write(context, job, record, found)
+        else:
+            kept = found if context.config.soft else found._replace(states=[])  # probabilities are large
+            context.writer.submit(_write, context, job, record, kept)
+    return [found.mask for found in refined]
 
 
-def _refine(
-    context: Context, images: Sequence[NDArray[np.uint8]], records: Sequence[AttentionRecord]
-) -> list[tuple[Mask, list[Probabilities]]]:
-    """The refined masks with the probabilities behind them.
+def _mark_contested(context: Context, record: AttentionRecord, found: Refined) -> None:
+    """With ``conflict: unsure``, refinement decides nothing between classes that both claim a pixel."""
+    if context.config.conflict == "unsure":
+        contested = contested_pixels(upsample_maps(record), context.config)
+        for mask in (*found.before, found.mask):
+            mask[contested] = IGNORE_INDEX
+
+
+def _write(context: Context, job: Job, record: AttentionRecord, found: Refined) -> None:
+    """Write one image's files, of which ``record`` was refined; the mask comes last: it says that the image is done."""
+    config, made = context.config, context.out.parent
+    if config.soft:
+        confidence = label_confidence(found.mask, record.labels, found.states)
+        write_confidence(made / "confidence" / f"{record.id}.png", confidence)
+    if record.id in context.scored:
+        first = (_thresholded(context, job.record),) if config.walks else ()
+        write_steps(made, record.id, config.chain, (*first, *found.before))
+    write_index_mask(context.out / f"{record.id}.png", found.mask)
+
+
+def _thresholded(context: Context, record: AttentionRecord) -> Mask:
+    """The mask before any refinement."""
+    return initial_mask(settle_classes(record, context.config, context.classes), context.config)
+
+
+def _refine(context: Context, images: Sequence[NDArray[np.uint8]], records: Sequence[AttentionRecord]) -> list[Refined]:
+    """The refined masks with what led to them.
 
     Half the images at a time where the device's memory does not hold them all.
     """
     try:
-        return refine_with_states(images, records, context.config, device=context.device)
+        keep_steps = any(record.id in context.scored for record in records)
+        return refine_in_steps(images, records, context.config, device=context.device, keep_steps=keep_steps)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which a process without torch cannot name
             raise

@@ -10,7 +10,7 @@ is recorded.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -34,7 +34,7 @@ NUM_CUTS = 255
 
 @dataclass(frozen=True)
 class ThresholdChoice:
-    """The threshold of the best masks before refinement, and what it was chosen on."""
+    """The threshold of the best masks before refinement of pixels, and what it was chosen on."""
 
     threshold: float
     """A multiple of 1/255; the smallest of equally good ones."""
@@ -44,8 +44,15 @@ class ThresholdChoice:
     """Sorted."""
 
 
-def choose_threshold(config: SeedConfig, image_set: ImageSet, attention: Path, *, processes: int) -> ThresholdChoice:
-    """The threshold with the best mIoU before refinement on the images that ``config.sweep`` names.
+def choose_threshold(
+    config: SeedConfig,
+    image_set: ImageSet,
+    attention: Path,
+    *,
+    processes: int,
+    walk: Callable[[Sequence[AttentionRecord]], Sequence[AttentionRecord]] | None = None,
+) -> ThresholdChoice:
+    """The threshold with the best mIoU before any refinement of pixels on the images that ``config.sweep`` names.
 
     A pure function of the data, the attention and the config: whoever makes a part of the masks finds the same.
 
@@ -54,6 +61,7 @@ def choose_threshold(config: SeedConfig, image_set: ImageSet, attention: Path, *
         image_set: The images with their true masks.
         attention: Output folder of ``make_attention``.
         processes: How many count; no result depends on it.
+        walk: What a random walk makes of the images' maps, in their order; None where the masks are made without.
 
     Raises:
         ConfigError: ``sweep`` asks for images that are not there or have no true mask.
@@ -63,7 +71,9 @@ def choose_threshold(config: SeedConfig, image_set: ImageSet, attention: Path, *
     if config.sweep is None:
         raise ValueError("there is no sweep to choose a threshold by")
     ids = tuple(sorted(choose_sweep_images(config.sweep, image_set.index.split("train"))))
-    records = list(_find_attention(attention, ids))
+    records: Sequence[AttentionRecord] = list(_find_attention(attention, ids))
+    if walk is not None:
+        records = walk(records)
     groups = [group for start in range(processes) if (group := records[start::processes])]
     counted = map_ordered(_count_group, groups, context=_Context(config, image_set), processes=len(groups))
     total = _no_counts(image_set.index.classes.num_classes)

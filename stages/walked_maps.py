@@ -85,7 +85,7 @@ class MapWalker:
         from stages.data.inference import prefetch, read_checked
         from stages.methods.extraction import build_inputs, plan_batches
 
-        records = {record.id: record for record in wanted}
+        records = {record.id: record for record in wanted if record.maps.any()}
         batches = [
             batch
             for batch in plan_batches([image for image in window if image.labels], self._views, self._budget_px)
@@ -95,12 +95,33 @@ class MapWalker:
         def load(batch: list[ImageRecord]) -> NDArray[np.uint8]:
             return build_inputs([read_checked(self._images, image) for image in batch], self._views)[0]
 
-        walked: dict[str, AttentionRecord] = {}
+        # maps without evidence have nothing to spread; those of an image that gives NaN are among them
+        walked = {record.id: record for record in wanted if record.id not in records}
         for batch, inputs in prefetch(load, batches, workers=self._workers if len(batches) > 1 else 0):
             for image, features in zip(batch, self._features(inputs), strict=True):
                 if image.id in records:
                     walked[image.id] = self._walk_one(records[image.id], features, inputs.shape[1:3])
         return walked
+
+    def walk_scattered(self, wanted: Sequence[AttentionRecord], train: Sequence[ImageRecord]) -> list[AttentionRecord]:
+        """The walked maps of images from anywhere in the list, in their order: each as ``walk`` gives it in its window.
+
+        Args:
+            wanted: Attention of images of ``train``, with labels.
+            train: The list of images that the windows are cut from.
+
+        Raises:
+            WsssError: as ``walk``.
+        """
+        size = self.window_images
+        place_of = {image.id: place for place, image in enumerate(train)}
+        by_window: dict[int, list[AttentionRecord]] = {}
+        for record in wanted:
+            by_window.setdefault(place_of[record.id] // size, []).append(record)
+        walked: dict[str, AttentionRecord] = {}
+        for number, records in by_window.items():
+            walked |= self.walk(records, train[number * size : (number + 1) * size])
+        return [walked[record.id] for record in wanted]
 
     def _features(self, inputs: NDArray[np.uint8]) -> list[Tensor]:
         """Features (D, h, w) of each input of a batch; half the batch at a time where the device is too small."""

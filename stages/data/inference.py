@@ -6,7 +6,7 @@ Torch-free.  Images are uint8 RGB (H, W, 3); sizes are (height, width) in pixels
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -67,12 +67,12 @@ def read_checked(image_set: ImageSet, record: ImageRecord) -> NDArray[np.uint8]:
     return image
 
 
-def prefetch(load: Callable[[Job], Loaded], jobs: Sequence[Job], *, workers: int) -> Iterator[tuple[Job, Loaded]]:
+def prefetch(load: Callable[[Job], Loaded], jobs: Iterable[Job], *, workers: int) -> Iterator[tuple[Job, Loaded]]:
     """Yield ``(job, load(job))`` in order while threads load the next ones; at most ``workers`` + 1 results wait.
 
     Args:
         load: Called in threads; PIL and numpy let go of the interpreter while they decode and resize.
-        jobs: What to load.
+        jobs: What to load; taken lazily, in the caller's thread.
         workers: Threads; 0 loads in the caller's thread.
     """
     if workers == 0:

@@ -125,6 +125,22 @@ def test_broken_weights_are_named_with_the_image():
         )
 
 
+def test_a_broken_map_can_be_borne_beside_a_sound_one():
+    class HalfBroken(Brightness):
+        def attention(self, classifier, images, labels):
+            maps = super().attention(classifier, images, labels)
+            return maps * torch.tensor([1.0, float("inf"), 1.0])[:, None, None]
+
+    views, record, image = Views((1.0,), False, None), _record(0, (24, 40), (0, 1)), _smooth_image(24, 40)
+    sound = _extractor(Brightness(), views).records([record], build_inputs([image], views))[0]
+    inputs = build_inputs([image], views)
+    (borne,) = _extractor(HalfBroken(), views).records([record], inputs, is_nan_borne=True)
+    np.testing.assert_array_equal(borne.maps[0], sound.maps[0])
+    assert borne.peaks[0] == sound.peaks[0]
+    assert not borne.maps[1].any()
+    assert np.isnan(borne.peaks[1])
+
+
 def test_a_method_that_differentiates_runs_outside_inference_mode():
     class NeedsGradient(Brightness):
         attention_needs_gradient = True

@@ -169,7 +169,18 @@ def test_plan_with_an_estimate_says_work_time_and_disk():
         "to continue:  train_classifier (480 steps, at most about 3 min)",
         "to build:     make_masks (1,032 images, about 7 min)",
         "time:         at most about 10 min in all, going by earlier runs on this machine",
-        "disk:         at most 12.3 MB of masks",
+        "disk:         at most about 12 MB (12 MB masks), without train_classifier, whose size is unknown",
+    ]
+
+
+def test_intervals_stand_beside_their_metric():
+    console = Console(file=(file := io.StringIO()), width=120)
+    metrics = {"segmenter.miou": 0.4312, "segmenter.miou_low": 0.41, "segmenter.miou_high": 0.452}
+    print_metrics(console, {**metrics, "segmenter.pixel_accuracy": 0.8})
+    assert [line.split() for line in file.getvalue().splitlines() if line.strip()] == [
+        ["metric", "value", "95", "%"],
+        ["Segmenter", "mIoU", "43.1", "%", "41.0", "…", "45.2"],
+        ["pixel", "accuracy", "80.0", "%"],
     ]
 
 

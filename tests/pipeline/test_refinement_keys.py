@@ -85,6 +85,8 @@ def test_only_a_walk_reads_the_classifier(cache: Path, refine: str, walks: bool)
     [
         ("crff", "there is no refinement 'crff'; did you mean 'crf'?"),
         ("[par, random-walk]", "there is no refinement 'random-walk'; did you mean 'random_walk'?"),
+        ("[xyz]", "there is no refinement 'xyz'; expected none, or one or a list of crf, par, random_walk"),
+        ("[[crf]]", "a refinement is a name, not ['crf']; expected none, or one or a list of crf, par, random_walk"),
         ("[]", "expected none, or one or a list of crf, par, random_walk"),
         ("null", "expected none, or one or a list of crf, par, random_walk"),
         ("[none, crf]", "none stands alone"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pipeline.config import RunConfig, find_config
 from pipeline.keys import plan_run
@@ -53,7 +55,8 @@ def test_attention_is_images_times_pixels_of_their_views(tmp_path: Path) -> None
     work = count("make_attention", tmp_path)
     # scales 0.5, 1, 1.5: 0.25 + 1 + 2.25 = 3.5, each mirrored too
     assert (work.count, work.unit, work.cost) == (1000, "images", 1000 * 7 * 200_000)
-    assert work.disk_bytes == 1500 * 200_000 / 16
+    # a byte for each of 200,000 / 16 cells of 1500 maps, and 1 KiB of headers for each image
+    assert work.disk_bytes == 1500 * 12_500 + 1000 * 1024
     # a shorter side of 100 px makes the images 100 x 125 on the average
     resized = count("make_attention", tmp_path, "make_attention.short_side_px=100", "make_attention.flip=false")
     assert resized.cost == 1000 * 3.5 * 12_500
@@ -62,9 +65,20 @@ def test_attention_is_images_times_pixels_of_their_views(tmp_path: Path) -> None
 
 def test_masks_are_images_times_pixels(tmp_path: Path) -> None:
     work = count("make_masks", tmp_path)
-    assert (work.count, work.cost, work.disk_bytes) == (1000, 2e8, 2e8)
+    # 0.05 bytes per pixel, a block of 4 KiB for each file, 512 bytes of statistics
+    assert (work.count, work.cost, work.disk_bytes) == (1000, 2e8, 1000 * (10_000 + 4096 + 512))
     assert work.path[0] == "crf"
+    assert count("make_masks", tmp_path, "make_masks.soft=true").disk_bytes == 1000 * (10_000 + 30_000 + 2 * 4096 + 512)
     assert count("make_masks", tmp_path, "make_masks.refine=none").path == ("none", None, "labels", False)
+
+
+def test_masks_between_the_steps_are_kept_of_scored_images(tmp_path: Path) -> None:
+    facts = replace(DATA, num_train_scored=100)
+    a_mask, stats = 10_000 + 4096, 1000 * 512
+    assert count("make_masks", tmp_path, "make_masks.refine=none", data=facts).disk_bytes == 1000 * a_mask + stats
+    assert count("make_masks", tmp_path, data=facts).disk_bytes == 1100 * a_mask + stats
+    chain = count("make_masks", tmp_path, "make_masks.refine=[par, crf]", data=facts)
+    assert chain.disk_bytes == 1200 * a_mask + stats
 
 
 def test_evaluate_sees_only_scored_images_at_several_scales(tmp_path: Path) -> None:
@@ -126,6 +140,22 @@ def test_facts_of_a_listing_keep_the_hold_out_only_where_val_has_no_labels(tmp_p
     assert facts((0,), {"format": "voc"}) == DataFacts(4, 0, 0, 1, 0, 0, 4, None)
     assert facts(None, {"format": "voc"}).num_holdout == 1, "at least one is kept"
     assert facts((0,), {"format": "synthetic", "size_px": 64}).mean_px == 64 * 64
+
+
+def test_facts_of_a_listing_open_some_images_for_their_size(tmp_path: Path) -> None:
+    sizes = [(40, 20)] * 32 + [(20, 20)] * 32  # width, height
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"t{number}.jpg")
+    (tmp_path / "t0.jpg").write_bytes(b"no image")
+    train = tuple(ListedImage(f"t{number}", f"t{number}.jpg", (0,)) for number in range(len(sizes)))
+    splits = {"train": tuple(image.id for image in train), "train_score": (), "val": ()}
+    listing = DataListing(tmp_path, ClassList(names=("auk",)), train, splits, {})
+    facts = facts_of_listing(listing, {"config": {"holdout_ratio": 0.0}, "data": {"format": "custom"}})
+    assert facts.mean_px == (15 * 800 + 16 * 400) / 31, "every second one, but the first is no image"
+
+
+def test_maps_that_are_not_kept_take_no_room(tmp_path: Path) -> None:
+    assert count("make_attention", tmp_path, "make_attention.keep_maps=false").disk_bytes == 4096
 
 
 def test_another_head_is_another_path(tmp_path: Path) -> None:

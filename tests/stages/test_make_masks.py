@@ -160,10 +160,10 @@ def test_parts_are_the_files_of_the_whole_and_nothing_else(tmp_path: Path, count
         out, progress = tmp_path / f"part{index}", _Counter()
         assert make_masks(config, **inputs, out=out, progress=progress, part=Part(index, count)) == StageResult()
         files = [path for path in out.rglob("*") if path.is_file()]
-        assert {path.parent for path in files} <= {out / "masks"}, "no stats.json"
-        assert (progress.total, progress.counted) == (len(files), len(files))
+        assert {path.parent for path in files} <= {out / "masks", out / "steps" / "0-threshold"}, "no stats.json"
+        assert (progress.total, progress.counted) == (len(files) / 2, len(files) / 2), "a mask and its step each"
         for path in files:
-            target = merged / "masks" / path.name
+            target = merged / path.relative_to(out)
             assert not target.exists()
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())

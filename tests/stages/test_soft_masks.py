@@ -12,7 +12,7 @@ from stages.errors import DamagedFileError
 from stages.make_masks import MakeMasksConfig, make_masks
 from stages.ops.crf import CrfConfig
 from stages.ops.seeds import ConfidentThresholds, map_probabilities
-from stages.refinements import refine_with_states
+from stages.refinements import refine_in_steps
 from stages.soft_masks import label_confidence, read_confidence, write_confidence
 
 SMALL_CRF = CrfConfig(bilateral_sxy_px=20, bilateral_srgb=10, gaussian_sxy_px=1, gaussian_weight=1, iterations=5)
@@ -49,7 +49,7 @@ def test_an_image_without_labels_is_surely_background() -> None:
 def test_states_of_a_crf_are_its_marginals(backend: str) -> None:
     record, truth = attention_of("t2", (0, 2), shrink=2), truth_of((0, 2), size_of("t2"))
     config = MakeMasksConfig(crf=SMALL_CRF.model_copy(update={"backend": backend}), soft=True)
-    ((mask, states),) = refine_with_states([COLOURS[truth]], [record], config)
+    ((mask, states, _),) = refine_in_steps([COLOURS[truth]], [record], config)
     assert len(states) == 1
     np.testing.assert_allclose(states[0].sum(axis=0), 1, atol=1e-4)
     np.testing.assert_array_equal(np.array([0, 1, 3])[states[0].argmax(axis=0)], mask)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 from tiny_masks import CLASSES, TRAIN, attention_of, size_of, write_world
 
 from stages.contracts import (
@@ -194,11 +193,6 @@ def test_thresholds_by_class_reach_masks_and_scores(world: World, tmp_path: Path
     assert scores["plain"]["attention.miou"] == scores["plain"]["masks.miou"]
     for metric in ("attention.miou", "attention.miou_oracle"):
         assert scores["own"][metric] == scores["plain"][metric], "of one threshold for all classes"
-
-
-def test_a_sweep_before_a_random_walk_is_refused() -> None:
-    with pytest.raises(ValidationError, match="sweep scores the maps before a random walk"):
-        MakeMasksConfig.model_validate({"sweep": {}, "refine": ["random_walk", "crf"]})
 
 
 def test_a_missing_record_of_the_choice_is_named(tmp_path: Path) -> None:

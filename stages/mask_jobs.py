@@ -1,0 +1,96 @@
+"""Images on their way to their pseudo-masks: from stored attention, through a random walk, over processes.
+
+Reads attention shards; what is written is ``stages.mask_building``'s.  One image at a time is held for each process, so
+memory does not grow with the data set.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from stages.contracts import ImageIndex, Progress, iter_attention
+from stages.data.inference import prefetch
+from stages.mask_building import Context, Job, find_mask, read_ahead
+from stages.ops.pool import map_ordered
+
+if TYPE_CHECKING:
+    from stages.walked_maps import MapWalker
+
+ResultT = TypeVar("ResultT")
+
+_GPU_BATCH_IMAGES = 8
+"""Images that a GPU refines at once."""
+_READING_THREADS = 2
+"""Threads that decode the next images for it."""
+
+
+def stored_jobs(index: ImageIndex, attention: Path, wanted: Collection[str]) -> Iterator[Job]:
+    """Pair the stored attention of each wanted image with its file, shard by shard.
+
+    Args:
+        index: The data set.
+        attention: Output folder of ``make_attention``.
+        wanted: Ids; those without attention are passed over.
+    """
+    left = set(wanted)
+    for record in iter_attention(attention) if left else ():
+        if record.id in left:
+            yield Job(record, index.record(record.id).image)
+            left.remove(record.id)
+            if not left:
+                return
+
+
+def walk_jobs(walker: MapWalker, jobs: Iterable[Job], index: ImageIndex, masks: Path) -> Iterator[Job]:
+    """Let the maps of the images that have no mask yet walk, a window of the training list at a time.
+
+    Args:
+        walker: The features and the walk.
+        jobs: In the order of the training list, where the walker's windows are of several images.
+        index: The data set.
+        masks: Where masks are found that are finished.
+    """
+    train, size = index.split("train"), walker.window_images
+    window_of = {record.id: place // size for place, record in enumerate(train)}
+    for number, group in itertools.groupby(jobs, key=lambda job: window_of[job.record.id]):
+        found = [job._replace(mask=find_mask(masks, job.record)) for job in group]
+        unmade = [job.record for job in found if job.mask is None and job.record.labels]
+        walked = walker.walk(unmade, train[number * size : (number + 1) * size]) if unmade else {}
+        yield from (job._replace(walked=walked.get(job.record.id)) for job in found)
+
+
+def run_jobs(
+    function: Callable[[Context, Sequence[Job]], list[ResultT]],
+    jobs: Iterable[Job],
+    context: Context,
+    processes: int,
+    progress: Progress,
+) -> Iterator[ResultT]:
+    """``function`` of every job, in their order, each told to ``progress``.
+
+    Args:
+        function: Takes the context and a few jobs; a function of a module, so that a process can be sent to it.
+        jobs: Taken lazily, in this process.
+        context: What all jobs share.
+        processes: How many work; 1 is this process.
+        progress: Hears of every finished image and of images per second.
+    """
+    started, count = time.monotonic(), 0
+    batches = _batches(jobs, 1 if context.device == "cpu" else _GPU_BATCH_IMAGES)
+    if context.writer is not None:  # a device waits neither for a disk nor for a decoder
+        batches = (ready for _, ready in prefetch(partial(read_ahead, context), batches, workers=_READING_THREADS))
+    for results in map_ordered(function, batches, context=context, processes=processes):
+        count += len(results)
+        progress.advance(len(results), images_per_s=count / max(time.monotonic() - started, 1e-9))
+        yield from results
+
+
+def _batches(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
+    left = iter(jobs)
+    while batch := list(itertools.islice(left, size)):
+        yield batch

@@ -18,10 +18,14 @@ from typing import Annotated
 import typer
 
 from pipeline.cli_cluster import down, up
+from pipeline.cli_compare import compare
 from pipeline.cli_data import data_app
 from pipeline.cli_doctor import doctor
+from pipeline.cli_export import export
+from pipeline.cli_predict import predict
 from pipeline.cli_run import report, run, stage, status
 from pipeline.cli_store import artifacts_app, config_app
+from pipeline.cli_submission import submission
 from pipeline.output import INTERRUPTED, Output, run_document
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -39,6 +43,10 @@ app.command()(run)
 app.command()(stage)
 app.command()(status)
 app.command()(report)
+app.command()(predict)
+app.command()(export)
+app.command()(compare)
+app.command()(submission)
 app.add_typer(data_app, name="data")
 app.add_typer(artifacts_app, name="artifacts")
 app.add_typer(config_app, name="config")

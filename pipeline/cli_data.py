@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from pipeline.cli_options import ConfigArgument, JsonOption, OverridesOption
-from pipeline.output import Output, get_output
-
-if TYPE_CHECKING:
-    from pipeline.console import ConsoleProgress
+from pipeline.cli_progress import shown_progress
+from pipeline.output import get_output
 
 data_app = typer.Typer(help="Make, fetch, convert and check data sets.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -74,25 +70,13 @@ def _synthetic_config(options: dict[str, Any]) -> Any:  # noqa: ANN401 - Synthet
         raise ConfigError("the options of the data set are wrong", problems) from error
 
 
-@contextmanager
-def _shown_progress(output: Output, name: str) -> Iterator[ConsoleProgress]:
-    """Progress on the console under ``name``."""
-    from pipeline.console import ConsoleListener, ConsoleProgress, make_console
-
-    listener = ConsoleListener(make_console(is_json=output.is_json), ())
-    try:
-        yield ConsoleProgress(listener, name)
-    finally:
-        listener.close()
-
-
 @data_app.command()
 def voc(context: typer.Context, folder: Folder, as_json: JsonOption = False) -> None:
     """Download PASCAL VOC 2012 and SBD into DIR, or say what to fetch by hand."""
     from stages.data.download import fetch_voc
 
     output = get_output(context)
-    with _shown_progress(output, "data voc") as progress:
+    with shown_progress(output, "data voc") as progress:
         root = fetch_voc(folder, progress)
     output.document = {"root": root}
     if not output.is_json:
@@ -110,7 +94,7 @@ def sbd(
     from stages.data.sbd import convert_sbd
 
     output = get_output(context)
-    with _shown_progress(output, "data sbd") as progress:
+    with shown_progress(output, "data sbd") as progress:
         num_images = convert_sbd(sbd_folder, voc_folder, progress)
     output.document = {"folder": voc_folder, "num_images": num_images}
     if not output.is_json:
@@ -129,7 +113,7 @@ def check(
     run = load_config(find_config(config), overrides or [])
     output = get_output(context)
     output.document = {"config": config, "problems": [], "warnings": []}
-    with _shown_progress(output, "data check") as progress:
+    with shown_progress(output, "data check") as progress:
         problems = check_data(run.data, progress, processes=run.runtime.processes)
     output.document |= {"problems": problems, "warnings": progress.warnings}
     if problems:

@@ -61,6 +61,7 @@ def run(
     from pipeline.runner import stage_positions, status
     from pipeline.stage_table import TABLE
     from pipeline.store import open_store
+    from pipeline.submission import archive_command
 
     store = open_store(artifacts)
     first, last, forced = stage_positions(TABLE, from_, until, force or ())
@@ -83,6 +84,9 @@ def run(
     print_metrics(console, outcome.metrics)
     warnings = [(stage.stage, text) for stage in outcome.stages for text in stage.warnings]
     print_end(console, warnings, report_path)
+    archive = archive_command(run_config, invocation)
+    if report_path is not None and archive is not None:
+        console.print(f"archive: {archive}", markup=False, soft_wrap=True)
 
 
 def stage(

@@ -20,6 +20,7 @@ from rich.table import Table
 from pipeline.countdown import Pace
 from pipeline.estimate import Estimate, describe_disk, describe_stage, describe_time
 from pipeline.report_tables import format_seconds, metric_rows
+from pipeline.step_rows import HEAD, StepRow, step_rows
 
 if TYPE_CHECKING:
     from pipeline.runner import StageOutcome, StageStatus
@@ -178,21 +179,37 @@ def print_plan(console: Console, stages: Sequence[StageStatus], *, forced: int, 
 
 
 def print_metrics(console: Console, metrics: Mapping[str, Any]) -> None:
-    """The table of numbers in percent, then the IoU of every class."""
+    """The table of numbers in percent, then what each step of the masks is worth, then the IoU of every class."""
     rows = metric_rows(metrics)
     if rows:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("")
         table.add_column("metric")
         table.add_column("value", justify="right")
+        if any(row.interval for row in rows):
+            table.add_column("95 %", justify="right")
         groups = [""] + [row.group for row in rows]
         for row, before in zip(rows, groups, strict=False):
-            table.add_row(row.group if row.group != before else "", escape(row.label), row.text)
+            group = row.group if row.group != before else ""
+            table.add_row(group, escape(row.label), row.text, *([row.interval] if row.interval else []))
         console.print()
         console.print(table)
+    _print_steps(console, step_rows(metrics))
     for name, value in metrics.items():
         if isinstance(value, Mapping) and value:
             _print_classes(console, name, value)
+
+
+def _print_steps(console: Console, rows: Sequence[StepRow]) -> None:
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for place, title in enumerate(HEAD):
+        table.add_column("pseudo-masks after" if place == 0 else title, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row.cells)
+    console.print()
+    console.print(table)
 
 
 def _print_classes(console: Console, name: str, values: Mapping[str, float | None]) -> None:

@@ -1,6 +1,7 @@
 """Choose the images that a report shows, and load what the run made of each.
 
-Reads: the image set, attention shards, ``masks/<id>.png``, ``predictions/<id>.png`` and ``confusions.npz``.
+Reads: the image set, attention shards, ``masks/<id>.png`` and ``steps/*/<id>.png``, ``predictions/<id>.png`` and
+``confusions.npz``.
 Choice is by score alone: training images evenly spaced from the best to the worst pseudo-mask, validation images the
 best and the worst; so a page never shows only what went well.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from stages.contracts import (
     iter_attention,
     read_index_mask,
 )
+from stages.mask_steps import read_steps
 from stages.ops.confusion import SparseConfusions
 
 
@@ -40,6 +42,8 @@ class Example:
     miou: float | None = None
     """Mean IoU over the classes in this image's truth or result."""
     attention: AttentionRecord | None = None
+    steps: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
+    """The masks between the steps to the pseudo-mask, by step in order."""
     pseudo_mask: NDArray[np.uint8] | None = None
     prediction: NDArray[np.uint8] | None = None
     truth: NDArray[np.uint8] | None = None
@@ -140,6 +144,7 @@ def _load(
         classes=_classes(record, truth),
         miou=scores.get(record.id),
         attention=attention,
+        steps={} if masks is None else read_steps(masks, record.id),
         pseudo_mask=_read_optional(masks, "masks", record.id),
         prediction=_read_optional(predictions, "predictions", record.id),
         truth=truth,

@@ -48,7 +48,7 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
     resolve_devices(run.runtime, run.train_classifier.max_devices)
     segmenter = run.train_segmenter
     # a start from the classifier needs no file, and its fit is checked in preflight
-    init = "imagenet" if segmenter.init == "imagenet" else "random"
+    init = segmenter.init if segmenter.init in ("imagenet", "coco") else "random"
     checks: dict[str, Callable[[], object]] = {
         "train_classifier": lambda: _build_classifier(run),
     }
@@ -80,7 +80,10 @@ def _build_classifier(run: RunConfig) -> None:
     classifier, _ = build_classifier(_describe_classifier(run), run.weights)
     layer = _walked_layer(run)
     if layer is not None:
-        find_layer(classifier.backbone, layer)
+        try:
+            find_layer(classifier.backbone, layer)
+        except ConfigError as error:
+            raise ConfigError(f"make_masks.random_walk.layer: {error.message}", error.problems) from error
 
 
 def _walked_layer(run: RunConfig) -> str | None:

@@ -17,6 +17,7 @@ from stages.data.splits import hold_out
 from stages.data.subsets import choose_sweep_images
 from stages.distributed import device_problems
 from stages.errors import ConfigError, InputError, WeightsError
+from stages.make_masks import SWEEP_NEEDS_MAPS
 from stages.methods.trained import START
 from stages.nets.backbones import BACKBONE_NAMES
 from stages.nets.segmenters import DILATABLE_ENCODERS, backbone_name, init_problems, pretrained_name
@@ -85,13 +86,13 @@ def _crf_warnings(run: RunConfig) -> list[str]:
     automatic = [name for name, crf in used.items() if crf.backend == "auto"]
     if not run.evaluate.segmentation or not automatic:
         return []
-    if resolve_crf_backend("auto", run.runtime.device) == "pydensecrf":
+    meant, without_cuda = resolve_crf_backend("auto", run.runtime.device), resolve_crf_backend("auto")
+    if meant == "numba":
         return []
-    has_native = resolve_crf_backend("auto") == "pydensecrf"
-    reason = "it works on the CUDA device" if has_native else "pydensecrf is not installed or does not import"
+    reason = "it works on the CUDA device" if meant != without_cuda else "numba is not installed or does not import"
     return [
-        f"{' and '.join(automatic)}.backend: auto means torch here ({reason}), and the key says so; to share artifacts "
-        "with machines where it means pydensecrf, name a backend"
+        f"{' and '.join(automatic)}.backend: auto means {meant} here ({reason}), and the key says so; to share "
+        "artifacts with machines where it means another, name a backend"
     ]
 
 
@@ -181,6 +182,8 @@ def _label_rule_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
             yield f"make_masks.thresholds.{name}: the data set has no such class{_near_or_all(name, names)}"
     if run.train_segmenter.loss_weighting == "confidence" and not rule.soft:
         yield "train_segmenter.loss_weighting: make_masks writes confidence only with soft: true; set make_masks.soft"
+    if rule.sweep is not None and not run.make_attention.keep_maps:
+        yield SWEEP_NEEDS_MAPS
     if rule.sweep is not None:
         images = {image.id: image for image in listing.images}
         try:
@@ -218,7 +221,7 @@ def _weight_problems(run: RunConfig) -> Iterator[str]:
     for name in dict.fromkeys(filter(None, needed)):
         for problem in weights_problems(name, run.weights):
             yield problem if problem.startswith("weights") else f"weights.{name}: {problem}"
-    known = [*BACKBONE_NAMES, *DILATABLE_ENCODERS, backbone_name(net), START]
+    known = [*BACKBONE_NAMES, *DILATABLE_ENCODERS, backbone_name(net), START, *filter(None, needed)]
     for name in run.weights:
         if name not in known:
             yield f"weights.{name}: there is no such backbone{did_you_mean(name, known)}"

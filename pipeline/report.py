@@ -15,9 +15,12 @@ import jinja2
 import yaml
 
 from pipeline.charts import LineChart, line_chart
+from pipeline.confusion_picture import MatrixPicture, matrix_picture
 from pipeline.pictures import colour_css
 from pipeline.report_pictures import legend_entries, load_confusions, show_examples
 from pipeline.report_tables import ClassTable, class_table, format_seconds, format_time, metric_rows, stage_rows
+from pipeline.step_rows import step_rows
+from pipeline.submission import archive_command
 from stages.contracts import ImageSet, open_image_set, read_json, write_atomic
 from stages.ops.confusion import SparseConfusions
 
@@ -62,12 +65,14 @@ def build_report(
     context = {
         "name": run.name,
         "summary": _summarise(config, images),
-        "facts": _facts(config, manifests),
+        "facts": [*_facts(config, manifests), *_archive(run, artifacts)],
         "cards": [row for name in CARDS for row in rows if row.name == name],
         "metrics": rows,
         "class_table": _class_table(confusions, images),
+        "matrix": _matrix(confusions, images),
         "losses": _loss_charts(artifacts),
         "sweep": _sweep(artifacts),
+        "steps": step_rows(metrics),
         "legend": legend_entries(images.index.classes) if images else [],
         "colours": [colour_css(index) for index in range(256)],
         "stages": stage_rows(manifests, states or {}),
@@ -119,6 +124,12 @@ def _facts(config: Mapping[str, Any], manifests: Mapping[str, Mapping[str, Any]]
     return [(label, value.strip()) for label, value in facts.items() if value.strip() not in ("", "None")]
 
 
+def _archive(run: RunConfig, artifacts: Mapping[str, Path]) -> list[tuple[str, str]]:
+    """How to make the test server's archive, where this run has predicted the images for it."""
+    command = archive_command(run) if "evaluate" in artifacts else None
+    return [] if command is None else [("Test archive", command)]
+
+
 def _dig(value: object, *path: str) -> Any:  # noqa: ANN401 - JSON is any
     """The value at ``path`` in nested dictionaries, or None."""
     for name in path:
@@ -165,6 +176,15 @@ def _class_table(confusions: Mapping[str, SparseConfusions], images: ImageSet | 
     return class_table(scored, images.index.classes) if scored and images else None
 
 
+def _matrix(confusions: Mapping[str, SparseConfusions], images: ImageSet | None) -> MatrixPicture | None:
+    """The confusions of the segmenter, or of the pseudo-masks where no segmenter was scored."""
+    for thing, title in (("segmenter", "the segmenter, single scale, on val"), ("masks", "the pseudo-masks")):
+        if images and thing in confusions and confusions[thing].count.size:
+            names = images.index.classes.names_with_background
+            return matrix_picture(title, confusions[thing].total(), names)
+    return None
+
+
 def _loss_charts(artifacts: Mapping[str, Path]) -> list[LineChart]:
     charts = []
     for stage, title in (("train_classifier", "Classifier"), ("train_segmenter", "Segmenter")):
@@ -172,7 +192,28 @@ def _loss_charts(artifacts: Mapping[str, Path]) -> list[LineChart]:
         history = read_json(path) if path is not None and path.is_file() else []
         if history:
             charts += [_loss_chart(title, history), *_watch_charts(title, history)]
-    return charts
+    return charts + _validation_charts(artifacts)
+
+
+def _validation_charts(artifacts: Mapping[str, Path]) -> list[LineChart]:
+    """The segmenter on its held-out training images, where it was looked at."""
+    path = artifacts["train_segmenter"] / "validation.json" if "train_segmenter" in artifacts else None
+    if path is None or not path.is_file():
+        return []
+    found = read_json(path)
+    return [
+        line_chart(
+            f"Segmenter on {len(found['held_out'])} held-out images, against their {found['compared_with']}",
+            x_label="step",
+            y_label="%",
+            x=[look["step"] for look in found["curve"]],
+            lines={
+                label: [100 * look[name] for look in found["curve"]]
+                for name, label in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy"))
+            },
+            marks={f"best {found['best_step']}": float(found["best_step"])},
+        )
+    ]
 
 
 def _watch_charts(title: str, history: Sequence[Mapping[str, float]]) -> list[LineChart]:

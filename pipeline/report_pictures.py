@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.examples import Example, load_scored_examples, load_training_examples, score_images
 from pipeline.pictures import Block, colour_css, draw_grid, mask_uri, overlay_heat, photo_uri, write_png
+from pipeline.step_rows import step_label
 from stages.contracts import IGNORE_INDEX, ClassList, ImageSet, open_image_set
 from stages.errors import WsssError
 from stages.ops.confusion import SparseConfusions, read_confusions
@@ -84,7 +85,13 @@ def _show_one(example: Example, classes: ClassList) -> dict[str, Any]:
     tiles = [_photo_tile("image", example.image)]
     if example.attention is not None:
         tiles.append(_photo_tile("attention", overlay_heat(example.image, example.attention)))
-    masks = (("pseudo-mask", example.pseudo_mask), ("prediction", example.prediction), ("truth", example.truth))
+    steps = ((step_label(name), mask) for name, mask in example.steps.items())
+    masks = (
+        *steps,
+        ("pseudo-mask", example.pseudo_mask),
+        ("prediction", example.prediction),
+        ("truth", example.truth),
+    )
     tiles += [
         {"title": title, "uri": mask_uri(mask, PICTURE_PX), "is_mask": True}
         for title, mask in masks

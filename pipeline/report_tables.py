@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
 
 from stages.contracts import ClassList
+from stages.ops.boundaries import TRIMAP_WIDTHS_PX
 from stages.ops.confusion import SparseConfusions, iou
 
 STAGE_MEANINGS: dict[str, str] = {
@@ -40,10 +41,26 @@ class MetricText:
     unit: Unit = "percent"
 
 
+def _outline_texts(prefix: str, group: str) -> dict[str, MetricText]:
+    """The scores of a segmenter's outlines."""
+    meaning = "Like mIoU, of the pixels within 2 % of the image's diagonal of a mask's outline: how well shapes fit."
+    texts = {
+        f"{prefix}.boundary_iou": MetricText(group, "boundary IoU", meaning),
+        f"{prefix}.boundary_iou_ms": MetricText(group, "boundary IoU, multi-scale", "The same of those masks."),
+        f"{prefix}.boundary_iou_ms_crf": MetricText(group, "boundary IoU, multi-scale + CRF", "The same of those."),
+    }
+    for width in TRIMAP_WIDTHS_PX:
+        meaning = f"mIoU of the pixels within {width} px of an outline of the truth."
+        texts[f"{prefix}.trimap_miou_{width}px"] = MetricText(group, f"trimap mIoU, {width} px", meaning)
+    return texts
+
+
 METRICS: dict[str, MetricText] = {
     "data.num_train": MetricText("Data", "Training images", "Images with image-level labels.", "count"),
     "data.num_val": MetricText("Data", "Validation images", "Images that only scores look at.", "count"),
-    "data.num_test": MetricText("Data", "Test images", "Images that are predicted and never scored.", "count"),
+    "data.num_test": MetricText(
+        "Data", "Test images", "Images that are predicted, and scored if they have masks.", "count"
+    ),
     "data.num_skipped": MetricText("Data", "Skipped images", "Unreadable images that were left out.", "count"),
     "classifier.map": MetricText("Classifier", "mAP", "Mean average precision of the predicted image-level labels."),
     "classifier.label_accuracy": MetricText(
@@ -90,14 +107,16 @@ METRICS: dict[str, MetricText] = {
         "The best one on the images of make_masks.sweep, which count in no score.",
         "number",
     ),
-    "masks.miou_before_crf": MetricText("Pseudo-masks", "mIoU before the CRF", "Masks as cut from the attention maps."),
+    "masks.miou_before_crf": MetricText(
+        "Pseudo-masks", "mIoU before refinement", "Masks as cut from the attention maps."
+    ),
     "masks.miou": MetricText(
         "Pseudo-masks", "mIoU", "The masks that the segmenter learns; unsure pixels count as background."
     ),
     "masks.miou_labelled": MetricText("Pseudo-masks", "mIoU, sure pixels", "The same with unsure pixels dropped."),
     "masks.coverage": MetricText("Pseudo-masks", "coverage", "Share of the scored pixels that the masks are sure of."),
     "masks.foreground_ratio_before_crf": MetricText(
-        "Pseudo-masks", "foreground before the CRF", "Share of the pixels marked as an object before the CRF."
+        "Pseudo-masks", "foreground before refinement", "Share of the pixels marked as an object before refinement."
     ),
     "masks.foreground_ratio": MetricText(
         "Pseudo-masks", "foreground", "Share of the pixels marked as an object; far below the line above is a bad sign."
@@ -108,17 +127,33 @@ METRICS: dict[str, MetricText] = {
     "segmenter.pixel_accuracy": MetricText(
         "Segmenter", "pixel accuracy", "Share of the pixels that are right; background makes it look good."
     ),
+    **_outline_texts("segmenter", "Segmenter"),
+    "segmenter_test.miou": MetricText(
+        "Segmenter on test", "mIoU", "Test images with a true mask, at one scale, no CRF."
+    ),
+    "segmenter_test.miou_ms": MetricText("Segmenter on test", "mIoU, multi-scale", "As on the validation images."),
+    "segmenter_test.miou_ms_crf": MetricText(
+        "Segmenter on test", "mIoU, multi-scale + CRF", "As on the validation images."
+    ),
+    "segmenter_test.pixel_accuracy": MetricText("Segmenter on test", "pixel accuracy", "As on the validation images."),
+    **_outline_texts("segmenter_test", "Segmenter on test"),
 }
 """Known metrics in the order of the table; others follow under their own names."""
 
 THINGS: dict[str, str] = {
     "attention": "Attention",
-    "masks_before_crf": "Masks before CRF",
+    "masks_before_crf": "Before refinement",
+    "masks_after_random_walk": "After random walk",
+    "masks_after_par": "After PAR",
+    "masks_after_crf": "After CRF",
     "masks": "Pseudo-masks",
     "masks_labelled": "Sure pixels",
     "segmenter": "Segmenter",
     "segmenter_ms": "Multi-scale",
     "segmenter_ms_crf": "Multi-scale + CRF",
+    "segmenter_test": "Test",
+    "segmenter_test_ms": "Test, multi-scale",
+    "segmenter_test_ms_crf": "Test, multi-scale + CRF",
 }
 """Column titles of what ``evaluate`` counts confusions of."""
 
@@ -134,22 +169,34 @@ class MetricRow:
     meaning: str
     bar: float | None
     """Percent, 0 to 100; None where the number is no share."""
+    interval: str = ""
+    """``41.0 … 45.2``: its 95 % interval over images, where it has one."""
 
 
 def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
-    """The flat metrics as rows: known ones in their order, then the others; dictionaries are left to other tables."""
-    known = [_metric_row(name, METRICS[name], metrics[name]) for name in METRICS if _is_number(metrics.get(name))]
+    """The flat metrics as rows: known ones in their order, then the others; dictionaries are left to other tables.
+
+    The limits of an interval, ``<name>_low`` and ``<name>_high``, stand in the row of their metric.
+    """
+    numbers = {name: value for name, value in metrics.items() if _is_number(value)}
+    limits = {f"{name}_{end}" for name in numbers for end in ("low", "high")}
+    known = [_metric_row(name, METRICS[name], numbers) for name in METRICS if name in numbers]
     others = [
-        _metric_row(name, MetricText("Other", name, "", "number"), metrics[name])
-        for name in sorted(metrics)
-        if name not in METRICS and _is_number(metrics[name])
+        _metric_row(name, MetricText("Other", name, "", "number"), numbers)
+        for name in sorted(numbers)
+        if name not in METRICS and name not in limits
     ]
     return known + others
 
 
-def _metric_row(name: str, text: MetricText, value: float) -> MetricRow:
+def _metric_row(name: str, text: MetricText, numbers: Mapping[str, float]) -> MetricRow:
+    value = numbers[name]
     bar = min(max(value * 100.0, 0.0), 100.0) if text.unit == "percent" and math.isfinite(value) else None
-    return MetricRow(name, text.group, text.label, format_value(value, text.unit), text.meaning, bar)
+    row = MetricRow(name, text.group, text.label, format_value(value, text.unit), text.meaning, bar)
+    low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
+    if low is None or high is None:
+        return row
+    return replace(row, interval=f"{low * 100:.1f} … {high * 100:.1f}")
 
 
 def _is_number(value: object) -> bool:
@@ -169,7 +216,8 @@ class ClassTable:
 
 def class_table(confusions: Mapping[str, SparseConfusions], classes: ClassList) -> ClassTable:
     """Per-class IoU out of the counts, background first."""
-    things = [thing for thing in THINGS if thing in confusions] + sorted(set(confusions) - set(THINGS))
+    others = sorted(thing for thing in set(confusions) - set(THINGS) if not thing.endswith("_labelled"))
+    things = [thing for thing in THINGS if thing in confusions] + others
     scores = [_percent(iou(confusions[thing].total())) for thing in things]
     rows = tuple(
         (name, class_index, tuple(column[class_index] for column in scores))

@@ -71,6 +71,8 @@ class StageSpec:
     shard_units: Callable[[StageCall], int] | None = None
     """How many images (or other units) the stage works through one by one, for those that take ``part`` and so can be
     made in shards; None for the others."""
+    in_parts: Callable[[Any], bool] = lambda run: True
+    """Run config to whether parts of the stage are any work."""
 
     @property
     def version(self) -> int:
@@ -140,8 +142,8 @@ def _is_weak(run: RunConfig) -> bool:
 
 
 def _mask_inputs(run: RunConfig) -> tuple[str, ...]:
-    """Maps walk over the features of the classifier that made them."""
-    classifier = ("train_classifier",) if run.make_masks.walks else ()
+    """Maps walk over the features of the classifier that made them, and come from it where they are not kept."""
+    classifier = ("train_classifier",) if run.make_masks.walks or not run.make_attention.keep_maps else ()
     return ("prepare_data", *classifier, "make_attention")
 
 
@@ -262,13 +264,14 @@ TABLE = StageTable(
         StageSpec(
             name="make_attention",
             inputs=lambda run: ("prepare_data", "train_classifier"),
-            key_parts=lambda run, data: {"config": _json(run.make_attention)},
+            key_parts=lambda run, data: {"config": run.make_attention.key_content()},
             arguments=lambda call: {
                 "config": call.run.make_attention,
                 "classifier": call.inputs["train_classifier"],
                 **_common(call),
             },
             shard_units=_num_training_images,
+            in_parts=lambda run: run.make_attention.keep_maps,
         ),
         StageSpec(
             name="make_masks",

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.outcomes import StageOutcome
 from pipeline.report_tables import format_seconds, format_value, metric_rows
+from pipeline.step_rows import HEAD, step_rows
 
 CLASS_IOU = "segmenter.iou"
 HEADLINE = ("attention.miou", "masks.miou", "segmenter.miou", "segmenter.miou_ms", "localization.top1_loc")
@@ -41,6 +42,7 @@ def summarise_run(
         places,
         shown,
         _numbers(metrics),
+        _table("Pseudo-masks after each step", HEAD, [row.cells for row in step_rows(metrics)]),
         _classes(metrics.get(CLASS_IOU)),
         _stages(stages),
         f"## Warnings\n\n{warnings}" if warnings else "",

@@ -62,11 +62,39 @@ def load_checkpoint(out: Path, identity: Mapping[str, Any], progress: Progress) 
         progress.warn(f"{path} does not read back ({type(error).__name__}): moved to {aside.name}, starting at step 0")
         return None
     if found != dict(identity):
-        differing = [name for name, value in identity.items() if found.get(name) != value]
+        names = dict.fromkeys([*identity, *found])
+        differing = [name for name in names if found.get(name) != identity.get(name)]
         raise InputError(
             f"{path} belongs to another training (other {', '.join(differing)}); delete it or train elsewhere"
         )
     return state
+
+
+def check_network(out: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Refuse the checkpoint of another network.
+
+    Args:
+        out: Work folder of the stage.
+        wanted: The network's ``state_dict()``.
+        found: The checkpoint's.
+
+    Raises:
+        InputError: tensors differ in name or shape; all are listed.
+    """
+    problems = [
+        *(f"{name}: missing in the checkpoint" for name in wanted if name not in found),
+        *(f"{name}: not in the net" for name in found if name not in wanted),
+        *(
+            f"{name}: the net has shape {tuple(value.shape)}, the checkpoint {tuple(found[name].shape)}"
+            for name, value in wanted.items()
+            if name in found and found[name].shape != value.shape
+        ),
+    ]
+    if problems:
+        raise InputError(
+            f"{out / CHECKPOINT} is of another network ({len(problems)} tensors differ); delete it or train elsewhere",
+            problems,
+        )
 
 
 def remove_checkpoint(out: Path) -> None:

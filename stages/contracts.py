@@ -347,15 +347,37 @@ def open_image_set(prepared: Path, data_root: Path | None) -> ImageSet:
 def read_rgb(path: Path) -> NDArray[np.uint8]:
     """Decode an image file to RGB, uint8 (H, W, 3), turned upright where its EXIF tag says that it lies.
 
+    Grey becomes RGB, 16 bits a pixel become 8.
+
     Raises:
-        DataError: missing, truncated or no image; the path is named.
+        DataError: missing, truncated, no image, or of numbers that have no known white; the path is named.
     """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return np.array(upright(image).convert("RGB"))
+            return np.array(eight_bits(upright(image), path).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image ({error}); replace the file or remove the image") from error
 
+
+def eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """``image`` with 0 … 65535 as 0 … 255 where it has 16 bits a pixel, which Pillow would clip; others as they are.
+
+    Raises:
+        DataError: its numbers are floats, or lie outside 0 … 65535.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > _LARGEST_16_BIT:
+        raise DataError(
+            f"{path}: expected 8 or 16 bits a channel, found pixels of mode {image.mode} with values "
+            f"{values.min()} … {values.max()}; save it with 8 bits"
+        )
+    scaled = (values.astype(np.uint32) * 255 + _LARGEST_16_BIT // 2) // _LARGEST_16_BIT
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+_LARGEST_16_BIT = 65_535
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -454,7 +476,7 @@ class AttentionRecord:
     maps: NDArray[np.uint8]
     """(n, h, w); each map is divided by its own maximum, 255 = the maximum; all zero where there was no evidence."""
     peaks: NDArray[np.float32]
-    """(n,) the maxima that the maps were divided by."""
+    """(n,) the maxima that the maps were divided by; NaN where a map was not finite, which is all zero then."""
 
 
 def write_attention_shard(path: Path, records: Sequence[AttentionRecord]) -> None:

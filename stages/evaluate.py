@@ -4,41 +4,48 @@ Where ``localization`` is set, also how well the classifier's attention points a
 ``segmentation: false`` nothing else.
 Reads: the segmenter, the classifier (``localization``), images, true masks, attention shards, pseudo-masks.
 Writes: ``predictions/<id>.png`` (single scale, class indices), ``confusions.npz`` (counts of each image and scored
-thing), ``sweep.json`` (mIoU of the attention maps at every threshold), ``localization.json`` (accuracy at every
-threshold), ``metrics.json``.  Until these are there, counts of finished batches are kept under ``partial/``, so that a
-stopped evaluation continues.
+thing), ``boundaries.npz`` (the same on the outlines of the segmenter's masks), ``sweep.json`` (mIoU of the attention
+maps at every threshold), ``localization.json`` (accuracy at every threshold), ``metrics.json``.  Until these are there,
+counts of finished batches are kept under ``partial/``, so that a stopped evaluation continues.
 Source: VOC's devkit and deeplab-pytorch: one confusion matrix, truth 255 dropped, mean of the classes' IoU.
 """
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from stages.attention_windows import read_views
 from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageResult, open_image_set, write_json
 from stages.errors import DamagedFileError
+from stages.intervals import boundary_metrics, interval_metrics, is_boundary
 from stages.localization import LocalizationConfig, score_localization
+from stages.mask_steps import has_steps
 from stages.nets.trained import read_segmenter_record
 from stages.ops.confusion import SparseConfusions, iou, mean_iou, pixel_accuracy, write_confusions
 from stages.ops.pool import num_processes
-from stages.ops.seeds import SeedConfig
 from stages.prediction import PredictionConfig, predict_images
+from stages.refinement_config import RefinementConfig
 from stages.scoring import ScoringContext, collect_training, score_training
 from stages.threshold_choice import with_chosen_threshold
 
-VERSION = 2
+VERSION = 3
+
+_SCORES = {"val": "segmenter", "test": "segmenter_test"}
+"""What the scores of each split are called."""
 
 
 class EvaluateConfig(PredictionConfig):
     """How the segmenter is tested; the training images need no choice."""
 
     splits: tuple[Literal["val", "test"], ...] = Field(default=("val",), min_length=1)
-    """Splits to predict; only val is scored."""
+    """Splits to predict; images with true masks are scored, those of test apart: ``segmenter_test.*``."""
     segmentation: bool = True
     """Predict with the segmenter and score pseudo-masks; false for data without masks: neither masks nor a segmenter
     are made."""
@@ -62,7 +69,7 @@ def evaluate(
     classifier: Path | None = None,
     attention: Path | None = None,
     masks: Path | None = None,
-    masks_config: SeedConfig | None = None,
+    masks_config: RefinementConfig | None = None,
     exclude: Collection[str] = (),
     data_root: Path | None,
     out: Path,
@@ -78,7 +85,7 @@ def evaluate(
         classifier: Output folder of ``train_classifier``; needed by ``localization`` only.
         attention: Output folder of ``make_attention``; None with full supervision, as for the next two.
         masks: Output folder of ``make_masks``.
-        masks_config: Its config: the threshold rule before refinement.
+        masks_config: Its config: the threshold rule, and the refinements whose steps are scored where they were kept.
         exclude: Ids of training images whose true masks were trained on; they never count in ``attention.*`` and
             ``masks.*``.
         data_root: Folder of the user's data; None where it is generated.
@@ -88,7 +95,8 @@ def evaluate(
 
     Returns:
         The metrics of ``metrics.json``, fractions; a score without a true mask to stand on is absent, and so is a class
-        in ``segmenter.iou`` that does not occur.
+        in ``segmenter.iou`` that does not occur.  ``masks.steps`` lists in order what the masks after each step
+        of the refinement are worth (``step``, ``miou``, ``miou_labelled``, ``coverage``), where the steps were kept.
 
     Raises:
         DataError: an image or a true mask is damaged.
@@ -112,6 +120,8 @@ def evaluate(
             attention=attention,
             masks=masks,
             partial=out / "partial",
+            chain=masks_config.chain if has_steps(masks) else (),
+            has_maps=read_views(attention) is None,
         )
         metrics |= _evaluate_training(context, confusions, out, progress, runtime)
     if config.localization is not None:
@@ -122,6 +132,10 @@ def evaluate(
         )
     if segmenter is not None:
         metrics |= _evaluate_segmenter(config, image_set, segmenter, confusions, out, progress, runtime)
+    metrics |= boundary_metrics(confusions) | interval_metrics(confusions)
+    outlines = {thing: confusions.pop(thing) for thing in list(confusions) if is_boundary(thing)}
+    if outlines:
+        write_confusions(out / "boundaries.npz", outlines)
     write_confusions(out / "confusions.npz", confusions)
     write_json(out / "metrics.json", metrics)
     shutil.rmtree(out / "partial", ignore_errors=True)
@@ -144,12 +158,14 @@ def _evaluate_training(
     out: Path,
     progress: Progress,
     runtime: Runtime,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Score attention maps and pseudo-masks; adds their counts to ``confusions`` and writes ``sweep.json``."""
     if not context.ids:
         progress.info("no training image has a true mask that was not trained on: attention and masks are not scored")
         return {}
-    progress.begin("attention and masks", total=len(context.ids))
+    if not context.has_maps:
+        progress.info("attention is not scored: its maps were not kept (make_attention.keep_maps: false)")
+    progress.begin("attention and masks" if context.has_maps else "masks", total=len(context.ids))
     for count in score_training(context, processes=num_processes(runtime.processes)):
         progress.advance(count)
     scores = collect_training(context)
@@ -161,14 +177,29 @@ def _evaluate_training(
     metrics = scores.metrics()
     confusions.update(scores.confusions)
     if metrics:
-        write_json(out / "sweep.json", scores.curve())
-        if metrics["masks.miou"] < metrics["masks.miou_before_crf"]:
-            progress.warn(
-                f"refinement made the pseudo-masks worse: {metrics['masks.miou_before_crf']:.1%} mIoU before, "
-                f"{metrics['masks.miou']:.1%} after (255 as background); try another make_masks.crf.preset, "
-                "unary: labels, or refine: none"
-            )
+        curve = scores.curve()
+        if curve is not None:
+            write_json(out / "sweep.json", curve)
+        _warn_if_worse(metrics, progress)
     return metrics
+
+
+def _warn_if_worse(metrics: Mapping[str, Any], progress: Progress) -> None:
+    """Say that refinement lost, and of several steps which one lost most."""
+    before, after = metrics["masks.miou_before_crf"], metrics["masks.miou"]
+    if after >= before:
+        return
+    steps = metrics.get("masks.steps", ())
+    losses = {late["step"]: early["miou"] - late["miou"] for early, late in itertools.pairwise(steps)}
+    worst = max(losses, key=losses.__getitem__, default="")
+    blamed, remedy = "", "try another make_masks.crf.preset, unary: labels, or refine: none"
+    if len(losses) > 1:
+        blamed = f", {worst} lost most ({losses[worst] * 100:.1f} points)"
+        remedy = f"leave {worst} out of make_masks.refine, or try other numbers or another threshold"
+    progress.warn(
+        f"refinement made the pseudo-masks worse: {before:.1%} mIoU before, {after:.1%} after (255 as background)"
+        f"{blamed}; {remedy}"
+    )
 
 
 def _evaluate_segmenter(
@@ -180,42 +211,57 @@ def _evaluate_segmenter(
     progress: Progress,
     runtime: Runtime,
 ) -> dict[str, Any]:
-    """Predict the splits and score val; adds the counts to ``confusions``."""
+    """Predict the splits and score what has true masks, each split apart; adds the counts to ``confusions``."""
     splits = {name: image_set.index.split(name) for name in config.splits}
     for name, records in splits.items():
         _say_what_is_not_scored(name, records, progress)
-    scores = predict_images(
+    counts = predict_images(
         config,
         image_set,
         [record for records in splits.values() for record in records],
         segmenter=segmenter,
-        scored=frozenset(record.id for record in splits.get("val", ()) if record.mask is not None),
+        scored=frozenset(record.id for records in splits.values() for record in records if record.mask is not None),
         out=out,
         progress=progress,
         runtime=runtime,
     )
-    confusions.update(scores)
-    return _segmenter_metrics(confusions, image_set.index.classes.names_with_background) if scores else {}
+    metrics: dict[str, Any] = {}
+    for split, name in _SCORES.items():
+        found = _of_images(counts, {record.id for record in splits.get(split, ())}, name)
+        confusions.update(found)
+        metrics |= _segmenter_metrics(found, name, image_set.index.classes.names_with_background)
+    return metrics
+
+
+def _of_images(counts: Mapping[str, SparseConfusions], ids: Collection[str], name: str) -> dict[str, SparseConfusions]:
+    """The part of ``counts`` that is of ``ids``, with ``name`` in the place of ``segmenter``; empty where none is."""
+    found: dict[str, SparseConfusions] = {}
+    for thing, value in counts.items():
+        kept = [(image_id, value.matrix(place)) for place, image_id in enumerate(value.ids) if image_id in ids]
+        if kept:
+            found[name + thing.removeprefix("segmenter")] = SparseConfusions.from_matrices(value.num_classes, kept)
+    return found
 
 
 def _say_what_is_not_scored(split: str, records: Sequence[ImageRecord], progress: Progress) -> None:
-    unscored = len(records) if split != "val" else sum(record.mask is None for record in records)
+    unscored = sum(record.mask is None for record in records)
     if unscored:
         progress.info(f"{split}: {unscored} of {len(records)} images are predicted without a score (no true mask)")
 
 
-def _segmenter_metrics(confusions: dict[str, SparseConfusions], names: Sequence[str]) -> dict[str, Any]:
-    single = confusions["segmenter"].total()
-    if not single.any():
+def _segmenter_metrics(confusions: Mapping[str, SparseConfusions], name: str, names: Sequence[str]) -> dict[str, Any]:
+    """The scores under ``name``; none where no pixel was counted."""
+    if name not in confusions or not confusions[name].count.any():
         return {}
+    single = confusions[name].total()
     metrics: dict[str, Any] = {
-        "segmenter.miou": mean_iou(single),
-        "segmenter.pixel_accuracy": pixel_accuracy(single),
-        "segmenter.iou": {
+        f"{name}.miou": mean_iou(single),
+        f"{name}.pixel_accuracy": pixel_accuracy(single),
+        f"{name}.iou": {
             name: float(value) for name, value in zip(names, iou(single), strict=True) if not np.isnan(value)
         },
     }
-    for thing in ("segmenter_ms", "segmenter_ms_crf"):
-        if thing in confusions:
-            metrics[f"segmenter.miou{thing.removeprefix('segmenter')}"] = mean_iou(confusions[thing].total())
+    for look in ("_ms", "_ms_crf"):
+        if name + look in confusions:
+            metrics[f"{name}.miou{look}"] = mean_iou(confusions[name + look].total())
     return metrics

@@ -8,7 +8,7 @@ Shapes: B images of one size, C classes with background, H W image pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +21,9 @@ from pydantic import Field, model_validator
 from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageConfig, write_index_mask
 from stages.errors import DamagedFileError, DataError
 from stages.nets.trained import load_segmenter
+from stages.ops.boundaries import count_boundaries
 from stages.ops.confusion import SparseConfusions, confusion_matrix, read_confusions, write_confusions
-from stages.ops.crf import CrfConfig, dense_crf, resolve_crf_backend
+from stages.ops.crf import CrfConfig, open_crf_batch, probability_unary, resolve_crf_backend
 from stages.ops.pool import map_ordered, num_processes, take_in_order
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _LIKELY = 0.01
 """The CRF of a prediction gets the classes that reach this probability somewhere: its cost grows with the labels."""
 
 Matrices = dict[str, NDArray[np.int64]]
-"""Confusion matrices of one image by what was scored: segmenter, segmenter_ms, segmenter_ms_crf."""
+"""Counts of one image by what was scored: segmenter, segmenter_ms, segmenter_ms_crf, and the outlines of each."""
 
 
 class PredictionConfig(StageConfig):
@@ -85,6 +86,8 @@ class _Prediction:
     """Class indices (H, W) of the multi-scale mean."""
     probabilities: NDArray[np.float32] | None
     """That mean (C, H, W), for the CRF alone."""
+    refined: NDArray[np.uint8] | None = None
+    """Class indices (H, W) after the CRF, where a CUDA device refined the batch at once."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +143,9 @@ def predict_images(
 
 
 def _in_order(counts: SparseConfusions, records: Sequence[ImageRecord]) -> SparseConfusions:
-    """``counts`` with its images in the order of ``records``; one dense matrix at a time."""
-    position = {image_id: number for number, image_id in enumerate(counts.ids)}
-    ids = [record.id for record in records if record.id in position]
-    return SparseConfusions.from_matrices(counts.num_classes, ((i, counts.matrix(position[i])) for i in ids))
+    """``counts`` with its images in the order of ``records``."""
+    known = frozenset(counts.ids)
+    return counts.select(record.id for record in records if record.id in known)
 
 
 def _plan(records: Sequence[ImageRecord]) -> list[_Batch]:
@@ -196,11 +198,11 @@ def _predict_batches(context: _Context, batches: Sequence[_Batch], progress: Pro
 
 
 def _write_counts(context: _Context, batch: _Batch, counted: dict[str, Matrices]) -> None:
-    num_classes = context.images.index.classes.num_classes
     things = next(iter(counted.values()), {})
     counts = {
-        thing: SparseConfusions.from_matrices(num_classes, [(key, found[thing]) for key, found in counted.items()])
-        for thing in things
+        # counts of outlines have a class more than those of masks
+        thing: SparseConfusions.from_matrices(len(matrix), [(key, found[thing]) for key, found in counted.items()])
+        for thing, matrix in things.items()
     }
     write_confusions(_partial_path(context.out, batch), counts)
 
@@ -220,6 +222,7 @@ def _predictions(context: _Context, batches: Sequence[_Batch], device: torch.dev
             wants_multi = context.config.multi_scale and any(is_scored)
             with torch.inference_mode():
                 single, multi = _predict(context.config, model, torch.from_numpy(pixels), device, wants_multi)
+            refined = _refine_on_cuda(context, pixels, multi, is_scored)
             for position, record in enumerate(batch.records):
                 probabilities = multi[position] if multi is not None and is_scored[position] else None
                 yield _Prediction(
@@ -227,7 +230,37 @@ def _predictions(context: _Context, batches: Sequence[_Batch], device: torch.dev
                     single=single[position],
                     multi=None if probabilities is None else probabilities.argmax(axis=0).astype(np.uint8),
                     probabilities=probabilities if context.config.crf else None,
+                    refined=refined.get(position),
                 )
+
+
+def _refine_on_cuda(
+    context: _Context, pixels: NDArray[np.uint8], multi: NDArray[np.float32] | None, is_scored: Sequence[bool]
+) -> dict[int, NDArray[np.uint8]]:
+    """The CRF of a batch's scored images by their position, where torch does it on a CUDA device; else nothing."""
+    if not context.config.crf or multi is None or not any(is_scored) or not context.device.startswith("cuda"):
+        return {}
+    places = [position for position, scored in enumerate(is_scored) if scored]
+    return dict(zip(places, _refine_fitting(context, pixels[places], multi[places]), strict=True))
+
+
+def _refine_fitting(
+    context: _Context, images: NDArray[np.uint8], probabilities: NDArray[np.float32]
+) -> list[NDArray[np.uint8]]:
+    """``refine_predictions``, in ever smaller halves where the device's memory does not hold all images at once."""
+    import torch
+
+    try:
+        return refine_predictions([*images], [*probabilities], context.config.crf_config, device=context.device)
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    torch.cuda.empty_cache()
+    middle = len(images) // 2
+    halves = [
+        _refine_fitting(context, images[part], probabilities[part]) for part in (slice(middle), slice(middle, None))
+    ]
+    return halves[0] + halves[1]
 
 
 def _read_image(images: ImageSet, record: ImageRecord) -> NDArray[np.uint8]:
@@ -276,14 +309,25 @@ def _finish_image(context: _Context, prediction: _Prediction) -> Matrices:
     if record.id not in context.scored:
         return {}
     truth = context.images.read_mask(record)
-    num_classes = context.images.index.classes.num_classes
-    matrices = {"segmenter": confusion_matrix(truth, prediction.single, num_classes)}
+    looks = {"segmenter": prediction.single}
     if prediction.multi is not None:
-        matrices["segmenter_ms"] = confusion_matrix(truth, prediction.multi, num_classes)
-    if prediction.probabilities is not None:
+        looks["segmenter_ms"] = prediction.multi
+    if prediction.refined is not None:
+        looks["segmenter_ms_crf"] = prediction.refined
+    elif prediction.probabilities is not None:
         image = context.images.read_image(record)
         refined = refine_prediction(image, prediction.probabilities, context.config.crf_config, device=context.device)
-        matrices["segmenter_ms_crf"] = confusion_matrix(truth, refined, num_classes)
+        looks["segmenter_ms_crf"] = refined
+    return _count(truth, looks, context.images.index.classes.num_classes)
+
+
+def _count(truth: NDArray[np.uint8], looks: Mapping[str, NDArray[np.uint8]], num_classes: int) -> Matrices:
+    """Count each of an image's predictions, whole and on its outlines; trimaps of the single scale alone."""
+    matrices: Matrices = {}
+    for thing, mask in looks.items():
+        matrices[thing] = confusion_matrix(truth, mask, num_classes)
+        outlines = count_boundaries(truth, mask, num_classes, trimaps=thing == "segmenter")
+        matrices |= {f"{thing}{name}": matrix for name, matrix in outlines.items()}
     return matrices
 
 
@@ -301,8 +345,34 @@ def refine_prediction(
     Source:
         Differs: classes that reach 1 % in no pixel are left out; most codes keep all, at two to three times the cost.
     """
-    least = min(_LIKELY, 0.99 / len(probabilities))  # of more than 100 classes the winner of a pixel may be less likely
-    likely = np.flatnonzero(probabilities.max(axis=(1, 2)) >= least)
-    chosen = probabilities[likely]
-    refined = dense_crf(image, chosen / chosen.sum(axis=0, keepdims=True), config, device=device)
-    return likely[refined.argmax(axis=0)].astype(np.uint8)
+    return refine_predictions([image], [probabilities], config, device=device)[0]
+
+
+def refine_predictions(
+    images: Sequence[NDArray[np.uint8]],
+    probabilities: Sequence[NDArray[np.float32]],
+    config: CrfConfig,
+    *,
+    device: str = "cpu",
+) -> list[NDArray[np.uint8]]:
+    """Class indices (H, W) of images as of ``refine_prediction``, by one lattice for all on a CUDA device.
+
+    An image gets what it would get alone, but for float32 rounding.
+    """
+    likely = [_likely_classes(each) for each in probabilities]
+    found = [np.full(each.shape[1:], classes[0]) for each, classes in zip(probabilities, likely, strict=True)]
+    open_ones = [place for place, classes in enumerate(likely) if len(classes) > 1]  # one class has nothing to change
+    if open_ones:
+        counts = [len(likely[place]) for place in open_ones]
+        batch = open_crf_batch([images[place] for place in open_ones], counts, config, device=device)
+        chosen = [probabilities[place][likely[place]] for place in open_ones]
+        unaries = [probability_unary(each / each.sum(axis=0, keepdims=True)) for each in chosen]
+        for place, marginals in zip(open_ones, batch.infer(unaries, config.iterations), strict=True):
+            found[place] = likely[place][marginals.argmax(axis=0)]
+    return [mask.astype(np.uint8) for mask in found]
+
+
+def _likely_classes(probabilities: NDArray[np.float32]) -> NDArray[np.intp]:
+    """Those that reach ``_LIKELY`` in a pixel; of more than 100 classes the winner of a pixel may be less likely."""
+    least = min(_LIKELY, 0.99 / len(probabilities))
+    return np.flatnonzero(probabilities.max(axis=(1, 2)) >= least)

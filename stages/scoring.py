@@ -2,7 +2,8 @@
 
 Called by ``evaluate`` alone: no stage before it reads a true mask.  Works shard by shard of the attention maps over
 processes, and keeps each shard's counts, so that a stopped evaluation continues.
-Reads: attention shards, pseudo-masks, true masks.  Writes: counts of each shard under the folder it is given.
+Reads: attention shards, pseudo-masks and the masks between their steps, true masks.  Writes: counts of each shard under
+the folder it is given.
 Shapes: C classes with background, H W image pixels.
 """
 
@@ -26,12 +27,12 @@ from stages.contracts import (
     write_json,
 )
 from stages.errors import DamagedFileError, DataError
+from stages.mask_steps import step_path
 from stages.ops.competition import settle_classes
 from stages.ops.confusion import (
     SparseConfusions,
     ThresholdSweep,
     confusion_matrix,
-    mean_iou,
     read_confusions,
     write_confusions,
 )
@@ -45,11 +46,10 @@ from stages.ops.seeds import (
     to_class_indices,
     upsample_maps,
 )
+from stages.training_scores import THINGS, TrainingScores, step_things
 
-THINGS = ("attention", "masks_before_crf", "masks", "masks_labelled")
-"""Attention at the configured threshold for all classes, the strongest map winning (so that methods compare, and the
-oracle is the best of it); pseudo-masks by the whole label rule before refinement, with 255 as background, with 255
-dropped."""
+_SHARD_IMAGES = 64
+"""Images that are counted together where there are no shards of maps."""
 
 
 @dataclass(frozen=True)
@@ -64,53 +64,16 @@ class ScoringContext:
     masks: Path
     partial: Path
     """Where the counts of finished shards are kept."""
+    chain: tuple[str, ...] = ()
+    """The refinements, where the masks between the steps were kept."""
+    has_maps: bool = True
+    """Whether ``attention`` holds maps; where none were kept, masks alone are scored."""
 
-
-@dataclass(frozen=True)
-class TrainingScores:
-    """Counts over all scored training images."""
-
-    confusions: Mapping[str, SparseConfusions]
-    sweep: ThresholdSweep
-    level: float
-    """The configured threshold (of ``background: power``: the equivalent one)."""
-
-    def metrics(self) -> dict[str, float]:
-        """The ``attention.*`` and ``masks.*`` scores; empty where no pixel was counted."""
-        total = {thing: counts.total() for thing, counts in self.confusions.items()}
-        counted = int(total["masks"].sum())
-        if counted == 0:
-            return {}
-        by_cut = self._miou_by_cut()
-        best = int(by_cut.argmax())
-        scores = {
-            "attention.miou": mean_iou(total["attention"]),
-            "attention.miou_oracle": float(by_cut[best]),
-            "attention.threshold_oracle": best / 255,
-            "masks.miou_before_crf": mean_iou(total["masks_before_crf"]),
-            "masks.miou": mean_iou(total["masks"]),
-            "masks.coverage": int(total["masks_labelled"].sum()) / counted,
-        }
-        if total["masks_labelled"].any():
-            scores["masks.miou_labelled"] = mean_iou(total["masks_labelled"])
-        return scores
-
-    def curve(self) -> dict[str, object]:
-        """The threshold sweep for people: 0.00 … 1.00 in steps of 0.01, exact at each."""
-        by_cut = self._miou_by_cut()
-        thresholds = [step / 100 for step in range(101)]
-        return {
-            "thresholds": thresholds,
-            "miou": [float(by_cut[cut_byte(threshold)]) for threshold in thresholds],
-            "configured": self.level,
-            "oracle": int(by_cut.argmax()) / 255,
-            "split": "train_score",
-            "images": len(self.confusions["masks"].ids),
-        }
-
-    def _miou_by_cut(self) -> NDArray[np.float64]:
-        """The mIoU at each of the 256 cuts that bytes can be told apart at."""
-        return np.array([mean_iou(matrix) for matrix in self.sweep.matrices()])
+    @property
+    def things(self) -> tuple[str, ...]:
+        """All that is counted."""
+        always = THINGS if self.has_maps else [thing for thing in THINGS if thing != "attention"]
+        return tuple(dict.fromkeys([*always, *(t for pair in step_things(self.chain).values() for t in pair)]))
 
 
 def score_training(context: ScoringContext, *, processes: int) -> Iterator[int]:
@@ -119,23 +82,32 @@ def score_training(context: ScoringContext, *, processes: int) -> Iterator[int]:
     Yields:
         The number of images of each shard that count.
     """
-    shards = list(enumerate(attention_shards(context.attention)))
+    shards = list(enumerate(_shards(context)))
     yield from map_ordered(_score_shard, shards, context=context, processes=min(processes, max(len(shards), 1)))
+
+
+def _shards(context: ScoringContext) -> list[Path] | list[tuple[str, ...]]:
+    """The files of maps; the ids of as many images where there are none."""
+    if context.has_maps:
+        return attention_shards(context.attention)
+    ids = [image_id for image_id in context.images.index.splits.get("train", ()) if image_id in context.ids]
+    return [tuple(ids[start : start + _SHARD_IMAGES]) for start in range(0, len(ids), _SHARD_IMAGES)]
 
 
 def collect_training(context: ScoringContext) -> TrainingScores:
     """Add up what ``score_training`` kept."""
     num_classes = context.images.index.classes.num_classes
     sweep = ThresholdSweep(num_classes)
-    parts: dict[str, list[SparseConfusions]] = {thing: [] for thing in THINGS}
-    for number in range(len(attention_shards(context.attention))):
+    parts: dict[str, list[SparseConfusions]] = {thing: [] for thing in context.things}
+    for number in range(len(_shards(context))):
         for thing, counts in read_confusions(_counts_path(context, number)).items():
             parts[thing].append(counts)
         cells, counts = read_json(_sweep_path(context, number))
         sweep.histogram.ravel()[cells] += np.array(counts, dtype=np.int64)
     empty = SparseConfusions.from_matrices(num_classes, [])
     confusions = {thing: SparseConfusions.merge([empty, *found]) for thing, found in parts.items()}
-    return TrainingScores(confusions=confusions, sweep=sweep, level=background_level(context.seeds))
+    level = background_level(context.seeds)
+    return TrainingScores(confusions, sweep if context.has_maps else None, level=level, chain=context.chain)
 
 
 def _counts_path(context: ScoringContext, number: int) -> Path:
@@ -146,7 +118,7 @@ def _sweep_path(context: ScoringContext, number: int) -> Path:
     return context.partial / f"training-{number:05d}.sweep.json"
 
 
-def _score_shard(context: ScoringContext, job: tuple[int, Path]) -> int:
+def _score_shard(context: ScoringContext, job: tuple[int, Path | tuple[str, ...]]) -> int:
     number, shard = job
     path = _counts_path(context, number)
     # damaged counts are made again
@@ -155,11 +127,13 @@ def _score_shard(context: ScoringContext, job: tuple[int, Path]) -> int:
             return len(read_confusions(path)["masks"].ids)
     num_classes = context.images.index.classes.num_classes
     sweep = ThresholdSweep(num_classes)
-    records = [record for record in read_attention_shard(shard) if record.id in context.ids]
-    scored = [_score_image(context, record, sweep) for record in records]
-    ids = [record.id for record in records]
-    _write_counts(context, number, ids, scored, sweep)
-    return len(ids)
+    if isinstance(shard, Path):
+        records = [record for record in read_attention_shard(shard) if record.id in context.ids]
+        scored = {record.id: _score_image(context, record, sweep) for record in records}
+    else:
+        scored = {image_id: _score_without_maps(context, image_id) for image_id in shard}
+    _write_counts(context, number, list(scored), list(scored.values()), sweep)
+    return len(scored)
 
 
 def _write_counts(
@@ -176,7 +150,7 @@ def _write_counts(
         thing: SparseConfusions.from_matrices(
             sweep.num_classes, [(image_id, matrices[thing]) for image_id, matrices in zip(ids, scored, strict=True)]
         )
-        for thing in THINGS
+        for thing in context.things
     }
     write_confusions(_counts_path(context, number), confusions)
 
@@ -190,15 +164,47 @@ def _score_image(
     strongest = to_class_indices(winner + (1 if record.labels else 0), record.labels)
     sweep.add(truth, strongest, value)
     cut = cut_byte(background_level(context.seeds))
+    attention = np.where(value > cut, strongest, np.uint8(0))
+    between = _masks_between(context, record.id, truth.shape)
+    masks = between or {"masks_before_crf": _thresholded(context, record, maps)}
+    scored = {"attention": confusion_matrix(truth, attention, sweep.num_classes)}
+    return scored | _score_masks(context, record.id, truth, masks)
+
+
+def _score_without_maps(context: ScoringContext, image_id: str) -> dict[str, NDArray[np.int64]]:
+    """Without refinement, the pseudo-mask is what it was before."""
+    truth = context.images.read_mask(context.images.index.record(image_id))
+    earlier = _masks_between(context, image_id, truth.shape)
+    scored = _score_masks(context, image_id, truth, earlier)
+    return scored if earlier else {**scored, "masks_before_crf": scored["masks"]}
+
+
+def _thresholded(context: ScoringContext, record: AttentionRecord, maps: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The mask before refinement; ``maps`` are the record's, upsampled."""
     settled = settle_classes(record, context.seeds, context.images.index.classes)
-    seeds = maps if settled is record else upsample_maps(settled)
-    masks = _read_pseudo_mask(context.masks / "masks" / f"{record.id}.png", truth.shape)
-    num_classes = sweep.num_classes
+    return initial_mask(settled, context.seeds, maps=maps if settled is record else upsample_maps(settled))
+
+
+def _score_masks(
+    context: ScoringContext, image_id: str, truth: NDArray[np.uint8], earlier: Mapping[str, NDArray[np.uint8]]
+) -> dict[str, NDArray[np.int64]]:
+    """The matrices of one image's pseudo-mask and of the masks before it."""
+    final = _read_pseudo_mask(context.masks / "masks" / f"{image_id}.png", truth.shape)
+    num_classes = context.images.index.classes.num_classes
+    scored = {}
+    for thing, mask in {**earlier, "masks": final}.items():
+        scored[thing] = confusion_matrix(truth, mask, num_classes)
+        if f"{thing}_labelled" in context.things:
+            scored[f"{thing}_labelled"] = confusion_matrix(truth, mask, num_classes, unsure="drop")
+    return scored
+
+
+def _masks_between(context: ScoringContext, image_id: str, size: tuple[int, ...]) -> dict[str, NDArray[np.uint8]]:
+    """The masks of one image after each step but the last, by what they are counted as; none where none were kept."""
+    earlier = list(step_things(context.chain).items())[:-1]
     return {
-        "attention": confusion_matrix(truth, np.where(value > cut, strongest, np.uint8(0)), num_classes),
-        "masks_before_crf": confusion_matrix(truth, initial_mask(settled, context.seeds, maps=seeds), num_classes),
-        "masks": confusion_matrix(truth, masks, num_classes),
-        "masks_labelled": confusion_matrix(truth, masks, num_classes, unsure="drop"),
+        thing: _read_pseudo_mask(step_path(context.masks, number, name, image_id), size)
+        for number, (name, (thing, _)) in enumerate(earlier)
     }
 
 

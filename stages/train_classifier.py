@@ -68,7 +68,7 @@ class TrainClassifierConfig(StageConfig):
     @property
     def max_devices(self) -> int:
         """Devices that the training can be spread over: each needs an image of every step."""
-        return self.training.batch_size
+        return self.training.max_devices
 
     @model_validator(mode="after")
     def _check(self) -> TrainClassifierConfig:

@@ -3,107 +3,136 @@
 Reads: the images of split ``train`` and ``masks/<id>.png`` of ``make_masks`` (class indices, 255 = unsure); with
 ``supervision: full`` the images' true masks instead, all recorded as mask supervision; with ``loss_weighting:
 confidence`` also ``confidence/<id>.png`` (0 … 255 = sure); with ``init: classifier`` the trained classifier.
-Writes: segmenter.safetensors, segmenter.json (net and classes), history.json (loss curve).
+Writes: segmenter.safetensors, segmenter.json (net and classes), history.json (loss curve); with ``validation`` also
+validation.json (curve, held-out images) and best.safetensors or last.safetensors, whichever is not the segmenter; with
+``rounds`` also rounds.json and ``rounds/<n>/`` (``stages.rounds``).
 A run that was stopped continues at its last checkpoint and ends with the same bytes.
 Under torchrun every rank trains, and the main one alone writes.
-Shapes: B images, C classes with background, H W pixels of a crop, h w cells of the logits.
+The losses are in ``stages.segmenter_objective``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
+from stages.collapse import warn_of_collapse
 from stages.contracts import (
-    BACKGROUND_INDEX,
-    IGNORE_INDEX,
     ImageRecord,
     ImageSet,
     Progress,
     Runtime,
-    StageConfig,
     StageResult,
     open_image_set,
-    read_index_mask,
     write_json,
 )
-from stages.data.transforms import AugmentConfig, Augmenter, to_network_input
+from stages.data.transforms import AugmentConfig, Augmenter
 from stages.distributed import is_main
-from stages.errors import DamagedFileError, DataError, MissingArtifactError
+from stages.errors import DataError, MissingArtifactError
+from stages.masked_images import MaskedImages, check_class_list, confidence_folder, supervised_records
 from stages.nets.segmenters import Init, SegmenterConfig, build_segmenter, init_problems
-from stages.nets.trained import save_segmenter
-from stages.soft_masks import read_confidence
-from stages.training import TrainingConfig, remove_checkpoint, resolve_device, sample_seed, seed_initial_weights, train
+from stages.nets.trained import WEIGHTS_FILE, save_segmenter
+from stages.nets.weights import load_weights, save_weights
+from stages.round_masks import Labelling, RetrainingConfig
+from stages.rounds import Training, train_in_rounds
+from stages.segmenter_objective import LossConfig, LossName, SegmenterObjective
+from stages.training import TrainingConfig, remove_checkpoint, seed_initial_weights, train
+from stages.validation import HeldOutImages, ValidationConfig, choose_held_out
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from stages.nets.largefov import Segmenter
-    from stages.ops.step import StepInfo
 
 VERSION = 1
 """Raise when equal inputs give other bytes than before."""
-
-NUM_COLLAPSE_SAMPLES = 16
-"""Training crops that are looked at after the training, to see whether the net says anything but background."""
 
 _WHY_TWO = "its image pooling is followed by a BatchNorm, which cannot learn from a single value"
 
 
 def _needs_two_samples(net: SegmenterConfig) -> bool:
-    return net.name != "largefov"
+    return net.name in ("deeplabv3", "deeplabv3plus")
 
 
-class TrainSegmenterConfig(StageConfig):
+class TrainSegmenterConfig(LossConfig):
     """Network, supervision, loss, augmentation and schedule of the segmenter."""
 
     supervision: Literal["weak", "full"] = "weak"
     """weak: the pseudo-masks of make_masks; full: true masks, the upper bound."""
     init: Init = "imagenet"
-    """Where the backbone starts: public ImageNet weights, this run's classifier, or random numbers."""
+    """Where the backbone starts: public ImageNet weights, a public backbone trained on COCO's masks (``coco``), this
+    run's classifier, or random numbers."""
     net: SegmenterConfig
     """Which network; ``name`` chooses it."""
     augment: AugmentConfig
     """How a training image becomes a crop; its ``short_side_px`` is also what evaluate should use."""
     training: TrainingConfig
     """Steps, batch, learning rate, precision."""
-    loss: Literal["cross_entropy", "balanced_cross_entropy"] = "cross_entropy"
-    """balanced_cross_entropy weighs background and foreground one half each (DSRG)."""
-    loss_resolution: Literal["pixels", "cells"] = "pixels"
-    """pixels: logits are upsampled to the crop; cells: masks are sampled at the logits' cells (DeepLab v1, quicker)."""
-    loss_weighting: Literal["none", "confidence"] = "none"
-    """confidence: a pixel counts as much as its pseudo-label is sure, which needs ``soft: true`` in make_masks."""
+    validation: ValidationConfig | None = None
+    """Looks at held-out training images while it trains; null trains on all and looks at none."""
+    rounds: int = Field(default=0, ge=0, le=10)
+    """How many times the segmenter labels its training images and is trained again on that."""
+    retraining: RetrainingConfig = RetrainingConfig()
+    """How ``rounds`` label and train."""
 
     @property
     def max_devices(self) -> int:
-        """Devices that the training can be spread over: each needs an image of every step."""
-        return self.training.batch_size
+        """Devices that the training can be spread over: each needs an image in every pass of a step."""
+        return self.training.max_devices
 
     @model_validator(mode="after")
     def _check_init(self) -> TrainSegmenterConfig:
         # The classifier's backbone is another section: preflight compares the two, here only what this one knows.
-        if self.init == "imagenet":
+        if self.init in ("imagenet", "coco"):
             problems = init_problems(self.net, self.init, None)
             if problems:
                 raise ValueError("; ".join(problems))
         if self.loss_weighting == "confidence" and self.supervision == "full":
             raise ValueError("loss_weighting: confidence is of pseudo-masks; true masks have none: take none")
-        if _needs_two_samples(self.net) and self.training.batch_size == 1:
-            raise ValueError(f"{self.net.name} needs a training.batch_size of at least 2: {_WHY_TWO}")
+        if _needs_two_samples(self.net) and self.training.max_devices == 1:
+            passes = "" if self.training.accumulate_steps == 1 else " in each pass of training.accumulate_steps"
+            raise ValueError(f"{self.net.name} needs a training.batch_size of at least 2{passes}: {_WHY_TWO}")
         return self
 
-    def key_content(self) -> dict[str, Any]:
-        """The options as JSON; one that came later is in it only where it is used, so that earlier keys stay valid."""
-        content = self.model_dump(mode="json")
-        if self.loss_weighting == "none":
-            del content["loss_weighting"]
-        return content
+    @model_validator(mode="after")
+    def _check_rounds(self) -> TrainSegmenterConfig:
+        if self.rounds and self.supervision == "full":
+            raise ValueError("rounds replace pseudo-masks by the segmenter's; true masks need none: take rounds: 0")
+        if self.rounds and self.loss_weighting == "confidence":
+            raise ValueError("rounds make masks without confidence: take loss_weighting: none, or rounds: 0")
+        return self
+
+    @property
+    def losses(self) -> frozenset[LossName]:
+        """The losses of all trainings."""
+        later = self.retraining.loss if self.rounds else None
+        return frozenset({self.loss, later or self.loss})
+
+    def resolved(self, device: str = "cpu") -> TrainSegmenterConfig:
+        """The same with every CRF's backend by name, so that the stage runs the ones that are in its key."""
+        changes: dict[str, Any] = {}
+        if "sec" in self.losses:
+            changes["sec"] = self.sec.model_copy(update={"crf": self.sec.crf.resolved(device)})
+        if self.rounds and self.retraining.crf is not None:
+            changes["retraining"] = self.retraining.model_copy(update={"crf": self.retraining.crf.resolved(device)})
+        return self.model_copy(update=changes)
+
+    def key_content(self, device: str = "cpu") -> dict[str, Any]:
+        """The options as JSON; one that came later is in it only where it is used, so that earlier keys stay valid.
+
+        Args:
+            device: ``Runtime.device``, which decides what a CRF's ``backend: auto`` means.
+        """
+        later = {"validation": self.validation is None, "rounds": not self.rounds, "retraining": not self.rounds}
+        unused = {name for name, is_unused in later.items() if is_unused}
+        content = self.model_dump(mode="json", exclude=unused | set(LossConfig.model_fields))
+        if self.rounds:
+            content["retraining"] = self.retraining.key_content(device)
+        return content | self.loss_key_content(self.losses, device)
 
 
 def train_segmenter(
@@ -138,167 +167,154 @@ def train_segmenter(
 
     Raises:
         MissingArtifactError: ``masks`` or ``classifier`` is needed and not given.
-        DataError: no training image has a mask, or one and the net needs two; an image or true mask cannot be read.
+        DataError: no training image has a mask, or one and the net needs two; an image or true mask cannot be read; the
+            pseudo-masks are of another class list.
         DamagedFileError: a pseudo-mask does not fit its image or its classes.
         WeightsError: the start weights cannot be had or do not fit.
-        InputError: the loss is no longer finite.
+        InputError: the loss is no longer finite, or the net says background everywhere (``validation``, ``rounds``).
     """
     runtime = runtime or Runtime()
     image_set = open_image_set(images, data_root)
-    records, mask_folder = _supervised_records(config, image_set, masks, progress)
-    if len(records) == 1 and _needs_two_samples(config.net):
-        raise DataError(f"{config.net.name} needs at least 2 training images with a mask, found 1: {_WHY_TWO}")
-    segmenter = _build_seeded(config, image_set.index.classes.num_classes, classifier, weights, seed, progress)
-    dataset = MaskedImages(
-        image_set, records, mask_folder, Augmenter(config.augment), seed, _confidence_folder(config, masks)
-    )
-    history = train(
-        segmenter,
-        objective=_Objective(config.loss, config.loss_resolution),
-        dataset=dataset,
-        config=config.training,
-        parameter_groups=segmenter.parameter_groups(config.training.head_lr_factor),
-        seed=seed,
-        out=out,
-        progress=progress,
-        runtime=runtime,
-        task="train segmenter",
-    )
+    records, mask_folder = supervised_records(config.supervision, image_set, masks, progress)
+    course = _Course(config, image_set, records, classifier, weights, seed, progress, runtime)
+    confidence = confidence_folder(masks) if config.loss_weighting != "none" and masks is not None else None
+    if config.rounds and mask_folder is not None:
+        labelling = Labelling(
+            config.retraining, image_set, records, config.augment.seen_short_side_px, progress, runtime
+        )
+        train_in_rounds(
+            lambda one: _train_round(course, one), labelling, rounds=config.rounds, masks=mask_folder, out=out
+        )
+    else:
+        _train_once(course, mask_folder, confidence, out)
     if not is_main():
         return StageResult()
-    _warn_of_collapse(segmenter, dataset, runtime, progress)
-    write_json(out / "history.json", history)
-    save_segmenter(out, config.net, segmenter, image_set.index.classes)
-    remove_checkpoint(out)
     used = tuple(record.id for record in records) if config.supervision == "full" else ()
     return StageResult(mask_supervision=used)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training data
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class MaskedImages:
-    """Random crops with their masks; picklable, and a pure function of (seed, epoch, index)."""
+class _Course:
+    """What all trainings of a call share."""
 
+    config: TrainSegmenterConfig
     image_set: ImageSet
     records: Sequence[ImageRecord]
-    mask_folder: Path | None
-    """Folder of the pseudo-masks; None reads the true masks."""
-    augmenter: Augmenter
+    """The images with a mask."""
+    classifier: Path | None
+    weights: Mapping[str, Path]
     seed: int
-    confidence_folder: Path | None = None
-    """Folder of how sure each pixel of a pseudo-mask is; None where all count alike."""
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.records)
-
-    def get(self, index: int, epoch: int) -> dict[str, NDArray[Any]]:
-        """One training sample.
-
-        Args:
-            index: 0 … len - 1.
-            epoch: 0-based; another epoch gives another crop.
-
-        Returns:
-            ``images`` uint8 (crop, crop, 3), ``masks`` uint8 (crop, crop), and where it is used ``confidence`` uint8
-            (crop, crop).
-        """
-        record = self.records[index]
-        image, mask = self.image_set.read_image(record), self._read_mask(record)
-        if image.shape[:2] != mask.shape:
-            raise DataError(f"image '{record.id}' has {image.shape[:2]} pixels, its mask {mask.shape}")
-        seed = sample_seed(self.seed, epoch, index)
-        if self.confidence_folder is not None:
-            confidence = read_confidence(self.confidence_folder / f"{record.id}.png", record.size)
-            crop, (mask_crop, confidence_crop) = self.augmenter.crop_aligned(image, [mask, confidence], seed=seed)
-            return {"images": crop, "masks": mask_crop, "confidence": confidence_crop}
-        crop, mask_crop = self.augmenter(image, mask, seed=seed)
-        assert mask_crop is not None
-        return {"images": crop, "masks": mask_crop}
-
-    def _read_mask(self, record: ImageRecord) -> NDArray[np.uint8]:
-        if self.mask_folder is None:
-            return self.image_set.read_mask(record, "full")
-        path = self.mask_folder / f"{record.id}.png"
-        try:
-            mask = read_index_mask(path)
-        except DataError as error:
-            raise DamagedFileError(f"{error.message}; rebuild make_masks") from error
-        num_classes = self.image_set.index.classes.num_classes
-        if mask.shape != record.size or ((mask >= num_classes) & (mask != IGNORE_INDEX)).any():
-            raise DamagedFileError(
-                f"{path}: expected {record.size} pixels of values below {num_classes} or 255, found {mask.shape} with "
-                f"values {np.unique(mask).tolist()}; rebuild make_masks"
-            )
-        return mask
+    progress: Progress
+    runtime: Runtime
 
 
-def _confidence_folder(config: TrainSegmenterConfig, masks: Path | None) -> Path | None:
-    """Where the confidence of the pseudo-masks is, if it is used."""
-    if config.loss_weighting == "none" or masks is None:
+def _train_round(course: _Course, one: Training) -> None:
+    """A training among several: from the second on the loss may be another one."""
+    loss = course.config.retraining.loss if one.number else None
+    config = course.config if loss is None else course.config.model_copy(update={"loss": loss})
+    _train_once(replace(course, config=config), one.masks, None, one.out, start=one.start)
+
+
+def _train_once(
+    course: _Course, mask_folder: Path | None, confidence: Path | None, out: Path, *, start: Path | None = None
+) -> None:
+    """Train and write what the module's docstring says; ``start`` is a segmenter's folder whose weights are taken."""
+    config, image_set, progress = course.config, course.image_set, course.progress
+    held_out = choose_held_out(config.validation, course.records) if config.validation is not None else frozenset()
+    records = [record for record in course.records if record.id not in held_out]
+    if len(records) == 1 and _needs_two_samples(config.net):
+        raise DataError(f"{config.net.name} needs at least 2 training images with a mask, found 1: {_WHY_TWO}")
+    segmenter = _build_seeded(course)
+    if start is not None:
+        load_weights(segmenter, start / WEIGHTS_FILE)
+    # a crop may have lost a class of its image: there the loss asks the crop's mask
+    with_labels = config.loss == "sec" and config.augment.is_whole and all(r.labels is not None for r in records)
+    augmenter = Augmenter(config.augment)
+    dataset = MaskedImages(image_set, records, mask_folder, augmenter, course.seed, confidence, with_labels)
+    check_class_list(dataset)
+    watch = _watch(config, [record for record in course.records if record.id in held_out], dataset, progress)
+    history = train(
+        segmenter,
+        objective=SegmenterObjective(config),
+        dataset=dataset,
+        config=config.training,
+        parameter_groups=segmenter.parameter_groups(config.training.head_lr_factor),
+        seed=course.seed,
+        out=out,
+        progress=progress,
+        runtime=course.runtime,
+        task="train segmenter",
+        watch=watch,
+    )
+    if not is_main():
+        return
+    warn_of_collapse(segmenter, dataset, course.runtime, progress)
+    write_json(out / "history.json", history)
+    if watch is not None:
+        _write_validation(out, config, watch, segmenter)
+    save_segmenter(out, config.net, segmenter, image_set.index.classes)
+    remove_checkpoint(out)
+
+
+def _watch(
+    config: TrainSegmenterConfig, held_out: Sequence[ImageRecord], dataset: MaskedImages, progress: Progress
+) -> HeldOutImages | None:
+    """What looks at the held-out images while the net trains."""
+    if config.validation is None:
         return None
-    folder = masks / "confidence"
-    if not folder.is_dir():
-        raise MissingArtifactError(
-            f"loss_weighting: confidence needs {folder}, which make_masks writes with soft: true; run it so, or take "
-            "loss_weighting: none"
+    if not held_out:
+        raise DataError(
+            "validation holds out a share of the images with a mask, of which there is only one; add images"
         )
-    return folder
+    progress.info(f"{len(held_out)} of {len(held_out) + len(dataset)} images with a mask are held out for validation")
+    return HeldOutImages(
+        config.validation,
+        held_out,
+        dataset.read_pair,
+        num_classes=dataset.image_set.index.classes.num_classes,
+        short_side_px=config.augment.seen_short_side_px,
+        progress=progress,
+    )
 
 
-def _supervised_records(
-    config: TrainSegmenterConfig, image_set: ImageSet, masks: Path | None, progress: Progress
-) -> tuple[list[ImageRecord], Path | None]:
-    """The training images that have a mask, and the folder of pseudo-masks."""
-    train_records = image_set.index.split("train")
-    if config.supervision == "full":
-        folder, kind = None, "true mask"
-        records = [record for record in train_records if record.full_mask is not None]
-    else:
-        if masks is None:
-            raise MissingArtifactError("supervision: weak needs the folder of make_masks; run make_masks first")
-        folder, kind = masks / "masks", "pseudo-mask"
-        present = {path.stem for path in folder.glob("*.png")}
-        records = [record for record in train_records if record.id in present]
-    if not records:
-        where = "the data set" if folder is None else str(folder)
-        raise DataError(f"none of the {len(train_records)} images of split train has a {kind} in {where}")
-    if len(records) < len(train_records):
-        missing = len(train_records) - len(records)
-        progress.warn(f"{missing} of {len(train_records)} training images have no {kind} and are left out")
-    return records, folder
+def _write_validation(out: Path, config: TrainSegmenterConfig, watch: HeldOutImages, segmenter: Segmenter) -> None:
+    """Write the curve and the weights that are not delivered; leave the net with those that are."""
+    assert watch.best is not None
+    saved = watch.config.keep
+    last = {name: value.detach().cpu().clone() for name, value in segmenter.state_dict().items()}
+    segmenter.load_state_dict(last if saved == "best" else watch.best)
+    save_weights(segmenter, out / ("last.safetensors" if saved == "best" else "best.safetensors"))
+    segmenter.load_state_dict(watch.best if saved == "best" else last)
+    document = {
+        "compared_with": "true masks" if config.supervision == "full" else "pseudo-masks",
+        "held_out": [record.id for record in watch.records],
+        "saved": saved,
+        "best_step": watch.best_step,
+        "curve": watch.curve,
+    }
+    write_json(out / "validation.json", document)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Network and loss
+# Network
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _build_seeded(
-    config: TrainSegmenterConfig,
-    num_classes: int,
-    classifier: Path | None,
-    weights: Mapping[str, Path],
-    seed: int,
-    progress: Progress,
-) -> Segmenter:
-    """The network, its fresh layers drawn from ``seed``; the caller's random numbers are left as they were."""
+def _build_seeded(course: _Course) -> Segmenter:
+    """The network, its fresh layers drawn from the seed; the caller's random numbers are left as they were."""
     import torch
 
-    backbone = _read_classifier_backbone(classifier) if config.init == "classifier" else None
+    config = course.config
+    backbone = _read_classifier_backbone(course.classifier) if config.init == "classifier" else None
     with torch.random.fork_rng(devices=[]):
-        seed_initial_weights(seed)
+        seed_initial_weights(course.seed)
         return build_segmenter(
             config.net,
-            num_classes,
+            course.image_set.index.classes.num_classes,
             init=config.init,
-            weights=weights,
+            weights=course.weights,
             classifier_backbone=backbone,
-            progress=progress,
+            progress=course.progress,
         )
 
 
@@ -311,79 +327,3 @@ def _read_classifier_backbone(classifier: Path | None) -> dict[str, Tensor]:
         raise MissingArtifactError("init: classifier needs the folder of train_classifier; run train_classifier first")
     trained, _ = load_classifier(classifier, torch.device("cpu"))
     return trained.backbone.state_dict()
-
-
-@dataclass(frozen=True)
-class _Objective:
-    """The segmentation loss as the training loop calls it."""
-
-    loss: Literal["cross_entropy", "balanced_cross_entropy"]
-    resolution: Literal["pixels", "cells"]
-
-    def __call__(self, model: nn.Module, batch: dict[str, Tensor], step: StepInfo) -> dict[str, Tensor]:
-        from stages.ops.losses import balanced_segmentation_cross_entropy, segmentation_cross_entropy
-
-        logits, masks = match_sizes(model(batch["images"]), batch["masks"], self.resolution)
-        criterion = segmentation_cross_entropy if self.loss == "cross_entropy" else balanced_segmentation_cross_entropy
-        if "confidence" not in batch:
-            return {"loss": criterion(logits, masks)}
-        confidence = batch["confidence"]
-        if self.resolution == "cells":
-            confidence = _at_cells(confidence, logits.shape[-2:])
-        return {"loss": criterion(logits, masks, confidence.float() / 255)}
-
-
-def match_sizes(logits: Tensor, masks: Tensor, resolution: Literal["pixels", "cells"]) -> tuple[Tensor, Tensor]:
-    """Bring logits and masks to one size.
-
-    Args:
-        logits: (B, C, h, w), any float dtype.
-        masks: (B, H, W), integers.
-        resolution: pixels upsamples the logits bilinearly; cells takes the mask's value at each cell's centre.
-
-    Returns:
-        float32 logits and masks of one size, (H, W) or (h, w).
-    """
-    from torch.nn import functional
-
-    if resolution == "cells":
-        return logits.float(), _at_cells(masks, logits.shape[-2:])
-    upsampled = functional.interpolate(logits.float(), size=masks.shape[-2:], mode="bilinear", align_corners=False)
-    return upsampled, masks
-
-
-def _at_cells(values: Tensor, size: Sequence[int]) -> Tensor:
-    """The value of (B, H, W) at the centre of each of the (h, w) cells."""
-    from torch.nn import functional
-
-    cells = functional.interpolate(values[:, None].float(), size=tuple(size), mode="nearest-exact")
-    return cells[:, 0].to(values.dtype)
-
-
-def _warn_of_collapse(segmenter: Segmenter, dataset: MaskedImages, runtime: Runtime, progress: Progress) -> None:
-    """Warn when the trained net says background everywhere on crops whose masks hold objects."""
-    import torch
-
-    samples = [dataset.get(index, 0) for index in range(min(len(dataset), NUM_COLLAPSE_SAMPLES))]
-    labelled = [_has_foreground(sample["masks"]) for sample in samples]
-    if not any(labelled):
-        progress.warn(
-            f"the masks of the first {len(samples)} training crops hold no object pixel; check the pseudo-masks "
-            "(make_masks.threshold too high, or a refinement that removes everything)"
-        )
-        return
-    device = resolve_device(runtime)
-    segmenter.to(device).eval()
-    with torch.inference_mode():
-        for sample in samples:
-            logits = segmenter(to_network_input(torch.from_numpy(sample["images"][None]), device))
-            if bool((logits.argmax(1) != BACKGROUND_INDEX).any()):
-                return
-    progress.warn(
-        f"the segmenter predicts only background on {len(samples)} training crops; train longer, raise "
-        "training.learning_rate, or use loss: balanced_cross_entropy"
-    )
-
-
-def _has_foreground(mask: NDArray[Any]) -> bool:
-    return bool(((mask != BACKGROUND_INDEX) & (mask != IGNORE_INDEX)).any())

@@ -11,24 +11,25 @@ Shapes: B images, H W pixels of a crop.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import Field, model_validator
-
-from stages.checkpoints import load_checkpoint, remove_checkpoint, save_checkpoint
-from stages.contracts import Progress, Runtime, SilentProgress, StageConfig
-from stages.data.batches import Keys, TrainingData, iterate_batches
+from stages.checkpoints import check_network, load_checkpoint, remove_checkpoint, save_checkpoint
+from stages.contracts import Progress, Runtime, SilentProgress
+from stages.data.batches import TrainingData, iterate_batches
 from stages.data.transforms import to_network_input
 from stages.devices import deterministic, resolve_device
 from stages.distributed import is_main, join_ranks, main_first, num_ranks, own_slice, this_rank
 from stages.errors import ConfigError, EnvironmentFailure, InputError
 from stages.ops.step import StepInfo
+from stages.optimizers import build_optimizer
+from stages.passes import Pass, StepLosses, cut_passes
+from stages.randomness import batch_order, sample_seed, seed_initial_weights, step_seed
+from stages.training_config import TrainingConfig
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TrainingConfig",
+    "Watch",
     "batch_order",
     "remove_checkpoint",
     "resolve_device",
@@ -48,115 +50,34 @@ __all__ = [
 ]
 
 
-class TrainingConfig(StageConfig):
-    """How long and how fast to train: SGD with momentum and a learning rate schedule."""
+class Watch(Protocol):
+    """Looks at the network now and then while it trains; what it has seen is part of the checkpoint."""
 
-    epochs: float | None = Field(default=None, gt=0, le=10_000)
-    """Passes over the data; give this or ``steps``."""
-    steps: int | None = Field(default=None, gt=0, le=100_000_000)
-    """Parameter updates; give this or ``epochs``."""
-    batch_size: int = Field(default=10, ge=1, le=4096)
-    """Images per step, over all devices together."""
-    learning_rate: float = Field(default=1e-3, gt=0, le=100)
-    """Of the backbone, at the start."""
-    head_lr_factor: float = Field(default=10.0, gt=0, le=1000)
-    """Learning rate of the new layers over the backbone's."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=5e-4, ge=0, le=1)
-    nesterov: bool = False
-    schedule: Literal["poly", "step", "constant"] = "poly"
-    """poly: (1 - step / steps) ** poly_power; step: x step_factor every step_every steps."""
-    poly_power: float = Field(default=0.9, gt=0, le=10)
-    step_every: int | None = Field(default=None, gt=0)
-    """Steps between two drops of the ``step`` schedule."""
-    step_factor: float = Field(default=0.1, gt=0, le=1)
-    warmup_steps: int = Field(default=0, ge=0)
-    """First steps over which the learning rate rises linearly to the schedule's."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the forward pass; the weights stay fp32. fp16 needs CUDA."""
-    clip_norm: float | None = Field(default=None, gt=0)
-    """Largest L2 norm of the whole gradient; None never clips."""
+    @property
+    def identity(self) -> str:
+        """What tells this watch from another one, whose checkpoint it could not continue."""
+        ...
 
-    @model_validator(mode="after")
-    def _check(self) -> TrainingConfig:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError(f"give exactly one of epochs and steps, got epochs={self.epochs}, steps={self.steps}")
-        if self.schedule == "step" and self.step_every is None:
-            raise ValueError("schedule 'step' needs step_every, the number of steps between two drops")
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
+    @property
+    def every_steps(self) -> int:
+        """Steps between two looks; the last step is looked at, too."""
+        ...
 
-    def steps_per_epoch(self, num_samples: int) -> int:
-        """Whole batches in ``num_samples``; the rest waits for another epoch's order.  At least one."""
-        return max(1, num_samples // self.batch_size)
+    def look(self, model: nn.Module, step: int) -> None:
+        """Look at ``model`` after ``step`` steps and leave it as it is, in training mode; called on every rank.
 
-    def num_steps(self, num_samples: int) -> int:
-        """Parameter updates of a training on ``num_samples`` samples."""
-        if self.steps is not None:
-            return self.steps
-        return max(1, round((self.epochs or 0) * self.steps_per_epoch(num_samples)))
+        Raises:
+            InputError: there is no point in going on.
+        """
+        ...
 
-    def learning_rate_at(self, step: int, num_steps: int) -> float:
-        """Learning rate of ``step`` (0 … num_steps - 1), for a parameter group of factor 1."""
-        rate = self.learning_rate
-        if self.schedule == "poly":
-            rate *= (1 - step / num_steps) ** self.poly_power
-        elif self.schedule == "step" and self.step_every is not None:
-            rate *= self.step_factor ** (step // self.step_every)
-        if step < self.warmup_steps:
-            rate *= (step + 1) / self.warmup_steps
-        return rate
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen: tensors and plain values."""
+        ...
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Randomness
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def sample_seed(seed: int, epoch: int, sample: int) -> int:
-    """Seed of one sample's augmentation, 0 … 2**32 - 1: whoever reads it, whenever."""
-    return _derive("sample", seed, epoch, sample) % 2**32
-
-
-def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """Seed of the model's random numbers (dropout …) in one step, 0 … 2**63 - 1."""
-    return _derive("step", seed, step, rank)
-
-
-def seed_initial_weights(seed: int) -> None:
-    """Seed torch before a network with random layers is built."""
-    import torch
-
-    torch.manual_seed(_derive("initial weights", seed))
-
-
-def _derive(purpose: str, *numbers: int) -> int:
-    digest = hashlib.sha256(repr((purpose, *numbers)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def batch_order(num_samples: int, config: TrainingConfig, seed: int, *, start: int = 0) -> Iterator[Keys]:
-    """Yield the samples of each step from ``start`` to the last, as (epoch, index).
-
-    The order of an epoch is a permutation that depends on (seed, epoch).  An incomplete last batch is left out, except
-    in a data set smaller than one batch, whose only batch has every sample.
-    """
-    import numpy as np
-
-    per_epoch = config.steps_per_epoch(num_samples)
-    order, order_epoch = np.arange(0), -1
-    for step in range(start, config.num_steps(num_samples)):
-        epoch, position = divmod(step, per_epoch)
-        if epoch != order_epoch:
-            order, order_epoch = np.random.default_rng(_derive("order", seed, epoch)).permutation(num_samples), epoch
-        first = position * config.batch_size
-        yield [(epoch, int(index)) for index in order[first : first + config.batch_size]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------------
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        ...
 
 
 def train(
@@ -171,6 +92,7 @@ def train(
     progress: Progress,
     runtime: Runtime,
     task: str = "train",
+    watch: Watch | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, from the checkpoint under ``out`` where there is one.
 
@@ -180,7 +102,9 @@ def train(
             ``"loss"`` is minimised and all are recorded.  The batch has the samples' names: ``"images"`` (uint8
             B H W 3 in the data set) arrives normalised as float32 (B, 3, H, W), all else as it was, on the device.
             On several devices a rank's batch is its slice of the step's, and what is returned are means over its
-            images, or over other things with ``stages.ops.collectives.mean_divisor``.
+            images, or over other things with ``stages.ops.collectives.mean_divisor``.  An objective whose mean is over
+            the labelled pixels also returns ``"labelled"``, their share of the batch's pixels, which is not recorded:
+            with ``accumulate_steps`` the passes are weighed by it, so that the step's mean is over all its pixels.
         dataset: The samples, see ``TrainingData``.
         config: Length, batch, learning rate.
         parameter_groups: Each with "params" and optionally "lr_factor" (default 1) and "weight_decay".
@@ -189,18 +113,18 @@ def train(
         progress: Told about steps and losses, by the main rank.
         runtime: Device, threads, workers and how often to keep a checkpoint; changes no result.
         task: Name of the bar.
+        watch: Called every so many steps; where weights are averaged it sees the averaged ones.
 
     Returns:
         About a hundred records {"step", "epoch", "learning_rate", "loss", …}: the means of the losses since the
-        record before, and where the training stood after them; the same on every rank.
+        record before, and where the training stood after them; the same on every rank.  With ``ema_decay`` the model
+        has the averaged weights.
 
     Raises:
-        InputError: a loss is not finite, the data set is empty or has fewer images than there are devices, or ``out``
-            holds the checkpoint of another training.
+        InputError: a loss is not finite, the watch sees no point in going on, the data set is empty or a step has too
+            few images for its devices and passes, or ``out`` holds the checkpoint of another training or network.
         EnvironmentFailure: the device is missing or out of memory.
     """
-    import torch
-
     from stages.nets.shared_batch_norm import share_batch_norm
     from stages.ops.collectives import copy_from_first
 
@@ -208,20 +132,15 @@ def train(
     with join_ranks(runtime) as device, deterministic(device), share_batch_norm(model):
         _check_start(config, dataset, device)
         _place(model, device)
-        loop = _Loop(model.train(), objective, config, parameter_groups, seed, len(dataset), device, out)
+        loop = _Loop(model.train(), objective, config, parameter_groups, seed, len(dataset), device, out, watch)
         loop.resume(progress)
         copy_from_first(model)
         progress.begin(task, total=loop.num_steps, done=loop.step, unit="steps")
         order = (own_slice(batch) for batch in batch_order(len(dataset), config, seed, start=loop.step))
         batches = iterate_batches(dataset, order, workers=runtime.workers, processes=device.type != "cpu")
-        with contextlib.closing(batches):
-            try:
-                loop.run(batches, progress, runtime.checkpoint_every_s)
-            except torch.OutOfMemoryError as error:
-                raise EnvironmentFailure(
-                    f"{device} is out of memory at batch_size {config.batch_size}; lower training.batch_size or "
-                    f"augment.crop_px, or use another runtime.device ({error})"
-                ) from error
+        with contextlib.closing(batches), _memory_named(loop):
+            loop.run(batches, progress, runtime.checkpoint_every_s)
+        loop.finish(progress)
     return loop.history
 
 
@@ -235,6 +154,27 @@ def _place(model: nn.Module, device: torch.device) -> None:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
+@contextlib.contextmanager
+def _memory_named(loop: _Loop) -> Iterator[None]:
+    """Say what a step needs its memory for when the device has no more."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        # on the CPU torch raises a plain RuntimeError
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: " not in str(error):
+            raise
+        config = loop.config
+        crop = "" if loop.crop is None else f" with crops of {loop.crop[0]} x {loop.crop[1]} px"
+        passes = "" if config.accumulate_steps == 1 else f" in {config.accumulate_steps} passes"
+        raise EnvironmentFailure(
+            f"{loop.device} is out of memory at batch_size {config.batch_size}{passes}{crop}; raise "
+            "training.accumulate_steps (the same batch in several passes), lower training.batch_size or "
+            f"augment.crop_px, or use another runtime.device ({str(error).partition(chr(10))[0]})"
+        ) from error
+
+
 def _check_start(config: TrainingConfig, dataset: TrainingData, device: torch.device) -> None:
     if len(dataset) == 0:
         raise InputError("there is no image to train on; check the train list and its labels or masks")
@@ -242,6 +182,12 @@ def _check_start(config: TrainingConfig, dataset: TrainingData, device: torch.de
         raise InputError(
             f"a step has {min(len(dataset), config.batch_size)} images (training.batch_size {config.batch_size}, "
             f"{len(dataset)} to train on), fewer than runtime.devices {num_ranks()}; lower runtime.devices"
+        )
+    if min(len(dataset), config.batch_size) // num_ranks() < config.accumulate_steps:
+        raise InputError(
+            f"a step has {min(len(dataset), config.batch_size)} images (training.batch_size {config.batch_size}, "
+            f"{len(dataset)} to train on), too few for {config.accumulate_steps} passes on each of {num_ranks()} "
+            "devices; lower training.accumulate_steps"
         )
     if config.precision == "fp16" and device.type != "cuda":
         raise ConfigError(f"training.precision fp16 needs CUDA, found {device.type}; use fp32 or bf16")
@@ -276,16 +222,21 @@ class _Loop:
         num_samples: int,
         device: torch.device,
         out: Path,
+        watch: Watch | None,
     ) -> None:
         import torch
 
+        from stages.averaging import WeightAverage
+
         self.model, self.objective, self.config, self.seed, self.device = model, objective, config, seed, device
-        self.out = out
+        self.out, self.watch = out, watch
+        self.average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
+        self.crop: tuple[int, int] | None = None
         self.num_steps = config.num_steps(num_samples)
         self.per_epoch = config.steps_per_epoch(num_samples)
         self.num_images = min(config.batch_size, num_samples)
         self.record_every = max(1, self.num_steps // 100)
-        self.optimizer = _build_optimizer(config, parameter_groups)
+        self.optimizer = build_optimizer(config, parameter_groups, model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -296,6 +247,7 @@ class _Loop:
             "seed": seed,
             "num_samples": num_samples,
             "num_steps": self.num_steps,
+            **({} if watch is None else {"watch": watch.identity}),
         }
 
     def run(self, batches: Iterator[dict[str, Any]], progress: Progress, checkpoint_every_s: float) -> None:
@@ -303,11 +255,14 @@ class _Loop:
         ticker = _Ticker(progress)
         saved = time.monotonic()
         for batch in batches:
-            losses = self._take_step(self._to_device(batch))
+            losses = self._take_step(batch)
             # The losses of the step before are read only now: an accelerator has the next step queued meanwhile.
             self._read_losses()
             self.unread = (self.step, losses)
             self.step += 1
+            if self.average is not None:
+                self.average.update(self.model, self.step - 1)
+            self._look()
             ticker.step(self.window)
             if time.monotonic() - saved >= checkpoint_every_s and self.step < self.num_steps:
                 self._save()
@@ -315,7 +270,21 @@ class _Loop:
         self._save()
         ticker.flush(self.window)
 
-    def _to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def finish(self, progress: Progress) -> None:
+        """Leave the model with the weights that are delivered."""
+        if self.average is not None:
+            self.average.write_into(self.model)
+            progress.info(f"the weights are the moving average over the steps (ema_decay {self.average.decay:g})")
+
+    def _look(self) -> None:
+        """Show the network to the watch, if it is time; the losses are read, and so checked, first."""
+        if self.watch is None or (self.step % self.watch.every_steps and self.step < self.num_steps):
+            return
+        self._read_losses()
+        with contextlib.nullcontext() if self.average is None else self.average.shown_by(self.model):
+            self.watch.look(self.model, self.step)
+
+    def _to_device(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         import torch
 
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -326,31 +295,43 @@ class _Loop:
         }
         if "images" in tensors:
             moved["images"] = to_network_input(tensors["images"], self.device)
+            self.crop = (moved["images"].shape[2], moved["images"].shape[3])
         return moved
 
-    def _take_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _take_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         import torch
 
-        from stages.ops.collectives import sum_gradients, sum_losses
+        from stages.ops.collectives import sum_gradients
 
         torch.manual_seed(step_seed(self.seed, self.step, this_rank()))
         rate = self.config.learning_rate_at(self.step, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
         info = StepInfo(self.step, self.num_steps, self.step // self.per_epoch, self.device)
-        precision = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
-        with torch.autocast(self.device.type, dtype=precision, enabled=self.config.precision != "fp32"):
-            losses = self.objective(self.model, batch, info)
         self.optimizer.zero_grad(set_to_none=True)
-        share = len(next(iter(batch.values()))) / self.num_images  # of the step's images; 1 on one device
-        self.scaler.scale(losses["loss"] * share).backward()
+        losses = StepLosses(self.config.accumulate_steps)
+        for one in cut_passes(batch, self.config.accumulate_steps, self.num_images):
+            self._take_pass(one, info, losses)
         sum_gradients(self.model.parameters())
+        losses.scale_gradients(self.model.parameters())
         if self.config.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return sum_losses({name: value.detach() for name, value in losses.items()}, share)
+        return losses.means()
+
+    def _take_pass(self, one: Pass, info: StepInfo, losses: StepLosses) -> None:
+        """Add the gradient of one part of the step's batch."""
+        import torch
+
+        precision = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
+        batch = self._to_device(one.batch)
+        with torch.autocast(self.device.type, dtype=precision, enabled=self.config.precision != "fp32"):
+            found = dict(self.objective(self.model, batch, info))
+        loss = found["loss"]
+        weight = losses.add(found, one)
+        self.scaler.scale(loss * (one.rank_share * weight)).backward()
 
     def _read_losses(self) -> None:
         """Check and record the losses of the last step that was not read yet."""
@@ -390,6 +371,10 @@ class _Loop:
             "history": self.history,
             "window": {"sums": self.window.sums, "count": self.window.count},
         }
+        if self.average is not None:
+            state["average"] = self.average.tensors
+        if self.watch is not None:
+            state["watch"] = self.watch.state_dict()
         save_checkpoint(self.out, self.identity, state)
 
     def resume(self, progress: Progress) -> None:
@@ -398,28 +383,17 @@ class _Loop:
             state = load_checkpoint(self.out, self.identity, progress)
         if state is None:
             return
+        check_network(self.out, self.model.state_dict(), state["model"])
         self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load(state["average"])
+        if self.watch is not None:
+            self.watch.load_state_dict(state["watch"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.history = state["step"], state["history"]
         self.window = _Window(**state["window"])
         progress.info(f"resumed after step {self.step} of {self.num_steps}")
-
-
-def _build_optimizer(config: TrainingConfig, groups: Sequence[Mapping[str, Any]]) -> torch.optim.SGD:
-    import torch
-
-    trained = [
-        {**group, "params": [p for p in group["params"] if p.requires_grad], "lr_factor": group.get("lr_factor", 1.0)}
-        for group in groups
-    ]
-    return torch.optim.SGD(
-        [group for group in trained if group["params"]],
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-    )
 
 
 class _Ticker:

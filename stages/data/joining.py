@@ -76,7 +76,7 @@ def _check_image_files(sources: Sources, listed: IdList, problems: Problems) -> 
 
 
 def _listed(sources: Sources, image_id: str, split: str) -> ListedImage:
-    mask = None if split == "test" else sources.masks.get(image_id)
+    mask = sources.masks.get(image_id)
     return ListedImage(
         id=image_id,
         image=sources.images[image_id],

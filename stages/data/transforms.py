@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from stages.contracts import IGNORE_INDEX, StageConfig
+from stages.contracts import IGNORE_INDEX
+from stages.growing import GrowingConfig
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +34,10 @@ PADDING_COLOUR = (124, 116, 104)
 """IMAGE_MEAN in 0 … 255: a padded pixel is (nearly) zero after normalising."""
 
 
-class AugmentConfig(StageConfig):
+class AugmentConfig(GrowingConfig):
     """How a training image becomes a square crop."""
+
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"resize"})
 
     crop_px: int = Field(default=321, ge=16, le=2048)
     """Side of the square crop in pixels; a smaller image is padded (mean colour, mask 255)."""
@@ -46,13 +49,30 @@ class AugmentConfig(StageConfig):
     """Mirror left-right with probability one half."""
     color_jitter: float = Field(default=0.0, ge=0.0, le=1.0)
     """Strength of random brightness, contrast and saturation (0.3 = up to ±30 %); 0 is off."""
+    resize: Literal["crop", "squash"] = "crop"
+    """crop cuts a square out; squash brings the whole image to ``crop_px`` × ``crop_px`` and loses its aspect (SEC)."""
 
     @model_validator(mode="after")
     def _check_scale(self) -> AugmentConfig:
         low, high = self.scale
         if not 0.05 <= low <= high <= 10:
             raise ValueError(f"scale must be (smallest, largest) within 0.05 … 10, got ({low}, {high})")
+        if self.is_whole and (self.scale != (1.0, 1.0) or self.short_side_px is not None):
+            raise ValueError(
+                "resize: squash brings the whole image to crop_px × crop_px: set scale: [1, 1] and leave short_side_px "
+                f"out, found scale ({low}, {high}) and short_side_px {self.short_side_px}"
+            )
         return self
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a sample always shows the whole image."""
+        return self.resize == "squash"
+
+    @property
+    def seen_short_side_px(self) -> int | None:
+        """The shorter side at which a whole image looks most like what was trained on; None for its own size."""
+        return self.crop_px if self.is_whole else self.short_side_px
 
 
 class Augmenter:
@@ -121,7 +141,7 @@ class Augmenter:
 
 
 def build_pipeline(config: AugmentConfig) -> Any:  # noqa: ANN401 - albumentations is not imported at the top
-    """Build the albumentations pipeline of ``config``: resize, rescale, crop (with padding), flip, jitter.
+    """Build the albumentations pipeline of ``config``: resize, rescale, crop (with padding) or squash, flip, jitter.
 
     Images are averaged over areas when they shrink and interpolated linearly when they grow; masks keep their values
     (nearest).  Seed it with ``seed_pipeline``.
@@ -132,6 +152,27 @@ def build_pipeline(config: AugmentConfig) -> Any:  # noqa: ANN401 - albumentatio
 
     # OpenCV's own threads would compete with torch's for the cores; crops this small are quicker without them.
     cv2.setNumThreads(0)
+    steps: list[Any] = [_squash(config.crop_px)] if config.is_whole else _crop_steps(config)
+    if config.flip:
+        steps.append(albumentations.HorizontalFlip(p=0.5))
+    if config.color_jitter > 0:
+        spread = (max(0.0, 1 - config.color_jitter), 1 + config.color_jitter)
+        steps.append(
+            albumentations.ColorJitter(brightness=spread, contrast=spread, saturation=spread, hue=(0.0, 0.0), p=1.0)
+        )
+    return albumentations.Compose(steps)
+
+
+def _squash(side_px: int) -> Any:  # noqa: ANN401 - see build_pipeline
+    import albumentations
+
+    return albumentations.Resize(height=side_px, width=side_px, area_for_downscale="image", p=1.0)
+
+
+def _crop_steps(config: AugmentConfig) -> list[Any]:
+    """Resize, rescale, crop with padding."""
+    import albumentations
+
     steps: list[Any] = []
     if config.short_side_px is not None:
         steps.append(albumentations.SmallestMaxSize(max_size=config.short_side_px, area_for_downscale="image", p=1.0))
@@ -149,14 +190,7 @@ def build_pipeline(config: AugmentConfig) -> Any:  # noqa: ANN401 - albumentatio
             p=1.0,
         )
     )
-    if config.flip:
-        steps.append(albumentations.HorizontalFlip(p=0.5))
-    if config.color_jitter > 0:
-        spread = (max(0.0, 1 - config.color_jitter), 1 + config.color_jitter)
-        steps.append(
-            albumentations.ColorJitter(brightness=spread, contrast=spread, saturation=spread, hue=(0.0, 0.0), p=1.0)
-        )
-    return albumentations.Compose(steps)
+    return steps
 
 
 def seed_pipeline(pipeline: Any, seed: int) -> None:  # noqa: ANN401 - see build_pipeline
@@ -191,3 +225,19 @@ def to_network_input(images: Tensor, device: torch.device) -> Tensor:
     moved = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     return moved.to(torch.float32, memory_format=layout).sub_(mean).mul_(scale)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """The bytes that ``to_network_input`` was given, exactly, on the device of ``images``.
+
+    Args:
+        images: float32 (B, 3, H, W), as it returned them.
+
+    Returns:
+        RGB, uint8 (B, H, W, 3).
+    """
+    import torch
+
+    mean = torch.tensor(IMAGE_MEAN, device=images.device).mul_(255).view(1, 3, 1, 1)
+    scale = torch.tensor(IMAGE_STD, device=images.device).mul_(255).view(1, 3, 1, 1)
+    return (images * scale + mean).round_().to(torch.uint8).permute(0, 2, 3, 1)

@@ -74,7 +74,7 @@ class VocConfig(StageConfig):
     val_list: str = Field(default="val", min_length=1)
     """List of the images that the final scores are measured on; it may have no masks and no labels."""
     test_list: str | None = None
-    """List of images to predict only, e.g. ``test`` of VOC2012test."""
+    """List of images that only ``evaluate`` sees, e.g. ``test`` of VOC2012test; it needs no masks and no labels."""
     masks: str = Field(default="SegmentationClass", min_length=1)
     """Folder of the masks that scores are measured on."""
     full_masks: str = Field(default="SegmentationClassAug", min_length=1)

@@ -1,4 +1,4 @@
-"""Public ImageNet weights: where they are, and their download; torch-free.
+"""Public weights (ImageNet, COCO): where they are, and their download; torch-free.
 
 Reads the network, only when asked for; writes into a cache folder, under a file's name only once it is whole.
 """
@@ -68,12 +68,26 @@ PUBLIC_WEIGHTS: dict[str, PublicWeights] = {
 """Torchvision's IMAGENET1K_V1 and timm's defaults; tests compare the table with both libraries."""
 
 
+COCO_WEIGHTS: dict[str, PublicWeights] = {
+    "resnet50_coco": _torchvision("deeplabv3_resnet50_coco-cd0a2569.pth"),
+    "resnet101_coco": _torchvision("deeplabv3_resnet101_coco-586e9e4e.pth"),
+}
+"""Torchvision's COCO_WITH_VOC_LABELS_V1: DeepLabV3 trained on COCO's masks of VOC's classes; its backbone is read."""
+
+
+def coco_name(backbone: str) -> str:
+    """The entry of ``weights:`` and of ``COCO_WEIGHTS`` for a backbone trained on COCO."""
+    return f"{backbone}_coco"
+
+
 def public_source(name: str) -> PublicWeights:
-    """The public weights of backbone or encoder ``name``.
+    """The public weights of backbone or encoder ``name``, or of ``<backbone>_coco``.
 
     Raises:
         WeightsError: none are known; the message says how to give a file.
     """
+    if name in COCO_WEIGHTS:
+        return COCO_WEIGHTS[name]
     if name not in PUBLIC_WEIGHTS:
         raise WeightsError(
             f"no public ImageNet weights are known for '{name}'; write 'weights: {{{name}: FILE}}' or start from "

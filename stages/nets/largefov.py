@@ -1,6 +1,6 @@
 """DeepLab-LargeFOV on any of our backbones, and what all segmenters have in common.
 
-Pure network code; reads and writes nothing.
+Network code; reads VGG16's weight file where fc6 and fc7 start at its own, writes nothing.
 Shapes: B images, C classes with background, D feature channels, H W pixels, h w cells.
 Source: Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs", 2015;
 layer numbers as in the SEC release (Kolesnikov and Lampert, "Seed, Expand and Constrain", ECCV 2016).
@@ -8,12 +8,16 @@ layer numbers as in the SEC release (Kolesnikov and Lampert, "Seed, Expand and C
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from stages.contracts import Progress
+from stages.errors import WeightsError
 from stages.nets.backbone_builders import Backbone, build_plain_backbone
 from stages.nets.segmenters import LargeFovConfig
+from stages.nets.weights import WeightsReport, fetch_weights, read_tensors
 
 
 class Segmenter(nn.Module):
@@ -29,6 +33,10 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C, h, w) of normalised images (B, 3, H, W); the caller resizes them to (H, W)."""
         raise NotImplementedError
+
+    def training_logits(self, images: Tensor) -> list[Tensor]:
+        """Logits (B, C, h, w) that each have a loss in training, the whole image's first; mostly one."""
+        return [self(images)]
 
     def parameter_groups(self, head_lr_factor: float = 10.0) -> list[dict[str, Any]]:
         """All parameters for the optimiser, each once: the trunk at factor 1, the head faster.
@@ -72,6 +80,7 @@ class LargeFov(Segmenter):
             self.pool5 = nn.Identity()
         self.fc6 = _stage(config, self.backbone.num_channels, kernel_size=3, dilation=config.dilation)
         self.fc7 = _stage(config, config.channels, kernel_size=1) if config.fc7 else nn.Identity()
+        self.is_decimated = config.fc_init == "decimated"
         self.classifier = nn.Conv2d(config.channels, num_classes, kernel_size=1)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type] - a Conv2d made with a bias has one
@@ -84,6 +93,13 @@ class LargeFov(Segmenter):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C, h, w) at the backbone's stride."""
         return self.classifier(self.fc7(self.fc6(self.pool5(self.backbone(images)))))
+
+    def parameter_groups(self, head_lr_factor: float = 10.0) -> list[dict[str, Any]]:
+        """As every segmenter's; decimated fc6 and fc7 are no new layers and learn as fast as the backbone."""
+        if not self.is_decimated:
+            return super().parameter_groups(head_lr_factor)
+        plain = nn.ModuleList([self.backbone, self.fc6, self.fc7])
+        return parameter_groups(self, plain, head_lr_factor)
 
 
 def _stage(config: LargeFovConfig, in_channels: int, *, kernel_size: int, dilation: int = 1) -> nn.Sequential:
@@ -115,3 +131,64 @@ def vgg_pool5() -> nn.Sequential:
     return nn.Sequential(
         nn.MaxPool2d(3, stride=1, padding=1), nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fc6 and fc7 of VGG16
+# ---------------------------------------------------------------------------------------------------------------------
+
+FC_NAMES = {"fc6": "classifier.0", "fc7": "classifier.3"}
+"""Torchvision's names of VGG16's fully connected layers."""
+
+FC_STEP = 3
+"""Of fc6's 7 × 7 cells each third is kept; at stride 8 instead of 32 those lie 3 × 4 = 12 cells apart: dilation 12."""
+
+
+def load_decimated(segmenter: LargeFov, path: Path | None = None, *, progress: Progress | None = None) -> WeightsReport:
+    """Start fc6 and fc7 at every so many channels and cells of VGG16's own fully connected layers.
+
+    fc6 (4096, 512 · 7 · 7) becomes (channels, 512, 3, 3), fc7 (4096, 4096) becomes (channels, channels, 1, 1); kept are
+    output channel 0, n, 2n … for n = 4096 / channels, in fc7 those of its input too, and rows and columns 0, 3 and 6.
+
+    Args:
+        segmenter: On vgg16, without BatchNorm in the head.
+        path: The user's file of the whole vgg16 of torchvision; None fetches the public one.
+        progress: Counts the download.
+
+    Returns:
+        What was used, by the file's names.
+
+    Raises:
+        WeightsError: no file, not readable, or its fully connected layers are not there or not VGG16's.
+
+    Source:
+        Chen et al., 2015, §3.1 (fc6 subsampled to 3 × 3, 1,024 channels).
+    """
+    file = fetch_weights("vgg16", path, progress=progress)
+    tensors = read_tensors(file)
+    layers = {"fc6": segmenter.fc6[0]}
+    if isinstance(segmenter.fc7, nn.Sequential):
+        layers["fc7"] = segmenter.fc7[0]
+    used = []
+    for name, conv in layers.items():
+        weight, bias = (tensors.get(f"{FC_NAMES[name]}.{kind}") for kind in ("weight", "bias"))
+        sides = (4096, 512 * 7 * 7) if name == "fc6" else (4096, 4096)
+        if weight is None or bias is None or weight.shape != sides:
+            found = "there is none" if weight is None or bias is None else f"found {tuple(weight.shape)}"
+            raise WeightsError(
+                f"vgg16 from {file.name}: fc_init: decimated needs {FC_NAMES[name]} of {sides}, {found}; give the "
+                "whole vgg16 file of torchvision, or write net.fc_init: random"
+            )
+        _copy_decimated(conv, weight, bias, is_spatial=name == "fc6")
+        used += [f"{FC_NAMES[name]}.weight", f"{FC_NAMES[name]}.bias"]
+    return WeightsReport(f"{' and '.join(layers)} decimated from {file.name}", tuple(used), (), ())
+
+
+def _copy_decimated(conv: nn.Module, weight: Tensor, bias: Tensor, *, is_spatial: bool) -> None:
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    step = len(weight) // conv.out_channels
+    kernel = weight.view(len(weight), -1, 7, 7) if is_spatial else weight.view(*weight.shape, 1, 1)
+    kernel = kernel[::step, :, ::FC_STEP, ::FC_STEP] if is_spatial else kernel[::step, ::step]
+    conv.weight.data.copy_(kernel)
+    conv.bias.data.copy_(bias[::step])

@@ -1,7 +1,8 @@
 """Which segmenters there are, and how a config asks for one; torch-free (torch is imported inside functions).
 
-Reads and writes nothing.  ``largefov`` is ours (``stages.nets.largefov``) and stands on any of our backbones;
-``deeplabv3`` and ``deeplabv3plus`` come from segmentation-models-pytorch (``stages.nets.deeplab``).
+Reads and writes nothing.  ``largefov`` and ``deeplabv2`` are ours (``stages.nets.largefov``,
+``stages.nets.deeplab_v2``) and stand on any of our backbones; ``deeplabv3`` and ``deeplabv3plus`` come from
+segmentation-models-pytorch (``stages.nets.deeplab``).
 Shapes: B images, C classes with background, h w cells.
 """
 
@@ -9,21 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from stages.contracts import Progress, StageConfig
 from stages.errors import ConfigError, WeightsError
+from stages.growing import GrowingConfig
 from stages.nets.backbones import UNTRAINED, BackboneConfig
+from stages.nets.downloads import COCO_WEIGHTS, coco_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.nets.largefov import Segmenter
+    from stages.nets.weights import WeightsReport
 
-Init = Literal["imagenet", "classifier", "random"]
-"""Where the segmenter's backbone starts: public weights, this run's classifier, or chance."""
+Init = Literal["imagenet", "coco", "classifier", "random"]
+"""Where the segmenter's backbone starts: public weights, this run's classifier, or chance.
+
+``coco`` is the backbone of a DeepLabV3 that torchvision trained on COCO's pixel masks, of VOC's classes alone: worth
+points that no run on ImageNet weights has."""
+
+FC_CHANNELS = 4096
+"""Channels of VGG16's own fc6 and fc7."""
 
 LIGHT_HEAD: Mapping[str, Any] = {"dilation": 6, "batch_norm": True, "fc7": False}
 
@@ -81,13 +91,15 @@ Left out: the deprecated ``timm-…`` names (``tu-…`` serves), and MiT, whose 
 dilates it."""
 
 
-class LargeFovConfig(StageConfig):
+class LargeFovConfig(GrowingConfig):
     """DeepLab-LargeFOV: one wide dilated 3×3 convolution on a backbone, then 1×1 convolutions.
 
     Source: Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs", 2015;
     numbers as in the SEC release (Kolesnikov and Lampert, 2016).
-    Differs: fc6 and fc7 start at random (the release decimates VGG16's fully connected layers).
+    Differs: fc6 and fc7 start at random unless ``fc_init: decimated`` (the release decimates VGG16's).
     """
+
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"fc_init"})
 
     name: Literal["largefov"] = "largefov"
     backbone: BackboneConfig
@@ -102,6 +114,20 @@ class LargeFovConfig(StageConfig):
     """BatchNorm behind fc6 and fc7; by default on for every backbone but vgg16."""
     dropout: float = Field(default=0.5, ge=0.0, lt=1.0)
     """Dropped share of the head's channels in training; by default 0.1 on squeezenet1_1 and small."""
+    fc_init: Literal["random", "decimated"] = "random"
+    """decimated: fc6 and fc7 start at every fourth channel and third cell of VGG16's own (4096 × 7 × 7), as DeepLab's
+    release does, and then learn as fast as the backbone; needs vgg16, ``init: imagenet`` and no ``batch_norm``."""
+
+    @model_validator(mode="after")
+    def _check_fc_init(self) -> LargeFovConfig:
+        if self.fc_init == "decimated":
+            if self.backbone.name != "vgg16" or self.batch_norm:
+                raise ValueError(
+                    "fc_init: decimated needs backbone vgg16 without batch_norm: whose fc6 and fc7 they are"
+                )
+            if FC_CHANNELS % self.channels:
+                raise ValueError(f"fc_init: decimated needs channels that divide {FC_CHANNELS}, found {self.channels}")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -114,6 +140,38 @@ class LargeFovConfig(StageConfig):
         if not isinstance(name, str):
             return values
         return {**HEAD_DEFAULTS.get(name, OTHER_HEAD), **values}
+
+
+class DeepLabV2Config(StageConfig):
+    """DeepLab v2: atrous spatial pyramid pooling, a sum of dilated 3×3 classifiers, on a backbone, over several scales.
+
+    Source: Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution, and
+    Fully Connected CRFs", 2017; numbers and scales as in deeplab-pytorch (4219467).
+    """
+
+    name: Literal["deeplabv2"]
+    backbone: BackboneConfig
+    """The backbone; the paper's is resnet101 with ``output_stride: 8`` and ``freeze_bn: true``, which here also keeps
+    BatchNorm's scales and offsets."""
+    dilations: tuple[int, ...] = Field(default=(6, 12, 18, 24), min_length=1, max_length=8)
+    """Dilations of the classifiers in cells."""
+    scales: tuple[float, ...] = Field(default=(0.5, 0.75), max_length=4)
+    """Scales at which the net sees an image beside its own size.  In training each has a loss of its own and so has the
+    maximum of all (MSC); in use the maximum is what counts.  ``[]`` sees one size alone."""
+
+    @field_validator("dilations")
+    @classmethod
+    def _check_dilations(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if min(value) < 1:
+            raise ValueError(f"dilations are at least 1 cell, found {value}")
+        return value
+
+    @field_validator("scales")
+    @classmethod
+    def _check_scales(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0.25 <= scale <= 2 or scale == 1 for scale in value):
+            raise ValueError(f"scales lie within 0.25 … 2 and are not 1, which is always there, found {value}")
+        return value
 
 
 class DeepLabConfig(StageConfig):
@@ -165,7 +223,9 @@ class DeepLabConfig(StageConfig):
         return value
 
 
-SegmenterConfig = Annotated[LargeFovConfig | DeepLabConfig, Field(discriminator="name")]
+AnySegmenterConfig = LargeFovConfig | DeepLabV2Config | DeepLabConfig
+
+SegmenterConfig = Annotated[AnySegmenterConfig, Field(discriminator="name")]
 """Any segmenter, told apart by ``name``."""
 
 
@@ -187,17 +247,19 @@ def check_encoder(name: str, output_stride: int = 16) -> None:
         )
 
 
-def backbone_name(config: LargeFovConfig | DeepLabConfig) -> str:
+def backbone_name(config: AnySegmenterConfig) -> str:
     """The name under which ``weights:`` lists this segmenter's backbone (the classifier's name for the same net)."""
-    return config.backbone.name if isinstance(config, LargeFovConfig) else config.encoder
+    return config.encoder if isinstance(config, DeepLabConfig) else config.backbone.name
 
 
-def pretrained_name(config: LargeFovConfig | DeepLabConfig, init: Init) -> str | None:
-    """The backbone whose public weights enter this segmenter, or None: what a cache key has to know."""
+def pretrained_name(config: AnySegmenterConfig, init: Init) -> str | None:
+    """The entry of ``weights:`` whose public weights enter this segmenter, or None: what a cache key has to know."""
+    if init == "coco":
+        return coco_name(backbone_name(config))
     return backbone_name(config) if init == "imagenet" else None
 
 
-def init_problems(config: LargeFovConfig | DeepLabConfig, init: Init, classifier: BackboneConfig | None) -> list[str]:
+def init_problems(config: AnySegmenterConfig, init: Init, classifier: BackboneConfig | None) -> list[str]:
     """Why this segmenter cannot start from ``init``; empty when it can.  Torch-free, for the check before a run.
 
     Args:
@@ -206,11 +268,16 @@ def init_problems(config: LargeFovConfig | DeepLabConfig, init: Init, classifier
         classifier: The backbone of the run's classifier, where there is one.
     """
     name = backbone_name(config)
-    pretrained = config.backbone.pretrained if isinstance(config, LargeFovConfig) else config.pretrained
+    pretrained = config.pretrained if isinstance(config, DeepLabConfig) else config.backbone.pretrained
     if init == "imagenet" and name in UNTRAINED:
         return [f"init: imagenet, but {name} has no public weights; write init: classifier or init: random"]
-    if init == "imagenet" and not pretrained:
-        return ["init: imagenet contradicts the net's pretrained: false; change one of them"]
+    if init == "coco" and coco_name(name) not in COCO_WEIGHTS:
+        known = ", ".join(known.removesuffix("_coco") for known in COCO_WEIGHTS)
+        return [f"init: coco, but no public weights of {name} on COCO are known, only of {known}; write init: imagenet"]
+    if init in ("imagenet", "coco") and not pretrained:
+        return [f"init: {init} contradicts the net's pretrained: false; change one of them"]
+    if isinstance(config, LargeFovConfig) and config.fc_init == "decimated" and init != "imagenet":
+        return [f"init: {init} has no fc6 and fc7 for net.fc_init: decimated; write init: imagenet or fc_init: random"]
     if init == "classifier" and (classifier is None or classifier.name != name):
         found = "there is no classifier" if classifier is None else f"the classifier's backbone is {classifier.name}"
         return [f"init: classifier needs a classifier on {name}, but {found}; use one backbone or init: imagenet"]
@@ -218,7 +285,7 @@ def init_problems(config: LargeFovConfig | DeepLabConfig, init: Init, classifier
 
 
 def build_segmenter(
-    config: LargeFovConfig | DeepLabConfig,
+    config: AnySegmenterConfig,
     num_classes: int,
     *,
     init: Init,
@@ -231,7 +298,7 @@ def build_segmenter(
     Args:
         config: Which net.
         num_classes: C, background included.
-        init: Where the backbone starts; the head always starts at random.
+        init: Where the backbone starts; the head starts at random, but for LargeFOV's ``fc_init: decimated``.
         weights: Weight files by backbone name (``weights:`` of the config).
         classifier_backbone: ``state_dict()`` of the trained classifier's backbone; needed by ``init: classifier``.
         progress: Told what was loaded.
@@ -243,24 +310,53 @@ def build_segmenter(
         ConfigError: the net cannot be built or cannot start from ``init``.
         WeightsError: weights are missing or do not fit; the tensors are named.
     """
-    from stages.nets.deeplab import DeepLab
-    from stages.nets.largefov import LargeFov
-    from stages.nets.weights import load_pretrained, load_tensors
+    from stages.nets.weights import load_tensors
 
-    segmenter: Segmenter
-    segmenter = LargeFov(config, num_classes) if isinstance(config, LargeFovConfig) else DeepLab(config, num_classes)
-    name = backbone_name(config)
-    if init == "imagenet":
+    segmenter = _build(config, num_classes)
+    if init == "random":
+        return segmenter
+    if init == "classifier":
+        if classifier_backbone is None:
+            raise WeightsError("init: classifier needs the trained classifier's backbone; none was given")
+        source = f"this run's classifier into {backbone_name(config)}"
+        reports = [load_tensors(segmenter.trunk, classifier_backbone, source=source)]
+    else:
         problems = init_problems(config, init, None)
         if problems:
             raise ConfigError(problems[0])
-        report = load_pretrained(segmenter.trunk, name, weights.get(name), progress=progress)
-    elif init == "classifier":
-        if classifier_backbone is None:
-            raise WeightsError("init: classifier needs the trained classifier's backbone; none was given")
-        report = load_tensors(segmenter.trunk, classifier_backbone, source=f"this run's classifier into {name}")
-    else:
-        return segmenter
+        reports = _load_public(segmenter, config, init, weights, progress)
     if progress is not None:
-        progress.info(report.describe())
+        for report in reports:
+            progress.info(report.describe())
     return segmenter
+
+
+def _build(config: AnySegmenterConfig, num_classes: int) -> Segmenter:
+    from stages.nets.deeplab import DeepLab
+    from stages.nets.deeplab_v2 import DeepLabV2
+    from stages.nets.largefov import LargeFov
+
+    if isinstance(config, LargeFovConfig):
+        return LargeFov(config, num_classes)
+    return DeepLabV2(config, num_classes) if isinstance(config, DeepLabV2Config) else DeepLab(config, num_classes)
+
+
+def _load_public(
+    segmenter: Segmenter,
+    config: AnySegmenterConfig,
+    init: Init,
+    weights: Mapping[str, Path],
+    progress: Progress | None,
+) -> list[WeightsReport]:
+    """Load public weights into the trunk, and where the config says so into fc6 and fc7."""
+    from stages.nets.largefov import LargeFov, load_decimated
+    from stages.nets.weights import load_coco, load_pretrained
+
+    name = pretrained_name(config, init)
+    assert name is not None
+    if init == "coco":
+        return [load_coco(segmenter.trunk, name, weights.get(name), progress=progress)]
+    reports = [load_pretrained(segmenter.trunk, name, weights.get(name), progress=progress)]
+    if isinstance(segmenter, LargeFov) and segmenter.is_decimated:
+        reports.append(load_decimated(segmenter, weights.get(name), progress=progress))
+    return reports

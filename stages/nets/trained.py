@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from stages.contracts import ClassList, StageConfig, read_json, write_json
 from stages.errors import DamagedFileError
-from stages.nets.segmenters import DeepLabConfig, LargeFovConfig, SegmenterConfig
+from stages.nets.segmenters import AnySegmenterConfig, SegmenterConfig
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class SegmenterRecord(StageConfig):
 
 
 def save_segmenter(
-    folder: Path, config: LargeFovConfig | DeepLabConfig, module: Segmenter, classes: ClassList | Sequence[str]
+    folder: Path, config: AnySegmenterConfig, module: Segmenter, classes: ClassList | Sequence[str]
 ) -> None:
     """Write a segmenter into ``folder``, the tensors first; equal segmenters give equal bytes.
 

@@ -115,8 +115,50 @@ def load_pretrained(
     Raises:
         WeightsError: no file, not readable, or it does not fit; every tensor that differs in shape is named.
     """
-    file = _given_file(name, path) if path is not None else download_weights(name, cache_dir, progress=progress)
+    file = fetch_weights(name, path, cache_dir=cache_dir, progress=progress)
     return load_tensors(module, read_tensors(file), source=f"{name} from {file.name}")
+
+
+def fetch_weights(
+    name: str, path: Path | None = None, *, cache_dir: Path | None = None, progress: Progress | None = None
+) -> Path:
+    """The user's file of weights, or the public one, downloaded if need be.
+
+    Raises:
+        WeightsError: there is no such file, or none can be had.
+    """
+    return _given_file(name, path) if path is not None else download_weights(name, cache_dir, progress=progress)
+
+
+COCO_PREFIXES = ("backbone.body.", "backbone.")
+"""Where torchvision's detection and segmentation networks have their ResNet."""
+
+
+def load_coco(
+    module: nn.Module, name: str, path: Path | None = None, *, progress: Progress | None = None
+) -> WeightsReport:
+    """Load the backbone of a network that was trained on COCO into a ResNet.
+
+    Args:
+        module: Our ResNet, or that of segmentation-models-pytorch.
+        name: ``<backbone>_coco``, as in the ``weights:`` map.
+        path: The user's file: a segmentation or detection network of torchvision, or a bare ResNet; None fetches the
+            public one.
+        progress: Counts the download.
+
+    Returns:
+        What matched, by the backbone's names.
+
+    Raises:
+        WeightsError: no file, not readable, or its backbone does not fit.
+    """
+    file = fetch_weights(name, path, progress=progress)
+    tensors = read_tensors(file)
+    for prefix in COCO_PREFIXES:
+        if any(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            break
+    return load_tensors(module, tensors, source=f"{name} from {file.name}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -88,6 +88,50 @@ def balanced_segmentation_cross_entropy(logits: Tensor, masks: Tensor, weights: 
     return (sides[0] + sides[1]) / num_sides.clamp(min=1)
 
 
+def bootstrapped_cross_entropy(
+    logits: Tensor, masks: Tensor, weights: Tensor | None = None, *, trust: float = 0.8
+) -> Tensor:
+    """Cross-entropy of which ``1 - trust`` is against the network's own most probable class, for noisy masks.
+
+    Args:
+        logits: (B, C, H, W) class scores at the masks' resolution.
+        masks: (B, H, W) class indices 0 … K and 255; any integer dtype.
+        weights: (B, H, W) in [0, 1] as in ``segmentation_cross_entropy``.
+        trust: Share of the mask's label in the target, in [0, 1].
+
+    Returns:
+        Scalar, float32; zero with zero gradients when no pixel is labelled.
+
+    Source:
+        Reed et al., "Training Deep Neural Networks on Noisy Labels with Bootstrapping", ICLR 2015 workshop, §3.3
+        (hard bootstrapping, β = 0.8).
+    """
+    own = torch.where(masks == IGNORE_INDEX, IGNORE_INDEX, logits.argmax(dim=1))
+    losses = trust * _pixel_losses(logits, masks) + (1 - trust) * _pixel_losses(logits, own)
+    return _weighted_mean(losses, masks != IGNORE_INDEX, weights)
+
+
+def smoothed_cross_entropy(
+    logits: Tensor, masks: Tensor, weights: Tensor | None = None, *, smoothing: float = 0.1
+) -> Tensor:
+    """Cross-entropy against targets of which ``smoothing`` is spread evenly over all classes.
+
+    Args:
+        logits: (B, C, H, W) class scores at the masks' resolution.
+        masks: (B, H, W) class indices 0 … K and 255; any integer dtype.
+        weights: (B, H, W) in [0, 1] as in ``segmentation_cross_entropy``.
+        smoothing: In [0, 1).
+
+    Returns:
+        Scalar, float32; zero with zero gradients when no pixel is labelled.
+
+    Source:
+        Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, §7.
+    """
+    losses = _pixel_losses(logits, masks, smoothing)
+    return _weighted_mean(losses, masks != IGNORE_INDEX, weights)
+
+
 def _weighted_mean(losses: Tensor, counted: Tensor, weights: Tensor | None) -> Tensor:
     """The mean of ``losses`` (B, H, W) over the pixels in ``counted``, by ``weights`` where there are some."""
     if weights is None:
@@ -98,7 +142,7 @@ def _weighted_mean(losses: Tensor, counted: Tensor, weights: Tensor | None) -> T
     return (losses * share).sum() / mean_divisor(share.sum(), len(losses))
 
 
-def _pixel_losses(logits: Tensor, masks: Tensor) -> Tensor:
+def _pixel_losses(logits: Tensor, masks: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of every pixel, float32 (B, H, W); 0 where the mask is 255."""
     if logits.ndim != 4 or masks.shape != (logits.shape[0], *logits.shape[2:]):
         raise ValueError(
@@ -106,7 +150,9 @@ def _pixel_losses(logits: Tensor, masks: Tensor) -> Tensor:
             f"{tuple(masks.shape)}; upsample the logits to the masks first"
         )
     target = masks.to(torch.int64)
-    return functional.cross_entropy(logits.float(), target, ignore_index=IGNORE_INDEX, reduction="none")
+    return functional.cross_entropy(
+        logits.float(), target, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=smoothing
+    )
 
 
 def object_cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:

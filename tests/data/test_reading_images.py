@@ -103,3 +103,16 @@ def test_an_image_too_small_to_look_at_is_refused(
     assert caught.value.problems == (line,)
     Image.fromarray(UPRIGHT[:16]).save(path)
     assert check_image(path) == ((16, 48), [])
+
+
+def test_sixteen_bits_of_grey_become_eight_and_not_white(tmp_path: Path) -> None:
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.array([[0, 257, 25_700, 65_535]], dtype=np.uint16)).save(path)
+    assert read_rgb(path)[0].tolist() == [[value] * 3 for value in (0, 1, 100, 255)]
+
+
+def test_numbers_without_a_known_white_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "floats.tiff"
+    Image.new("F", (4, 4), 0.5).save(path)
+    with pytest.raises(DataError, match=r"floats\.tiff: expected 8 or 16 bits a channel, found pixels of mode F"):
+        read_rgb(path)

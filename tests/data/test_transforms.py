@@ -22,6 +22,7 @@ from stages.data.transforms import (
     build_pipeline,
     seed_pipeline,
     to_network_input,
+    to_pixels,
 )
 
 FULL = AugmentConfig(crop_px=32, scale=(0.5, 2.0), color_jitter=0.3)
@@ -205,3 +206,40 @@ def test_the_module_loads_neither_torch_nor_albumentations():
         "sys.exit(any(m in sys.modules for m in ('torch', 'albumentations', 'cv2')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_way_into_the_network_can_be_gone_back():
+    every_byte = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(2, 1, 1, 3)
+    assert torch.equal(to_pixels(to_network_input(every_byte, torch.device("cpu"))), every_byte)
+
+
+def test_squash_shows_the_whole_image_at_every_seed():
+    image, mask = np.zeros((40, 80, 3), dtype=np.uint8), np.zeros((40, 80), dtype=np.uint8)
+    image[:, 60:], mask[:, 60:] = 200, 3
+    squash = Augmenter(AugmentConfig(crop_px=32, scale=(1.0, 1.0), resize="squash", flip=False))
+    for seed in (1, 2):
+        crop, mask_crop = squash(image, mask, seed=seed)
+        assert crop.shape == (32, 32, 3)
+        assert (mask_crop == np.where(np.arange(32) < 24, 0, 3)).all()
+        assert (crop[:, 25:] == 200).all()
+        assert (crop[:, :23] == 0).all()
+    flipped = Augmenter(AugmentConfig(crop_px=32, scale=(1.0, 1.0), resize="squash"))
+    first_columns = {int(flipped(image, mask, seed=seed)[1][0, 0]) for seed in range(20)}
+    assert first_columns == {0, 3}
+
+
+@pytest.mark.parametrize("other", [{"scale": (0.5, 1.5)}, {"scale": (1.0, 1.0), "short_side_px": 64}])
+def test_squash_leaves_nothing_to_rescale(other):
+    with pytest.raises(ValueError, match=r"set scale: \[1, 1\] and leave short_side_px"):
+        AugmentConfig(crop_px=32, resize="squash", **other)
+
+
+def test_a_whole_image_is_looked_at_as_it_was_trained_on():
+    assert AugmentConfig(crop_px=321, scale=(1.0, 1.0), resize="squash").seen_short_side_px == 321
+    assert AugmentConfig(crop_px=321, short_side_px=256).seen_short_side_px == 256
+    assert AugmentConfig().seen_short_side_px is None
+
+
+def test_resize_is_written_only_where_it_is_not_a_crop():
+    assert "resize" not in AugmentConfig().model_dump()
+    assert AugmentConfig(scale=(1.0, 1.0), resize="squash").model_dump()["resize"] == "squash"

@@ -78,6 +78,12 @@ def test_test_images_need_no_masks_and_no_labels(tiny_voc: Path) -> None:
     listing = list_data(config(tiny_voc, test_list="test"))
     image = listing.images[-1]
     assert (image.id, image.labels, image.mask, listing.splits["test"]) == ("d", None, None, ("d",))
+    mask = tiny_voc / "SegmentationClass/d.png"
+    mask.write_bytes((tiny_voc / "SegmentationClass/a.png").read_bytes())
+    image = list_data(config(tiny_voc, test_list="test")).images[-1]
+    assert (image.mask, image.full_mask) == ("SegmentationClass/d.png", None), (
+        "a mask is for the score, if there is one"
+    )
     (tiny_voc / "ImageSets/Segmentation/test.txt").unlink()
     assert "unpack VOC2012test.tar" in problems_of(config(tiny_voc, test_list="test"))
 

@@ -11,6 +11,7 @@ from stages.contracts import SilentProgress
 from stages.errors import ConfigError, WeightsError
 from stages.nets.backbone_builders import build_plain_backbone
 from stages.nets.backbones import BackboneConfig
+from stages.nets.downloads import COCO_WEIGHTS
 from stages.nets.segmenters import (
     DILATABLE_ENCODERS,
     DeepLabConfig,
@@ -22,6 +23,7 @@ from stages.nets.segmenters import (
     init_problems,
     pretrained_name,
 )
+from stages.nets.weights import weights_identity
 
 SMALL = {"name": "largefov", "backbone": {"name": "small"}}
 SQUEEZENET = {"name": "largefov", "backbone": {"name": "squeezenet1_1"}}
@@ -29,7 +31,8 @@ VGG = {"name": "largefov", "backbone": {"name": "vgg16"}}
 V3 = {"name": "deeplabv3", "encoder": "resnet18", "output_stride": 8, "decoder_channels": 32}
 V3PLUS = {"name": "deeplabv3plus", "encoder": "resnet18", "output_stride": 16, "decoder_channels": 32}
 V3PLUS_MOBILE = {"name": "deeplabv3plus", "encoder": "mobilenet_v2", "output_stride": 8, "decoder_channels": 16}
-LIGHT = [SMALL, SQUEEZENET, V3, V3PLUS, V3PLUS_MOBILE]
+V2 = {"name": "deeplabv2", "backbone": {"name": "small"}, "dilations": (2, 4)}
+LIGHT = [SMALL, SQUEEZENET, V2, V3, V3PLUS, V3PLUS_MOBILE]
 
 
 def parse(fields):
@@ -190,7 +193,8 @@ def test_each_parameter_is_in_one_group_and_only_the_head_is_faster(fields):
     ids = [id(p) for group in (trunk, head) for p in group["params"]]
     assert len(ids) == len(set(ids))
     assert set(ids) == {id(p) for p in segmenter.parameters()}
-    assert id(segmenter.classifier.weight) in {id(p) for p in head["params"]}
+    last = segmenter.aspp[0] if fields["name"] == "deeplabv2" else segmenter.classifier
+    assert id(last.weight) in {id(p) for p in head["params"]}
 
 
 def test_a_frozen_encoder_keeps_its_statistics_while_the_decoder_learns():
@@ -280,3 +284,167 @@ def test_nothing_is_downloaded_while_building(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with torch.device("meta"):
         make({"name": name, "encoder": "resnet18"})
+
+
+# --- fc6 and fc7 of VGG16 ------------------------------------------------------------------------------------
+
+DECIMATED = {**VGG, "channels": 64, "fc_init": "decimated"}
+
+
+def vgg_file(path, **changes):
+    """A file in the layout of torchvision's vgg16 whose fully connected layers say where a number comes from."""
+    tensors = dict(build_plain_backbone(BackboneConfig(name="vgg16", output_stride=16, pretrained=False)).state_dict())
+    channel = torch.arange(4096.0)
+    cell = torch.arange(7.0)[:, None] * 10 + torch.arange(7.0)
+    fc6 = (channel[:, None, None, None] * 100 + cell).expand(4096, 2, 7, 7)
+    # the file has 512 input channels, of which all are alike: an expanded tensor takes no memory until it is saved
+    tensors["classifier.0.weight"] = fc6[:, :1].expand(4096, 512, 7, 7).reshape(4096, -1)
+    tensors["classifier.0.bias"] = channel
+    tensors["classifier.3.weight"] = channel[:, None] * 10_000 + channel
+    tensors["classifier.3.bias"] = -channel
+    tensors.update(changes)
+    torch.save({name: value for name, value in tensors.items() if value is not None}, path)
+    return path
+
+
+@pytest.mark.slow
+def test_fc6_and_fc7_are_every_so_many_channels_and_cells_of_vggs(tmp_path):
+    said, progress = [], SilentProgress()
+    progress.info = said.append
+    weights = {"vgg16": vgg_file(tmp_path / "vgg16.pth")}
+    segmenter = make(DECIMATED, init="imagenet", weights=weights, progress=progress)
+    fc6, fc7 = segmenter.fc6[0], segmenter.fc7[0]
+    cells = torch.tensor([[0.0, 3, 6], [30, 33, 36], [60, 63, 66]])
+    assert torch.equal(fc6.weight[1, 100], 64 * 100 + cells), "channel 64 of 4096 is the second of 64"
+    assert torch.equal(fc6.bias, torch.arange(64.0) * 64)
+    assert fc7.weight[2, 3, 0, 0] == 128 * 10_000 + 192
+    assert torch.equal(fc7.bias, -torch.arange(64.0) * 64)
+    assert said[-1] == "fc6 and fc7 decimated from vgg16.pth: 4 tensors loaded"
+    trunk, head = segmenter.parameter_groups()
+    assert {id(p) for p in head["params"]} == {id(p) for p in segmenter.classifier.parameters()}, "only fc8 is new"
+    assert trunk["lr_factor"] == 1
+    vgg_file(tmp_path / "features.pth", **{"classifier.3.weight": None})
+    with pytest.raises(WeightsError, match=r"needs classifier.3 of \(4096, 4096\), there is none; give the whole"):
+        make(DECIMATED, init="imagenet", weights={"vgg16": tmp_path / "features.pth"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": {"name": "resnet50"}}, "needs backbone vgg16 without batch_norm"),
+        ({"batch_norm": True}, "needs backbone vgg16 without batch_norm"),
+        ({"channels": 1000}, "needs channels that divide 4096, found 1000"),
+    ],
+)
+def test_what_has_no_fc6_cannot_start_at_it(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        parse({**VGG, "fc_init": "decimated", **changes})
+
+
+def test_a_decimated_head_needs_the_file_that_has_it():
+    config = parse({**VGG, "fc_init": "decimated"})
+    assert init_problems(config, "imagenet", None) == []
+    for init in ("random", "classifier", "coco"):
+        (problem,) = init_problems(config, init, BackboneConfig(name="vgg16"))
+        assert "vgg16" in problem or "fc_init: decimated" in problem
+    assert "fc_init" not in parse(VGG).model_dump(), "configs of before keep their keys"
+    assert config.model_dump()["fc_init"] == "decimated"
+
+
+# --- DeepLab v2 ----------------------------------------------------------------------------------------------
+
+
+def test_deeplab_v2_on_resnet101_is_the_papers():
+    fields = {"name": "deeplabv2", "backbone": {"name": "resnet101", "output_stride": 8, "freeze_bn": True}}
+    with torch.device("meta"):
+        segmenter = make(fields, num_classes=21)
+        assert segmenter(torch.empty(1, 3, 321, 321)).shape == (1, 21, 41, 41)
+        sizes = [tuple(view.shape[2:]) for view in segmenter.training_logits(torch.empty(1, 3, 321, 321))]
+    assert sizes == [(41, 41), (20, 20), (31, 31), (41, 41)]
+    assert [conv.dilation[0] for conv in segmenter.aspp] == [6, 12, 18, 24]
+    head = segmenter.parameter_groups()[1]["params"]
+    assert sum(parameter.numel() for parameter in head) == 4 * (2048 * 9 * 21 + 21)
+    learning = sum(parameter.numel() for parameter in segmenter.trunk.parameters() if parameter.requires_grad)
+    assert learning == 42_394_816, "ResNet-101's convolutions without BatchNorm's scales and offsets"
+
+
+def test_deeplab_v2_gives_the_largest_score_over_its_scales():
+    torch.manual_seed(0)
+    segmenter = make(V2).eval()
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        whole, half, three_quarters, largest = segmenter.training_logits(images)
+        assert torch.equal(segmenter(images), largest)
+        alone = make({**V2, "scales": ()}).eval()
+        alone.load_state_dict(segmenter.state_dict())
+        assert torch.equal(alone(images), whole)
+        smaller = nn.functional.interpolate(images, size=(32, 48), mode="bilinear")
+        torch.testing.assert_close(alone(smaller), half)
+    same = [nn.functional.interpolate(one, size=(16, 24), mode="bilinear") for one in (half, three_quarters)]
+    torch.testing.assert_close(largest, torch.stack([whole, *same]).amax(0))
+    assert (largest > whole).any()
+
+
+def test_a_net_without_scales_of_its_own_has_one_loss():
+    segmenter = make(SMALL).eval()
+    images = torch.randn(1, 3, 64, 96)
+    (logits,) = segmenter.training_logits(images)
+    assert torch.equal(logits, segmenter(images))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"scales": (1.0,)}, "are not 1"), ({"dilations": (0,)}, "at least 1")]
+)
+def test_scales_and_dilations_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        parse({**V2, **changes})
+
+
+# --- COCO ----------------------------------------------------------------------------------------------------
+
+
+def test_our_table_of_coco_weights_is_torchvisions():
+    from torchvision.models import segmentation
+
+    enums = {
+        "resnet50_coco": segmentation.DeepLabV3_ResNet50_Weights,
+        "resnet101_coco": segmentation.DeepLabV3_ResNet101_Weights,
+    }
+    assert {name: source.url for name, source in COCO_WEIGHTS.items()} == {
+        name: weights.COCO_WITH_VOC_LABELS_V1.url for name, weights in enums.items()
+    }
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "backbone.body.", ""])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "deeplabv3plus", "encoder": "resnet50", "decoder_channels": 16},
+        {"name": "deeplabv2", "backbone": {"name": "resnet50"}},
+    ],
+    ids=["smp", "ours"],
+)
+def test_the_backbone_of_a_net_trained_on_coco_is_a_start(tmp_path, prefix, fields):
+    from torchvision import models
+
+    torch.manual_seed(3)
+    plain = {k: v for k, v in models.resnet50(weights=None).state_dict().items() if not k.startswith("fc.")}
+    file = {f"{prefix}{name}": value for name, value in plain.items()}
+    torch.save({**file, "classifier.4.weight": torch.zeros(21, 256, 1, 1)}, tmp_path / "coco.pth")
+    segmenter = make(fields, init="coco", weights={"resnet50_coco": tmp_path / "coco.pth"})
+    assert torch.equal(segmenter.trunk.state_dict()["layer4.2.conv3.weight"], plain["layer4.2.conv3.weight"])
+
+
+def test_a_start_on_coco_is_named_where_there_is_none_and_in_the_key_where_there_is(tmp_path):
+    assert (
+        "no public weights of vgg16 on COCO are known, only of resnet50, resnet101"
+        in init_problems(parse(VGG), "coco", None)[0]
+    )
+    resnet = parse({"name": "deeplabv2", "backbone": {"name": "resnet101"}})
+    assert init_problems(resnet, "coco", None) == []
+    assert pretrained_name(resnet, "coco") == "resnet101_coco"
+    assert weights_identity("resnet101_coco", {}) == "public:deeplabv3_resnet101_coco-586e9e4e.pth"
+    torch.save({"backbone.conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "w.pth")
+    reason = r"resnet101_coco from w\.pth: the weights are of another net"
+    with pytest.raises(WeightsError, match=reason), torch.device("meta"):
+        make(resnet.model_dump(), init="coco", weights={"resnet101_coco": tmp_path / "w.pth"})

@@ -92,6 +92,71 @@ def test_equal_to_torchmetrics() -> None:
     assert pixel_accuracy(matrix) == pytest.approx(float(accuracy), rel=1e-6)
 
 
+def _torchmetrics_macro(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> float:
+    """The class metric, fed two halves, as a validation loop would."""
+    torch = pytest.importorskip("torch")
+    classification = pytest.importorskip("torchmetrics.classification")
+    metric = classification.MulticlassJaccardIndex(num_classes=num_classes, average="macro", ignore_index=255)
+    for rows in (slice(None, 20), slice(20, None)):
+        metric.update(torch.from_numpy(prediction[rows]).long(), torch.from_numpy(truth[rows]).long())
+    return float(metric.compute())
+
+
+@pytest.mark.slow  # importing torchmetrics takes seconds
+def test_mean_equal_to_torchmetrics_macro_with_absent_classes_left_out() -> None:
+    """Of six classes, 4 is nowhere: left out by both.  5 is predicted only: IoU 0 in both.  Void counts in neither."""
+    rng = np.random.default_rng(0)
+    truth = rng.choice([0, 1, 2, 3, 255], (40, 50)).astype(np.uint8)
+    prediction = np.where(rng.random((40, 50)) < 0.6, truth, rng.choice([0, 1, 2, 3, 5], (40, 50))).astype(np.uint8)
+    prediction[prediction == 255] = 0
+    matrix = confusion_matrix(truth, prediction, 6)
+    np.testing.assert_array_equal(np.isnan(iou(matrix)), [False, False, False, False, True, False])
+    assert iou(matrix)[5] == 0
+    assert mean_iou(matrix) == pytest.approx(_torchmetrics_macro(truth, prediction, 6), rel=1e-6)
+
+
+@pytest.mark.slow  # importing torchmetrics takes seconds
+def test_torchmetrics_mean_iou_is_our_score_of_one_image() -> None:
+    """``segmentation.MeanIoU`` averages scores of images: the same on one image, no benchmark's mIoU on several."""
+    torch = pytest.importorskip("torch")
+    segmentation = pytest.importorskip("torchmetrics.segmentation")
+    rng = np.random.default_rng(1)
+    truth = rng.integers(0, 4, (2, 30, 30)).astype(np.uint8)
+    truth[0][truth[0] == 2] = 1
+    prediction = np.where(rng.random(truth.shape) < 0.7, truth, 1).astype(np.uint8)
+    matrices = [confusion_matrix(*pair, 4) for pair in zip(truth, prediction, strict=True)]
+
+    def theirs(chosen: slice) -> float:
+        metric = segmentation.MeanIoU(num_classes=4, input_format="index")
+        metric.update(torch.from_numpy(prediction[chosen]).long(), torch.from_numpy(truth[chosen]).long())
+        return float(metric.compute())
+
+    assert theirs(slice(0, 1)) == pytest.approx(mean_iou(matrices[0]), rel=1e-6)
+    assert theirs(slice(1, 2)) == pytest.approx(mean_iou(matrices[1]), rel=1e-6)
+    assert theirs(slice(0, 2)) != pytest.approx(mean_iou(matrices[0] + matrices[1]), rel=1e-3)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 9999), st.integers(0, 12), st.integers(0, 12), st.sampled_from([1, 3, 40]))
+def test_runs_and_noise_are_counted_alike(seed: int, height: int, width: int, run: int) -> None:
+    """Long runs of one value are counted as runs, noise by pixels: both as one pixel after the other."""
+    rng = np.random.default_rng(seed)
+    truth, prediction = (
+        rng.choice(np.array([0, 1, 2, 3, 255], np.uint8), height * width // run + 1).repeat(run)[: height * width]
+        for _ in range(2)
+    )
+    expected = {"background": np.zeros((4, 4), np.int64), "drop": np.zeros((4, 4), np.int64)}
+    for true, found in zip(truth.tolist(), prediction.tolist(), strict=True):
+        if true != 255:
+            expected["background"][true, 0 if found == 255 else found] += 1
+            if found != 255:
+                expected["drop"][true, found] += 1
+    for unsure, matrix in expected.items():
+        counts = confusion_matrix(truth.reshape(height, width), prediction.reshape(height, width), 4, unsure=unsure)
+        assert counts.dtype == np.int64
+        np.testing.assert_array_equal(counts, matrix)
+
+
 def _sparse(num_images: int = 3) -> tuple[SparseConfusions, list[np.ndarray]]:
     rng = np.random.default_rng(1)
     matrices = [rng.integers(0, 2, (4, 4)) * rng.integers(0, 99, (4, 4)) for _ in range(num_images)]
@@ -111,6 +176,22 @@ def test_sparse_counts_keep_everything(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read["segmenter"].total(), sum(matrices))
     np.testing.assert_array_equal(read["segmenter"].total({"im 0 ü", "im 2 ü"}), matrices[0] + matrices[2])
     assert read["segmenter"].mean_iou_by_image()["im 1 ü"] == mean_iou(matrices[1])
+
+
+def test_images_are_selected_in_the_order_asked_for() -> None:
+    sparse, matrices = _sparse()
+    chosen = sparse.select(["im 2 ü", "im 0 ü"])
+    assert chosen.ids == ("im 2 ü", "im 0 ü")
+    np.testing.assert_array_equal(chosen.matrix(0), matrices[2])
+    np.testing.assert_array_equal(chosen.matrix(1), matrices[0])
+    with pytest.raises(KeyError):
+        sparse.select(["im 9 ü"])
+
+
+def test_true_pixels_are_the_sums_of_the_rows() -> None:
+    sparse, matrices = _sparse()
+    np.testing.assert_array_equal(sparse.true_pixels(), np.stack(matrices).sum(axis=2))
+    assert SparseConfusions.from_matrices(4, []).true_pixels().shape == (0, 4)
 
 
 def test_equal_counts_give_equal_bytes(tmp_path: Path) -> None:

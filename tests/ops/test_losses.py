@@ -6,8 +6,10 @@ import torch
 
 from stages.ops.losses import (
     balanced_segmentation_cross_entropy,
+    bootstrapped_cross_entropy,
     multilabel_soft_margin,
     segmentation_cross_entropy,
+    smoothed_cross_entropy,
 )
 
 
@@ -100,3 +102,30 @@ def test_nothing_labelled_gives_zero_and_zero_gradients(loss):
 def test_segmentation_losses_want_logits_at_the_size_of_the_masks():
     with pytest.raises(ValueError, match="upsample the logits"):
         segmentation_cross_entropy(torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.uint8))
+
+
+def test_bootstrapping_believes_the_network_a_little():
+    """The mask says 1 where the network says 0: a fifth of the target is 0; a pixel of 255 stays out."""
+    logits = _logits([[0.75, 0.25], [0.9, 0.1]])
+    masks = torch.tensor([[[1, 255]]])
+    expected = 0.8 * math.log(4) + 0.2 * math.log(4 / 3)
+    assert bootstrapped_cross_entropy(logits, masks).item() == pytest.approx(expected)
+    assert bootstrapped_cross_entropy(logits, masks, trust=1.0).item() == pytest.approx(math.log(4))
+
+
+def test_smoothing_spreads_a_part_of_the_target():
+    logits = _logits([[0.75, 0.25], [0.9, 0.1]])
+    masks = torch.tensor([[[1, 255]]])
+    expected = 0.9 * math.log(4) + 0.05 * (math.log(4) + math.log(4 / 3)) + 0.05 * 0
+    assert smoothed_cross_entropy(logits, masks).item() == pytest.approx(expected)
+    assert smoothed_cross_entropy(logits, masks, smoothing=0.0).item() == pytest.approx(math.log(4))
+
+
+@pytest.mark.parametrize("loss", [bootstrapped_cross_entropy, smoothed_cross_entropy])
+def test_losses_for_noise_of_nothing_are_zero(loss):
+    logits = torch.zeros(1, 2, 2, 2, requires_grad=True)
+    value = loss(logits, torch.full((1, 2, 2), 255))
+    value.backward()
+    assert value.item() == 0
+    assert logits.grad is not None
+    assert logits.grad.abs().max() == 0

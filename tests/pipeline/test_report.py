@@ -28,6 +28,7 @@ from pipeline.report_tables import (
     metric_rows,
     stage_rows,
 )
+from pipeline.step_rows import STEPS
 from stages.contracts import (
     AttentionRecord,
     ClassList,
@@ -40,6 +41,7 @@ from stages.contracts import (
     write_index_mask,
     write_json,
 )
+from stages.mask_steps import step_path
 from stages.ops.confusion import SparseConfusions, confusion_matrix, write_confusions
 
 CLASSES = ClassList(names=("red fox", "<b>owl</b>"))
@@ -247,6 +249,28 @@ def test_page_shows_numbers_with_their_meaning(artifacts, tmp_path):
     assert "7 min 30 s" in page.text  # six stages of 75 s
 
 
+def test_page_shows_intervals_below_their_scores(artifacts, tmp_path):
+    manifests = make_manifests(artifacts)
+    manifests["evaluate"]["run"]["metrics"] |= {"masks.miou_low": 0.4321, "masks.miou_high": 0.4789}
+    html = build_report(make_run(), artifacts, manifests, None, tmp_path / "report.html").read_text()
+    page = Page(html)
+    assert "43.2 … 47.9" in page.text
+    assert html.count('class="soft interval"') == 1
+    assert "miou_low" not in page.text
+
+
+def test_page_draws_what_the_segmenter_takes_for_what(artifacts, tmp_path):
+    """40 of each image's 16 columns x 23 rows of object are found: 16 + 8 + 4 + 12 + 0 of 80 columns."""
+    html, page = build(artifacts, tmp_path / "report.html")
+    cells = [attributes for tag, attributes in page.tags if tag == "rect" and attributes["class"] == "cell"]
+    assert [cell["fill-opacity"] for cell in cells] == ["1.000", "0.500", "0.500"]
+    assert "red fox taken for background: 50.00 % of its pixels (920)" in page.text
+    assert 'class="on-dark"' in html
+    assert 'class="on-light"' in html
+    del artifacts["evaluate"]
+    assert "taken for background" not in build(artifacts, tmp_path / "report.html")[1].text
+
+
 def test_page_marks_both_thresholds_and_says_what_oracle_means(artifacts, tmp_path):
     _, page = build(artifacts, tmp_path / "report.html")
     assert "configured 0.20" in page.text
@@ -254,6 +278,44 @@ def test_page_marks_both_thresholds_and_says_what_oracle_means(artifacts, tmp_pa
     assert "chosen on the very masks it is scored on" in page.text
     lines = [attributes for tag, attributes in page.tags if tag == "line" and attributes["class"] == "mark-0"]
     assert lines[0]["x1"] == f"{58 + 0.2 * (520 - 58 - 16):.1f}"
+
+
+def test_page_shows_what_each_step_of_the_masks_is_worth_with_pictures(artifacts, tmp_path):
+    steps = [
+        {"step": "threshold", "miou": 0.31, "coverage": 1.0, "miou_labelled": 0.31},
+        {"step": "par", "miou": 0.36, "coverage": 0.875, "miou_labelled": 0.42},
+        {"step": "crf", "miou": 0.35, "coverage": 0.875, "miou_labelled": 0.42},
+    ]
+    manifests = make_manifests(artifacts)
+    manifests["evaluate"]["run"]["metrics"][STEPS] = steps
+    for number, name in enumerate(("threshold", "par")):
+        for letter in RESULT_COLUMNS:
+            path = step_path(artifacts["make_masks"], number, name, f"t.{letter}")
+            write_index_mask(path, object_mask(1, 5 * number))
+    out = build_report(make_run(), artifacts, manifests, None, tmp_path / "report.html")  # type: ignore[arg-type]
+    html = out.read_text(encoding="utf-8")
+    page = Page(html)
+    table = page.text[page.text.index("Masks after") :].split()
+    for text in ("31.0 %", "36.0 %", "+5.0", "35.0 %", "-1.0", "42.0 %", "87.5 %"):
+        assert text in " ".join(table)
+    assert "masks.steps" not in page.text, "a list is no line of the table of numbers"
+    titles = [image["alt"] for image in page.images() if image["alt"].endswith("of t.b")]
+    shown = ("image", "attention", "threshold rule", "pixel-adaptive", "pseudo-mask", "truth")
+    assert titles == [f"{title} of t.b" for title in shown]
+    assert 'class="examples one"' in html, "six pictures side by side want the whole width"
+
+
+def test_page_of_a_run_without_steps_has_no_table_of_them(artifacts, tmp_path):
+    html, page = build(artifacts, tmp_path / "report.html")
+    assert "Masks after" not in page.text
+    assert 'class="examples one"' not in html
+
+
+def test_class_table_has_the_steps_between_and_no_second_count_of_them():
+    counts = SparseConfusions.from_matrices(3, [("x", confusion_matrix(object_mask(1, 16), object_mask(1, 8), 3))])
+    things = ("masks_before_crf", "masks_before_crf_labelled", "masks_after_par", "masks_after_par_labelled", "masks")
+    table = class_table(dict.fromkeys(things, counts), CLASSES)
+    assert table.columns == ("Before refinement", "After PAR", "Pseudo-masks")
 
 
 def test_page_states_come_from_the_outcome(artifacts, tmp_path):
@@ -484,6 +546,16 @@ def test_metric_rows_are_ordered_and_keep_unknown_metrics():
     assert [row.bar for row in rows] == [None, 50.0, None]
 
 
+def test_limits_stand_in_the_row_of_their_metric():
+    metrics = {"segmenter.miou": 0.5, "segmenter.miou_low": 0.456, "segmenter.miou_high": 0.543, "new.score_low": 0.1}
+    metrics |= {"segmenter.boundary_iou": 0.3, "segmenter.boundary_iou_low": 0.2}
+    rows = {row.name: row for row in metric_rows(metrics)}
+    assert list(rows) == ["segmenter.miou", "segmenter.boundary_iou", "new.score_low"]
+    assert rows["segmenter.miou"].interval == "45.6 … 54.3"
+    assert rows["segmenter.miou"].text == "50.0 %"
+    assert rows["segmenter.boundary_iou"].interval == ""
+
+
 def test_metric_that_is_not_finite_is_a_dash():
     (row,) = metric_rows({"segmenter.miou": float("nan")})
     assert (row.text, row.bar) == ("–", None)
@@ -561,3 +633,12 @@ def test_what_a_method_watches_stands_on_charts_of_its_own():
     assert (logit.title, logit.y_label) == ("Classifier: peak logit", "logit")
     assert {curve.name for curve in share.curves} == {"recall", "mined"}
     assert _watch_charts("Segmenter", [{"step": 1, "epoch": 1, "loss": 1.0}]) == []
+
+
+def test_held_out_images_have_a_chart(artifacts, tmp_path):
+    curve = [{"step": step, "miou": step / 100, "pixel_accuracy": 0.5} for step in (10, 20, 30)]
+    found = {"compared_with": "pseudo-masks", "held_out": ["a", "b"], "best_step": 30, "curve": curve}
+    write_json(artifacts["train_segmenter"] / "validation.json", found)
+    html, page = build(artifacts, tmp_path / "report.html")
+    assert "Segmenter on 2 held-out images, against their pseudo-masks" in html
+    assert "best 30" in page.text

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from stages.contracts import Runtime, SilentProgress
-from stages.distributed import num_ranks, this_rank
+from stages.contracts import Runtime, SilentProgress, read_json
+from stages.distributed import is_main, main_first, num_ranks, this_rank
 from stages.methods.adl import AdlConfig
 from stages.methods.cam import CamConfig
 from stages.methods.gain import GainConfig, GainExtConfig
@@ -26,9 +26,13 @@ from stages.nets.backbones import BackboneConfig
 from stages.nets.classifier import Classifier
 from stages.nets.deeplab import DeepLab
 from stages.nets.segmenters import DeepLabConfig
+from stages.nets.trained import load_segmenter
+from stages.ops.collectives import wait_for_all
+from stages.segmenter_objective import LossConfig, SegmenterObjective
 from stages.train_classifier import _Objective as ClassifierObjective
-from stages.train_segmenter import _Objective as SegmenterObjective
 from stages.training import TrainingConfig, train
+from tests.stages.tiny_segmenters import make_config, write_folders
+from tests.stages.tiny_segmenters import run as run_stage
 
 SIZE, CLASSES = 32, 3
 RUNTIME = Runtime(checkpoint_every_s=0, device="cpu", workers=0, threads=1)
@@ -97,7 +101,7 @@ def segment(out, *, loss="cross_entropy", resolution="pixels", model=None, confi
     """A segmenter without BatchNorm and dropout, unless another is given."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, CLASSES + 1, 3, 2, 1))
-    objective = SegmenterObjective(loss, resolution)
+    objective = SegmenterObjective(LossConfig(loss=loss, loss_resolution=resolution))
     return fit(plain if model is None else model(), objective, out, config=config, samples=samples)
 
 
@@ -133,7 +137,7 @@ def dropout_net():
 
 def resumed(out, *, kill_at=None):
     """A training with dropout and BatchNorm that is killed before a step and called again."""
-    objective = SegmenterObjective("cross_entropy", "cells")
+    objective = SegmenterObjective(LossConfig(loss_resolution="cells"))
 
     def killing(model, batch, step):
         if step.step == kill_at:
@@ -150,7 +154,7 @@ def left_behind(out):
     """A training that nobody has continued yet."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, CLASSES + 1, 3, 2, 1))
-    objective = SegmenterObjective("cross_entropy", "pixels")
+    objective = SegmenterObjective(LossConfig())
 
     def killing(model, batch, step):
         if step.step == 3:
@@ -169,6 +173,20 @@ def dropout_draws(out):
 
 GAIN = {"alpha": 1.0, "am_min_probability": 0.5}
 
+
+def rounds(out):
+    """A segmenter that labels its own images and learns from that; one rank makes the data for all."""
+    with main_first():
+        if is_main():
+            write_folders(out)
+    training = TrainingConfig(steps=10, batch_size=4, learning_rate=0.05)
+    again = {"rounds": 1, "retraining": {"scales": [1.0]}}
+    config = make_config(loss="balanced_cross_entropy", training=training, **again)
+    run_stage((out / "images", out / "masks"), out / "result", config)
+    wait_for_all()  # the main rank writes after the others are done
+    return read_json(out / "result" / "history.json"), load_segmenter(out / "result", "cpu")
+
+
 EQUAL = {
     "cam": classify,
     "cam, BatchNorm": partial(classify, freeze_bn=False),
@@ -183,7 +201,15 @@ EQUAL = {
     "spg": partial(classify, method=SpgConfig(layers=("features.8", "features.14"), head_channels=8, guide_channels=8)),
     "cross_entropy": segment,
     "cross_entropy, cells": partial(segment, resolution="cells"),
+    "cross_entropy, two passes": partial(
+        segment, config=CONFIG.model_copy(update={"accumulate_steps": 2, "ema_decay": 0.5})
+    ),
     "balanced_cross_entropy": partial(segment, loss="balanced_cross_entropy"),
+    "bootstrapped_cross_entropy, two passes": partial(
+        segment, loss="bootstrapped_cross_entropy", config=CONFIG.model_copy(update={"accumulate_steps": 2})
+    ),
+    "smoothed_cross_entropy": partial(segment, loss="smoothed_cross_entropy", resolution="cells"),
+    "sec": partial(segment, loss="sec"),
     "confidence": partial(segment, samples=SureSamples()),
     "confidence, balanced": partial(segment, loss="balanced_cross_entropy", resolution="cells", samples=SureSamples()),
     # the statistics of five values behind the image pooling make much of rounding: slowly
@@ -198,6 +224,7 @@ OTHERS = {
     "killed": partial(resumed, kill_at=3),
     "draws": dropout_draws,
     "left": left_behind,
+    "rounds": rounds,
 }
 """Trainings in which every device draws its own random numbers."""
 

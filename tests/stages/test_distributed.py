@@ -103,6 +103,18 @@ def test_a_training_of_two_ranks_is_taken_over_by_one(two, one, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_ranks_share_the_labelling_of_a_round(two, one):
+    """The first training's masks are every image's, whoever made them; the rest follows from them."""
+    (first, second), folder = two
+    masks = sorted(path.name for path in (folder / "rounds" / "result" / "rounds" / "1" / "masks").iterdir())
+    assert masks == [f"img{number}.png" for number in range(4)]
+    assert not (folder / "rounds" / "result" / "rounds" / "0" / "segmenter.safetensors").exists()
+    assert first["rounds"]["history"] == second["rounds"]["history"]
+    start = [found["rounds"]["history"][0]["loss"] for found in (first, one)]
+    assert start[0] == pytest.approx(start[1], rel=0.05)
+
+
+@pytest.mark.slow
 def test_ranks_draw_random_numbers_of_their_own(two, one):
     (first, _), _ = two
     alone, together = one["draws"]["history"][0]["draw"], first["draws"]["history"][0]["draw"]

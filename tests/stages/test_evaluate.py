@@ -34,6 +34,7 @@ from stages.make_masks import MakeMasksConfig, make_masks
 from stages.nets.backbones import BackboneConfig
 from stages.nets.segmenters import LargeFovConfig, build_segmenter
 from stages.nets.trained import save_segmenter
+from stages.ops.boundaries import boundary_iou, count_boundaries
 from stages.ops.confusion import mean_iou, read_confusions
 from stages.ops.crf import CrfConfig
 from stages.ops.inference import in_fitting_batches, multi_scale_probabilities, network_size, predict_logits
@@ -130,12 +131,47 @@ HALF = (3168 / (3168 + 192) + 192 / 256 + 96 / 144 + 192 / 272) / 4
 """mIoU where every object of the training images lacks two columns: background, cat, dog, bird."""
 
 
+def _is_about_outlines_or_doubt(metric: str) -> bool:
+    return metric.endswith(("_low", "_high")) or "boundary" in metric or "trimap" in metric
+
+
+def test_outlines_are_scored_and_every_mean_has_its_interval(
+    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet], see_small: None
+) -> None:
+    use_colours(confuse=True)
+    world = World(tmp_path, segmenter, threshold=0.5)
+    metrics = world.evaluate(EvaluateConfig(scales=(0.5, 1.0)))
+    means = ["segmenter.miou", "segmenter.miou_ms", "segmenter.boundary_iou", "segmenter.boundary_iou_ms"]
+    means += [f"segmenter.trimap_miou_{width}px" for width in (2, 5, 10, 20)]
+    means += ["attention.miou", "masks.miou", "masks.miou_before_crf", "masks.miou_labelled"]
+    for mean in means:
+        assert 0 <= metrics[f"{mean}_low"] <= metrics[mean] <= metrics[f"{mean}_high"] <= 1, mean
+    limits = {name for name in metrics if name.endswith(("_low", "_high"))}
+    assert limits == {f"{mean}_{end}" for mean in means for end in ("low", "high")}
+    assert metrics["segmenter.miou_low"] < metrics["segmenter.miou_high"], "the images differ"
+
+    outlines = read_confusions(world.out / "boundaries.npz")
+    assert {thing.removeprefix("segmenter") for thing in outlines} == {
+        "_boundary", "_ms_boundary", "_trimap_2px", "_trimap_5px", "_trimap_10px", "_trimap_20px"
+    }  # fmt: skip
+    expected = sum(count_boundaries(truth_of(VAL[i], size_of(i)), _mistake(i), 4)["_boundary"] for i in VAL)
+    np.testing.assert_array_equal(outlines["segmenter_boundary"].total(), expected)
+    assert metrics["segmenter.boundary_iou"] == pytest.approx(np.nanmean(boundary_iou(expected)))
+    assert not set(outlines) & set(read_confusions(world.out / "confusions.npz"))
+
+
+def _mistake(image_id: str) -> np.ndarray:
+    """What a net that takes birds for dogs makes of an image of val."""
+    truth = truth_of(VAL[image_id], size_of(image_id))
+    return np.where(truth == 3, np.uint8(2), truth)
+
+
 def test_segmenter_scores_by_hand(tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]) -> None:
     use_colours(confuse=True)
     world = World(tmp_path, segmenter)
     metrics = world.evaluate(weak=False)
     iou = {"background": 1.0, "cat": 1.0, "dog": 144 / (144 + 144 + 128), "bird": 0.0}
-    assert metrics == {
+    assert {name: value for name, value in metrics.items() if not _is_about_outlines_or_doubt(name)} == {
         "segmenter.miou": pytest.approx(sum(iou.values()) / 4),
         "segmenter.iou": pytest.approx(iou),
         "segmenter.pixel_accuracy": pytest.approx(1 - (144 + 128) / (3 * 768)),
@@ -229,7 +265,8 @@ def test_val_may_have_masks_for_some_images_and_test_for_none(
 
     def change(index: dict) -> None:
         index["splits"] |= {"val": ["v0", "v1"], "test": ["v2"]}
-        next(record for record in index["images"] if record["id"] == "v1")["mask"] = None
+        for record in index["images"]:
+            record["mask"] = None if record["id"] in ("v1", "v2") else record["mask"]
 
     world.rewrite_index(change)
     said: list[str] = []
@@ -243,6 +280,36 @@ def test_val_may_have_masks_for_some_images_and_test_for_none(
     ]
     assert {shape[-2:] for shape in net.seen if shape[-1] == 24 and shape[-2] == 32} == {(32, 24)}
     assert sum(shape[0] for shape in net.seen if shape[-2:] == (32, 24)) == 1, "an unscored image needs one scale"
+
+
+def test_test_images_with_masks_are_scored_apart_from_val(
+    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet], see_small: None
+) -> None:
+    use_colours(confuse=True)
+    world = World(tmp_path, segmenter)
+    before = world.evaluate(EvaluateConfig(scales=(1.0,)), weak=False)
+    val = read_confusions(world.out / "confusions.npz")
+    assert not [name for name in before if name.startswith("segmenter_test")]
+    shutil.rmtree(world.out)
+
+    world.rewrite_index(lambda index: index["splits"].update(val=["v0"], test=["v1", "v2"]))
+    metrics = world.evaluate(EvaluateConfig(scales=(1.0,), splits=("val", "test")), weak=False)
+    assert metrics["segmenter.iou"] == {"background": 1.0, "cat": 1.0}
+    assert metrics["segmenter_test.iou"] == {
+        "background": 1.0,
+        "dog": pytest.approx(144 / (144 + 144 + 128)),
+        "bird": 0.0,
+    }
+    assert metrics["segmenter_test.miou"] == pytest.approx((1 + 144 / 416 + 0) / 3)
+    assert metrics["segmenter_test.miou_ms"] == metrics["segmenter_test.miou"], "one scale of 1 and its mirror image"
+    assert metrics["segmenter_test.pixel_accuracy"] == pytest.approx(1 - (144 + 128) / (2 * 768))
+    found = read_confusions(world.out / "confusions.npz")
+    assert (found["segmenter"].ids, found["segmenter_test"].ids) == (("v0",), ("v1", "v2"))
+    np.testing.assert_array_equal(found["segmenter_test"].total(), val["segmenter"].total({"v1", "v2"}))
+    shutil.rmtree(world.out)
+
+    alone = world.evaluate(EvaluateConfig(scales=(1.0,), splits=("test",)), weak=False)
+    assert alone == {name: value for name, value in metrics.items() if name.startswith("segmenter_test.")}
 
 
 def test_multi_scale_and_crf_are_scored(

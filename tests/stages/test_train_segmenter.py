@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 
@@ -13,93 +12,24 @@ from PIL import Image
 
 from stages.contracts import (
     ClassList,
-    ImageIndex,
-    ImageRecord,
-    Runtime,
     SilentProgress,
     read_index_mask,
     read_json,
     write_index_mask,
-    write_json,
 )
-from stages.data.transforms import AugmentConfig
-from stages.errors import DamagedFileError, DataError, MissingArtifactError
+from stages.data.transforms import to_network_input
+from stages.errors import DamagedFileError, DataError, InputError, MissingArtifactError
+from stages.nets.segmenters import build_segmenter
 from stages.nets.trained import load_segmenter
+from stages.segmenter_objective import match_sizes
 from stages.soft_masks import write_confidence
-from stages.train_segmenter import TrainSegmenterConfig, match_sizes, train_segmenter
 from stages.training import TrainingConfig
-
-SIZE = (40, 48)
-NAMES = ("red", "green")
-
-
-def paint(label: int, number: int):
-    """A square of the class's colour on grey noise, and its mask."""
-    random = np.random.default_rng(number)
-    image = random.integers(90, 120, (*SIZE, 3), dtype=np.uint8)
-    mask = np.zeros(SIZE, np.uint8)
-    top, left = random.integers(0, 16, 2)
-    mask[top : top + 22, left : left + 22] = label + 1
-    image[mask > 0, label] = 250
-    return image, mask
+from tests.stages.tiny_segmenters import NAMES, SIZE, digests, make_config, run, write_folders
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """prepare_data's and make_masks' output for four training images."""
-    images, masks = tmp_path / "images", tmp_path / "masks"
-    records = []
-    for number in range(4):
-        label = number % 2
-        image, mask = paint(label, number)
-        name = f"img{number}"
-        (images / "data").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(images / "data" / f"{name}.png")
-        write_index_mask(images / "data" / f"{name}-mask.png", mask)
-        unsure = mask.copy()
-        unsure[:2] = 255
-        write_index_mask(masks / "masks" / f"{name}.png", unsure)
-        records.append(
-            ImageRecord(id=name, image=f"{name}.png", size=SIZE, labels=(label,), full_mask=f"{name}-mask.png")
-        )
-    index = ImageIndex(
-        classes=ClassList(names=NAMES),
-        images=tuple(records),
-        splits={"train": tuple(r.id for r in records)},
-        mask_values={0: 0, 1: 1, 2: 2, 255: 255},
-    )
-    write_json(images / "index.json", index.model_dump(mode="json"))
-    return images, masks
-
-
-def make_config(steps=3, **changes) -> TrainSegmenterConfig:
-    values = {
-        "init": "random",
-        "net": {"name": "largefov", "backbone": {"name": "small", "output_stride": 4}, "channels": 16},
-        "augment": AugmentConfig(crop_px=32, scale=(0.8, 1.2)),
-        "training": TrainingConfig(steps=steps, batch_size=2, learning_rate=0.01),
-    }
-    return TrainSegmenterConfig.model_validate({**values, **changes})
-
-
-def run(folders, out, config=None, *, progress=None, workers=0, **changes):
-    images, masks = folders
-    arguments = {
-        "images": images,
-        "masks": masks,
-        "classifier": None,
-        "data_root": None,
-        "weights": {},
-        "seed": 1,
-        "out": out,
-        "progress": progress or SilentProgress(),
-        "runtime": Runtime(device="cpu", threads=1, workers=workers, checkpoint_every_s=0),
-    }
-    return train_segmenter(config or make_config(), **{**arguments, **changes})
-
-
-def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    return write_folders(tmp_path)
 
 
 def test_it_writes_the_trained_net_and_its_history(folders, tmp_path):
@@ -290,12 +220,31 @@ def test_no_mask_at_all_is_refused(folders, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("mask", [np.zeros((40, 47), np.uint8), np.full(SIZE, 3, np.uint8)], ids=["size", "value"])
-def test_a_pseudo_mask_that_does_not_fit_is_named(folders, tmp_path, mask, workers):
+def test_a_pseudo_mask_of_another_size_is_named(folders, tmp_path, workers):
     for number in range(4):
-        write_index_mask(folders[1] / "masks" / f"img{number}.png", mask)
-    with pytest.raises(DamagedFileError, match=r"img\d.png: expected \(40, 48\) pixels of values below 3 or 255"):
+        write_index_mask(folders[1] / "masks" / f"img{number}.png", np.zeros((40, 47), np.uint8))
+    with pytest.raises(DamagedFileError, match=r"img\d.png: expected \(40, 48\) pixels, found \(40, 47\); rebuild"):
         run(folders, tmp_path / "out", workers=workers)
+
+
+@pytest.mark.parametrize("num_wrong", [1, 4])
+def test_pseudo_masks_with_a_class_too_many_are_of_another_class_list(folders, tmp_path, num_wrong):
+    for number in range(num_wrong):
+        write_index_mask(folders[1] / "masks" / f"img{number}.png", np.full(SIZE, 3, np.uint8))
+    reason = (
+        r"img\d.png is of another class list: expected values below 3 \(background, red, green\) or 255, found \[3\]"
+    )
+    with pytest.raises(DataError, match=reason) as caught:
+        run(folders, tmp_path / "out")
+    assert caught.value.exit_code == 2
+
+
+def test_pseudo_masks_of_the_same_classes_in_another_order_are_refused(folders, tmp_path):
+    for path in (folders[1] / "masks").iterdir():
+        mask = read_index_mask(path)
+        write_index_mask(path, np.choose(mask.clip(max=3), [0, 2, 1, 255]).astype(np.uint8))
+    with pytest.raises(DataError, match=r"or of one in another order: 4 of 4 show a class .*red, green"):
+        run(folders, tmp_path / "out")
 
 
 def test_masks_without_objects_are_warned_of(folders, tmp_path):
@@ -341,3 +290,190 @@ def test_pooled_nets_need_two_images_a_batch(folders, tmp_path):
         (folders[1] / "masks" / f"img{number}.png").unlink()
     with pytest.raises(DataError, match="deeplabv3plus needs at least 2 training images with a mask, found 1"):
         run(folders, tmp_path / "out", make_config(net=net, training=training))
+
+
+# -- held-out images --------------------------------------------------------------------------------------------------
+
+WATCHED = {"validation": {"every_steps": 2, "ratio": 0.5}}
+
+
+def test_the_curve_the_held_out_images_and_both_weights_are_written(folders, tmp_path):
+    run(folders, tmp_path / "out", make_config(steps=5, **WATCHED))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"validation.json", "best.safetensors", "segmenter.safetensors"} <= names
+    assert not names & {"last.safetensors", "checkpoint.pt"}
+    document = read_json(tmp_path / "out" / "validation.json")
+    assert document["compared_with"] == "pseudo-masks"
+    assert [look["step"] for look in document["curve"]] == [2, 4, 5]
+    assert all(0 <= value <= 1 for look in document["curve"] for name, value in look.items() if name != "step")
+    scores = {look["step"]: look["miou"] for look in document["curve"]}
+    assert scores[document["best_step"]] == max(scores.values())
+    assert 1 <= len(document["held_out"]) <= 3
+
+
+def test_held_out_images_are_not_trained_on(folders, tmp_path):
+    config = make_config(steps=4, **WATCHED)
+    run(folders, tmp_path / "one", config)
+    (held_out,) = read_json(tmp_path / "one" / "validation.json")["held_out"][:1]
+    path = folders[1] / "masks" / f"{held_out}.png"
+    write_index_mask(path, np.where(read_index_mask(path) == 255, 255, 0).astype(np.uint8))
+    run(folders, tmp_path / "two", config)
+    weights, curves = (
+        [digests(tmp_path / name)[file] for name in ("one", "two")]
+        for file in ("segmenter.safetensors", "validation.json")
+    )
+    assert weights[0] == weights[1]
+    assert curves[0] != curves[1]
+
+
+def test_the_score_is_that_of_the_delivered_net(folders, tmp_path):
+    """Counted pixel by pixel, against the pseudo-masks of the held-out images at their own size."""
+    config = make_config(
+        steps=80,
+        training=TrainingConfig(steps=80, batch_size=2, learning_rate=0.02),
+        validation={"every_steps": 40, "ratio": 0.5, "keep": "best"},
+    )
+    run(folders, tmp_path / "out", config)
+    document = read_json(tmp_path / "out" / "validation.json")
+    best = max(look["miou"] for look in document["curve"])
+    segmenter = load_segmenter(tmp_path / "out", "cpu")
+    counts = np.zeros((3, 3), np.int64)
+    for name in document["held_out"]:
+        image = np.asarray(Image.open(folders[0] / "data" / f"{name}.png"))
+        with torch.inference_mode():
+            logits = segmenter(to_network_input(torch.from_numpy(image[None].copy()), torch.device("cpu")))
+            logits = torch.nn.functional.interpolate(logits, size=SIZE, mode="bilinear")
+        truth, prediction = read_index_mask(folders[1] / "masks" / f"{name}.png"), logits.argmax(1)[0].numpy()
+        for row in range(3):
+            for column in range(3):
+                counts[row, column] += ((truth == row) & (prediction == column)).sum()
+    ious = [
+        counts[i, i] / (counts[i].sum() + counts[:, i].sum() - counts[i, i])
+        for i in range(3)
+        if counts[i].sum() + counts[:, i].sum()
+    ]
+    assert best == pytest.approx(np.mean(ious), abs=1e-6)
+    assert counts[:, 1:].sum() > 0, "a net that says background everywhere shows little"
+    assert (tmp_path / "out" / "last.safetensors").exists()
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_killed_between_two_looks_it_ends_with_the_same_files(folders, tmp_path, keep, monkeypatch):
+    config = make_config(
+        training=TrainingConfig(steps=5, batch_size=2, learning_rate=0.05, ema_decay=0.5, accumulate_steps=2),
+        validation={"every_steps": 2, "ratio": 0.5, "keep": keep},
+    )
+    run(folders, tmp_path / "whole", config)
+    from stages.ops import losses
+
+    original, calls = losses.segmentation_cross_entropy, []
+
+    def killing(logits, masks):
+        calls.append(1)
+        if len(calls) == 6:  # the second pass of the third step
+            raise KeyboardInterrupt
+        return original(logits, masks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "segmentation_cross_entropy", killing)
+        with pytest.raises(KeyboardInterrupt):
+            run(folders, tmp_path / "killed", config)
+    run(folders, tmp_path / "killed", config)
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+
+
+def test_looking_at_no_held_out_image_changes_no_step(folders, tmp_path):
+    """The same images trained on, looked at or not: the same weights."""
+    config = make_config(steps=4, **WATCHED)
+    run(folders, tmp_path / "watched", config)
+    for name in read_json(tmp_path / "watched" / "validation.json")["held_out"]:
+        (folders[1] / "masks" / f"{name}.png").unlink()
+    run(folders, tmp_path / "plain", make_config(steps=4))
+    files = [digests(tmp_path / name)["segmenter.safetensors"] for name in ("watched", "plain")]
+    assert files[0] == files[1]
+
+
+def background_only(self, images):
+    logits = torch.zeros(len(images), 3, 8, 8)
+    logits[:, 0] = 1 + 0 * self.classifier.bias.sum()
+    return logits
+
+
+def test_a_net_that_stays_at_background_is_stopped_with_the_reason(folders, tmp_path, monkeypatch):
+    from stages.nets.largefov import LargeFov
+
+    monkeypatch.setattr(LargeFov, "forward", background_only)
+    watched = {"every_steps": 2, "ratio": 0.5, "collapse_after": 2}
+    reason = r"stopped at step 4: the segmenter says background everywhere on \d held-out images, at 2 looks in a row"
+    with pytest.raises(InputError, match=reason) as caught:
+        run(folders, tmp_path / "out", make_config(steps=20, validation=watched))
+    assert "lower training.learning_rate, use loss: balanced_cross_entropy" in caught.value.message
+    run(folders, tmp_path / "all", make_config(steps=8, validation={**watched, "collapse_after": None}))
+    run(folders, tmp_path / "few", make_config(steps=8, validation={**watched, "collapse_after": 5}))
+
+
+def test_masks_without_objects_are_no_collapse(folders, tmp_path, monkeypatch):
+    from stages.nets.largefov import LargeFov
+
+    monkeypatch.setattr(LargeFov, "forward", background_only)
+    for path in (folders[1] / "masks").iterdir():
+        write_index_mask(path, np.zeros(SIZE, np.uint8))
+    run(folders, tmp_path, make_config(steps=4, validation={"every_steps": 1, "ratio": 0.5, "collapse_after": 1}))
+
+
+def test_full_supervision_is_held_out_and_recorded_too(folders, tmp_path):
+    result = run((folders[0], None), tmp_path / "out", make_config(supervision="full", **WATCHED))
+    assert result.mask_supervision == ("img0", "img1", "img2", "img3")
+    assert read_json(tmp_path / "out" / "validation.json")["compared_with"] == "true masks"
+
+
+def test_one_image_cannot_be_held_out(folders, tmp_path):
+    for number in range(3):
+        (folders[1] / "masks" / f"img{number}.png").unlink()
+    with pytest.raises(
+        DataError, match="validation holds out a share of the images with a mask, of which there is only"
+    ):
+        run(folders, tmp_path, make_config(training=TrainingConfig(steps=1, batch_size=1), **WATCHED))
+
+
+# -- keys, passes, scales ---------------------------------------------------------------------------------------------
+
+
+def test_later_options_are_in_the_key_only_where_they_are_used():
+    plain = make_config().key_content()
+    assert not {"validation", "loss_weighting"} & set(plain)
+    assert "fc_init" not in plain["net"]
+    assert make_config(**WATCHED).key_content()["validation"]["every_steps"] == 2
+    averaged = make_config(training=TrainingConfig(steps=3, batch_size=2, learning_rate=0.01, ema_decay=0.9))
+    assert averaged.key_content()["training"] == {**plain["training"], "ema_decay": 0.9}
+
+
+def test_each_pass_of_a_pooled_net_needs_two_images():
+    net = {"name": "deeplabv3plus", "encoder": "resnet18"}
+    training = TrainingConfig(steps=1, batch_size=4, learning_rate=0.01, accumulate_steps=4)
+    with pytest.raises(ValueError, match=r"at least 2 in each pass of training\.accumulate_steps"):
+        make_config(net=net, training=training)
+    assert make_config(net=net, training=training.model_copy(update={"accumulate_steps": 2})).max_devices == 2
+
+
+@pytest.mark.parametrize("resolution", ["pixels", "cells"])
+def test_every_scale_of_deeplab_v2_has_a_loss(folders, tmp_path, resolution):
+    from stages.ops.losses import segmentation_cross_entropy
+    from stages.segmenter_objective import LossConfig, SegmenterObjective
+
+    torch.manual_seed(0)
+    config = make_config(net={"name": "deeplabv2", "backbone": {"name": "small"}})
+    segmenter = build_segmenter(config.net, 3, init="random", weights={})
+    masks = torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)
+    masks[0, :9] = 255
+    images = torch.randn(2, 3, 32, 32)
+    segmenter.eval()
+    found = SegmenterObjective(LossConfig(loss_resolution=resolution))(
+        segmenter, {"images": images, "masks": masks}, None
+    )
+    views = segmenter.training_logits(images)
+    assert len(views) == 4
+    expected = sum(segmentation_cross_entropy(*match_sizes(view, masks, resolution)) for view in views)
+    torch.testing.assert_close(found["loss"], expected)
+    run(folders, tmp_path, config)
+    assert read_json(tmp_path / "history.json")[0]["loss"] > 2, "four losses of about ln 3"

@@ -14,6 +14,7 @@ from torch import nn
 
 from stages.contracts import Runtime, SilentProgress
 from stages.errors import ConfigError, EnvironmentFailure, InputError
+from stages.segmenter_objective import LossConfig, SegmenterObjective
 from stages.training import TrainingConfig, batch_order, remove_checkpoint, sample_seed, step_seed, train
 
 SIZE = 8
@@ -54,7 +55,9 @@ def squared_error(model, batch, step):
 CONFIG = TrainingConfig(epochs=3, batch_size=4, learning_rate=0.05, warmup_steps=2)  # 11 images: 2 steps an epoch
 
 
-def run(out: Path, *, model=None, objective=squared_error, config=CONFIG, dataset=None, progress=None, **runtime):
+def run(
+    out: Path, *, model=None, objective=squared_error, config=CONFIG, dataset=None, progress=None, watch=None, **runtime
+):
     model = build_net() if model is None else model
     groups = [{"params": model[:4].parameters()}, {"params": model[4].parameters(), "lr_factor": 10.0}]
     history = train(
@@ -67,6 +70,7 @@ def run(out: Path, *, model=None, objective=squared_error, config=CONFIG, datase
         out=out,
         progress=progress or SilentProgress(),
         runtime=Runtime(device="cpu", threads=1, **{"workers": 0, "checkpoint_every_s": 0, **runtime}),
+        watch=watch,
     )
     return model, history
 
@@ -438,3 +442,241 @@ def test_a_checkpoint_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch, err
     with pytest.raises(type(error)):
         run(tmp_path)
     assert (tmp_path / "checkpoint.pt").is_file()
+
+
+# -- several passes, averaged weights, biases, a watch ----------------------------------------------------------------
+
+
+class HalfVoid(RandomCrops):
+    """Masks (8, 8) whose share of labelled pixels differs much between images; the first has none."""
+
+    def get(self, index, epoch):
+        sample = super().get(index, epoch)
+        mask = np.random.default_rng(index).integers(0, 3, (SIZE, SIZE), dtype=np.uint8)
+        mask.ravel()[index * 6 :] = 255
+        return {"images": sample["images"], "masks": mask}
+
+
+def without_batch_norm():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Identity(), nn.Identity(), nn.Conv2d(4, 3, 1))
+
+
+@pytest.mark.parametrize("passes", [2, 3, 5])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_in_several_passes_is_the_step_of_the_whole_batch(tmp_path, passes, precision):
+    """Passes weigh by their labelled pixels: with equal weights the losses would differ by more than a tenth."""
+    objective = SegmenterObjective(LossConfig())
+    found = []
+    for count in (1, passes):
+        config = TrainingConfig(
+            steps=6, batch_size=5, learning_rate=0.05, clip_norm=0.5, accumulate_steps=count, precision=precision
+        )
+        model = without_batch_norm()
+        found.append(run(tmp_path / f"{count}", model=model, config=config, objective=objective, dataset=HalfVoid()))
+    (whole, history), (parts, parts_history) = found
+    tolerance = 1e-6 if precision == "fp32" else 2e-3
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=0, atol=tolerance)
+    assert [set(record) for record in parts_history] == [{"step", "epoch", "learning_rate", "loss"}] * 6
+    losses = [[record["loss"] for record in one] for one in (history, parts_history)]
+    assert losses[1] == pytest.approx(losses[0], abs=tolerance)
+    assert len(set(losses[0])) == 6
+
+
+def test_a_loss_that_is_a_mean_over_images_weighs_uneven_passes_by_their_images(tmp_path):
+    config = TrainingConfig(steps=3, batch_size=5, learning_rate=0.05)
+    whole, history = run(tmp_path / "whole", model=without_batch_norm(), config=config)
+    parted = config.model_copy(update={"accumulate_steps": 3})
+    parts, parts_history = run(tmp_path / "parts", model=without_batch_norm(), config=parted)
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=0, atol=1e-6)
+    assert parts_history[-1]["score"] == pytest.approx(history[-1]["score"], abs=1e-6)
+
+
+def test_a_step_without_a_labelled_pixel_in_any_pass_learns_nothing(tmp_path):
+    class AllVoid(HalfVoid):
+        def get(self, index, epoch):
+            return {**super().get(index, epoch), "masks": np.full((SIZE, SIZE), 255, np.uint8)}
+
+    model = without_batch_norm()
+    before = as_bytes(model)
+    config = TrainingConfig(steps=2, batch_size=4, learning_rate=1.0, weight_decay=0, accumulate_steps=2)
+    _, history = run(
+        tmp_path, model=model, config=config, objective=SegmenterObjective(LossConfig()), dataset=AllVoid()
+    )
+    assert as_bytes(model) == before
+    assert [record["loss"] for record in history] == [0, 0]
+
+
+def test_more_passes_than_images_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size 4 cannot be computed in 5 passes; lower\s+accumulate_steps"):
+        TrainingConfig(steps=1, batch_size=4, accumulate_steps=5)
+    config = TrainingConfig(steps=1, batch_size=20, accumulate_steps=12)
+    with pytest.raises(
+        InputError, match=r"a step has 11 images .*too few for 12 passes .*lower training.accumulate_steps"
+    ):
+        run(tmp_path, config=config)
+
+
+def test_biases_learn_at_their_own_rate_and_need_not_decay(tmp_path):
+    """Gradient 0 but for decay 0.1: weights shrink by 0.1 × 0.1 (head: × 10), biases by twice that or not."""
+    for decays in (True, False):
+        model = build_net()
+        for parameter in model.parameters():
+            parameter.data.fill_(1.0)
+        run(
+            tmp_path / f"{decays}",
+            model=model,
+            objective=lambda m, b, s: {"loss": sum((p * 0).sum() for p in m.parameters())},
+            config=TrainingConfig(
+                steps=1, batch_size=2, learning_rate=0.1, weight_decay=0.1, bias_lr_factor=2, bias_weight_decay=decays
+            ),
+        )
+        shrunk = {name: round(1 - parameter.mean().item(), 4) for name, parameter in model.named_parameters()}
+        bias, head_bias = (0.02, 0.2) if decays else (0, 0)
+        # 1 is BatchNorm: its offset is called bias and is none
+        expected = {"0.weight": 0.01, "0.bias": bias, "1.weight": 0.01, "1.bias": 0.01}
+        assert shrunk == {**expected, "4.weight": 0.1, "4.bias": head_bias}
+
+
+AVERAGED = CONFIG.model_copy(update={"ema_decay": 0.6})
+
+
+def test_the_averaged_weights_are_delivered_and_change_no_step(tmp_path):
+    seen, told = [], []
+
+    def objective(model, batch, info):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return squared_error(model, batch, info)
+
+    progress = SilentProgress()
+    progress.info = told.append
+    last, history = run(tmp_path / "last")
+    model, averaged_history = run(tmp_path / "averaged", config=AVERAGED, objective=objective, progress=progress)
+    assert averaged_history == history
+    assert told == ["the weights are the moving average over the steps (ema_decay 0.6)"]
+    steps = [*seen[1:], last.state_dict()]  # what each step left
+    for name, start in seen[0].items():
+        if name.endswith("num_batches_tracked"):
+            assert model.state_dict()[name] == 6
+            continue
+        expected = start
+        for step, value in enumerate(steps):
+            decay = min(0.6, (1 + step) / (10 + step))
+            expected = decay * expected + (1 - decay) * value[name]
+        # BatchNorm counts each batch before the objective sees the net, so its statistics are compared at the end only
+        if "running" not in name:
+            torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-5, atol=1e-6)
+
+
+class Looks:
+    """A watch that remembers the weights it saw."""
+
+    def __init__(self, every_steps=2):
+        self.every_steps, self.identity, self.seen = every_steps, "looks", []
+
+    def look(self, model, step):
+        self.seen.append({"step": step, "mean": model[0].weight.mean().item(), "training": model.training})
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+@pytest.mark.parametrize("kill", range(1, 6))
+def test_the_average_and_what_the_watch_saw_survive_a_kill_at_any_step(tmp_path, kill):
+    config = AVERAGED.model_copy(update={"accumulate_steps": 2, "bias_lr_factor": 2.0})
+    looks, resumed_looks = Looks(), Looks()
+    whole, history = run(tmp_path / "whole", config=config, watch=looks)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", config=config, watch=Looks(), objective=killed_at(kill))
+    resumed, resumed_history = run(tmp_path / "killed", config=config, watch=resumed_looks)
+    assert as_bytes(resumed) == as_bytes(whole)
+    assert resumed_history == history
+    assert resumed_looks.seen == looks.seen
+    assert [look["step"] for look in looks.seen] == [2, 4, 6]
+    again, _ = run(tmp_path / "killed", config=config, watch=Looks())
+    assert as_bytes(again) == as_bytes(whole), "a finished training called again delivers the averaged weights too"
+
+
+def test_the_watch_sees_the_averaged_weights_and_changes_no_step(tmp_path):
+    plain, averaged = Looks(4), Looks(4)
+    without, _ = run(tmp_path / "without")
+    model, _ = run(tmp_path / "plain", watch=plain)
+    assert as_bytes(model) == as_bytes(without)
+    assert [look["step"] for look in plain.seen] == [4, 6], "the last step is looked at, too"
+    model, _ = run(tmp_path / "averaged", config=AVERAGED, watch=averaged)
+    assert averaged.seen[-1]["mean"] == model[0].weight.mean().item() != plain.seen[-1]["mean"]
+
+
+def test_fp16_scales_its_loss_and_the_scale_survives_a_kill(tmp_path, monkeypatch):
+    """On the CPU, where only the check of the device stands in the way."""
+    monkeypatch.setattr("stages.training._check_start", lambda *_: None)
+    # the scale doubles after every two steps: each step after a resume has to know how many there were
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=64.0, growth_interval=2))
+    config = CONFIG.model_copy(update={"precision": "fp16", "ema_decay": 0.5})
+    objective = lambda m, b, s: {name: value.float() for name, value in squared_error(m, b, s).items()}  # noqa: E731
+    whole, history = run(tmp_path / "whole", config=config, objective=objective)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", config=config, objective=killed_at(3, objective))
+    kept = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["state"]["scaler"]
+    assert (kept["scale"], kept["_growth_tracker"]) == (128.0, 1)
+    resumed, resumed_history = run(tmp_path / "killed", config=config, objective=objective)
+    assert as_bytes(resumed) == as_bytes(whole)
+    assert resumed_history == history
+
+
+def test_options_at_their_defaults_are_not_written_and_so_change_no_key():
+    assert set(CONFIG.model_dump()) & {"accumulate_steps", "ema_decay", "bias_lr_factor", "bias_weight_decay"} == set()
+    used = {"accumulate_steps": 2, "ema_decay": 0.9, "bias_lr_factor": 2.0, "bias_weight_decay": False}
+    config = TrainingConfig(steps=1, **used)
+    assert used.items() <= config.model_dump(mode="json").items()
+    assert TrainingConfig.model_validate_json(config.model_dump_json()) == config
+    assert TrainingConfig.model_validate(CONFIG.model_dump()) == CONFIG
+
+
+# -- bad input of the new kind ----------------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_of_another_network_is_refused_by_tensor(tmp_path):
+    run(tmp_path)
+    torch.manual_seed(0)
+    other = nn.Sequential(nn.Conv2d(3, 4, 5), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 1))
+    reason = r"of another network \(2 tensors differ\); delete it or train elsewhere"
+    with pytest.raises(InputError, match=reason) as caught:
+        run(tmp_path, model=other)
+    assert "0.weight: the net has shape (4, 3, 5, 5), the checkpoint (4, 3, 3, 3)" in caught.value.problems
+    assert caught.value.exit_code == 2
+
+
+def test_the_checkpoint_of_a_training_that_was_watched_is_another_one(tmp_path):
+    run(tmp_path, watch=Looks())
+    with pytest.raises(InputError, match=r"another training \(other watch\)"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 20 bytes"),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_a_crop_larger_than_memory_is_named_with_its_batch(tmp_path, error):
+    def objective(model, batch, info):
+        raise error
+
+    reason = r"cpu is out of memory at batch_size 4 in 2 passes with crops of 8 x 8 px; raise training.accumulate_steps"
+    with pytest.raises(EnvironmentFailure, match=reason):
+        run(tmp_path, objective=objective, config=CONFIG.model_copy(update={"accumulate_steps": 2}))
+
+
+def test_another_runtime_error_is_nobodys_memory(tmp_path):
+    def objective(model, batch, info):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run(tmp_path, objective=objective)

@@ -1,0 +1,263 @@
+"""Pseudo-masks that a trained segmenter makes of its own training images, for another round of training.
+
+Reads: the training images, a segmenter.  Writes: ``masks/<id>.png`` (class indices at the image's size; background and
+the image's labels alone: no true mask is read) and ``stats.json``.  A mask that is there is not made again.
+The network works in this process; the CRF of what it gives works over processes meanwhile.  Under torchrun each rank
+labels its share of the images.  Torch is imported by the functions only.
+Shapes: B images of one size, C classes with background, L = 1 + the labels of an image, H W image pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
+
+from stages.contracts import (
+    BACKGROUND_INDEX,
+    IGNORE_INDEX,
+    ClassList,
+    ImageRecord,
+    ImageSet,
+    Progress,
+    Runtime,
+    SilentProgress,
+    StageConfig,
+    read_index_mask,
+    write_index_mask,
+    write_json,
+)
+from stages.devices import deterministic, resolve_device
+from stages.distributed import is_main, own_slice
+from stages.errors import InputError
+from stages.nets.trained import load_segmenter
+from stages.ops.crf import CrfConfig, resolve_crf_backend
+from stages.ops.pool import map_ordered, num_processes, take_in_order
+from stages.prediction import refine_prediction
+from stages.segmenter_objective import LossName
+
+if TYPE_CHECKING:
+    import torch
+
+_BATCH = 8
+"""Images of one size that go through the network together; also what is done at once or again."""
+
+_BATCH_PX = 1 << 22
+"""Pixels of such a batch, unless one image alone has more."""
+
+_NUM_WRITERS = 4
+
+_LEAST = 1e-12
+"""Keeps the sum over an image's labels above zero where the net is sure of another class."""
+
+
+class RetrainingConfig(StageConfig):
+    """How the segmenter labels its training images, and how it is trained on what it says."""
+
+    scales: tuple[float, ...] = Field(default=(0.5, 0.75, 1.0, 1.25, 1.5), min_length=1, max_length=16)
+    """Factors on the network's input size; probabilities are averaged."""
+    flip: bool = True
+    """Whether each scale also sees the mirror image."""
+    crf: CrfConfig | None = None
+    """A dense CRF on the probabilities; null for none."""
+    start: Literal["initial", "trained"] = "initial"
+    """initial: each round begins where the first training did; trained: at the weights of the round before."""
+    loss: LossName | None = None
+    """Loss of the rounds; null takes that of the first training.  DSRG's and others' is cross_entropy."""
+
+    @field_validator("scales")
+    @classmethod
+    def _check_scales(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0.1 <= scale <= 4 for scale in value):
+            raise ValueError(f"scales must lie in 0.1 … 4, found {value}")
+        return value
+
+    def key_content(self, device: str = "cpu") -> dict[str, Any]:
+        """The options as JSON, the CRF's backend by name."""
+        crf = None if self.crf is None else self.crf.key_content(device)
+        return self.model_dump(mode="json") | {"crf": crf}
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """What labels the training images between two trainings."""
+
+    config: RetrainingConfig
+    image_set: ImageSet
+    records: Sequence[ImageRecord]
+    short_side_px: int | None
+    """Shorter side at which the net sees an image; None for its own size."""
+    progress: Progress
+    runtime: Runtime
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One image on its way from the network to its mask."""
+
+    record: ImageRecord
+    image: NDArray[np.uint8]
+    probabilities: NDArray[np.float32]
+    """(L, H, W), summing to 1."""
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What the writing of all masks shares."""
+
+    crf: CrfConfig | None
+    folder: Path
+    num_classes: int
+    device: str
+
+
+def make_round_masks(labelling: Labelling, number: int, *, segmenter: Path, previous: Path, out: Path) -> Path:
+    """Write the pseudo-masks of round ``number`` and how they differ from the previous ones; called on every rank.
+
+    Args:
+        labelling: The images and how they are labelled.
+        number: 1-based.
+        segmenter: Folder of the one that labels.
+        previous: Folder of the masks that it was trained on.
+        out: Where to write.
+
+    Returns:
+        The folder of the masks.
+
+    Raises:
+        InputError: the segmenter says background everywhere.
+    """
+    from stages.ops.collectives import wait_for_all
+
+    folder, progress = out / "masks", labelling.progress if is_main() else SilentProgress()
+    own = own_slice(_plan(labelling.records))  # before asking what is there: another rank may be writing already
+    todo = [batch for batch in own if not all((folder / f"{record.id}.png").exists() for record in batch)]
+    total, left = (sum(len(batch) for batch in batches) for batches in (own, todo))
+    progress.begin(f"masks of round {number}", total=total, done=total - left)
+    if todo:
+        device = resolve_device(labelling.runtime)
+        num_classes = labelling.image_set.index.classes.num_classes
+        context = _Context(labelling.config.crf, folder, num_classes, str(device))
+        with deterministic(device):
+            jobs = _predictions(labelling, todo, segmenter, device)
+            for _ in _finished(context, jobs, labelling.runtime):
+                progress.advance(1)
+    wait_for_all()
+    if is_main() and not (out / "stats.json").exists():
+        write_json(out / "stats.json", _compare(labelling.records, previous, folder, number))
+    wait_for_all()
+    return folder
+
+
+def _plan(records: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
+    """Images of one size together, in list order: the same batches in a continued call."""
+    by_size: dict[tuple[int, int], list[ImageRecord]] = {}
+    for record in records:
+        by_size.setdefault(record.size, []).append(record)
+    batches: list[list[ImageRecord]] = []
+    for (height, width), group in by_size.items():
+        count = max(1, min(_BATCH, _BATCH_PX // (height * width)))
+        batches += [group[start : start + count] for start in range(0, len(group), count)]
+    return batches
+
+
+def _predictions(
+    labelling: Labelling, batches: Sequence[Sequence[ImageRecord]], segmenter: Path, device: torch.device
+) -> Iterator[_Job]:
+    """Run the network over ``batches``; the next one's images are decoded meanwhile."""
+    model = load_segmenter(segmenter, device)
+
+    def read(batch: Sequence[ImageRecord]) -> NDArray[np.uint8]:
+        return np.stack([labelling.image_set.read_image(record) for record in batch])
+
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        for batch, pixels in zip(batches, take_in_order(reader, read, batches, limit=2), strict=True):
+            scored = _score(labelling, model, pixels, device)
+            for record, image, probabilities in zip(batch, pixels, scored, strict=True):
+                chosen = probabilities[_classes(record, len(probabilities))].clip(min=_LEAST)
+                yield _Job(record, image, chosen / chosen.sum(axis=0, keepdims=True))
+
+
+def _score(
+    labelling: Labelling, model: torch.nn.Module, pixels: NDArray[np.uint8], device: torch.device
+) -> NDArray[np.float32]:
+    """Probabilities (B, C, H, W) of images (B, H, W, 3)."""
+    import torch
+
+    from stages.data.transforms import to_network_input
+    from stages.ops.inference import in_fitting_batches, multi_scale_probabilities
+
+    config = labelling.config
+
+    def score(batch: torch.Tensor) -> tuple[torch.Tensor]:
+        images = to_network_input(batch, device)
+        return (
+            multi_scale_probabilities(
+                model, images, scales=config.scales, flip=config.flip, short_side_px=labelling.short_side_px
+            ),
+        )
+
+    with torch.inference_mode():
+        return in_fitting_batches(score, torch.from_numpy(pixels))[0].numpy()
+
+
+def _classes(record: ImageRecord, num_classes: int) -> NDArray[np.uint8]:
+    """Class indices that the image's mask may hold: background and its labels; all where it has no labels."""
+    if record.labels is None:
+        return np.arange(num_classes, dtype=np.uint8)
+    return np.array([BACKGROUND_INDEX, *(ClassList.class_index(label) for label in record.labels)], dtype=np.uint8)
+
+
+def _finished(context: _Context, jobs: Iterator[_Job], runtime: Runtime) -> Iterator[None]:
+    """Write the masks: over processes where there is a CRF on the CPU, else over threads."""
+    if context.crf is not None and resolve_crf_backend(context.crf.backend, context.device) != "torch":
+        processes = num_processes(runtime.processes)
+        yield from map_ordered(_finish, jobs, context=context, processes=processes, in_flight=2)
+        return
+    num_threads = 1 if context.crf is not None else _NUM_WRITERS
+    with ThreadPoolExecutor(max_workers=num_threads) as writers:
+        yield from take_in_order(writers, lambda job: _finish(context, job), jobs, limit=2 * num_threads)
+
+
+def _finish(context: _Context, job: _Job) -> None:
+    """Write one image's mask, after the CRF where there is one."""
+    if context.crf is None:
+        found = job.probabilities.argmax(axis=0)
+    else:
+        found = refine_prediction(job.image, job.probabilities, context.crf, device=context.device)
+    mask = _classes(job.record, context.num_classes)[found]
+    write_index_mask(context.folder / f"{job.record.id}.png", mask)
+
+
+def _compare(records: Sequence[ImageRecord], previous: Path, folder: Path, number: int) -> dict[str, Any]:
+    """What the masks of a round hold, and how many of the pixels that were labelled before have another class now.
+
+    Raises:
+        InputError: they hold no object.
+    """
+    total = foreground = labelled = changed = num_lost = 0
+    for record in records:
+        before, now = (read_index_mask(place / f"{record.id}.png") for place in (previous, folder))
+        known = before != IGNORE_INDEX
+        total, foreground = total + now.size, foreground + int((now != BACKGROUND_INDEX).sum())
+        labelled, changed = labelled + int(known.sum()), changed + int((known & (before != now)).sum())
+        present = set(np.unique(now).tolist())
+        num_lost += sum(ClassList.class_index(label) not in present for label in record.labels or ())
+    if not foreground:
+        raise InputError(
+            f"the segmenter that should label the {len(records)} training images for round {number} says background "
+            "everywhere; train longer, raise training.learning_rate, use loss: balanced_cross_entropy, or take fewer "
+            "rounds"
+        )
+    return {
+        "masks": f"rounds/{number}/masks",
+        "foreground_ratio": foreground / total,
+        "changed_ratio": changed / max(labelled, 1),
+        "num_lost_labels": num_lost,
+    }

@@ -1,0 +1,145 @@
+"""Files, folders and patterns become named pictures, and whatever a camera wrote becomes upright RGB bytes."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages.data.pictures import decode_picture, find_pictures, read_picture_size
+from stages.errors import DataError, InputError
+
+
+def save(path: Path, size: tuple[int, int] = (6, 9), **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(path, **options)
+    return path
+
+
+def names(words: list[Path | str], out: Path) -> list[str]:
+    return [picture.name for picture in find_pictures([str(word) for word in words], out)]
+
+
+# -- finding ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_searched_to_the_bottom_without_hidden_files_and_the_output(tmp_path: Path):
+    for name in ("b.jpg", "a.PNG", "sub/deep/c.jpeg", ".hidden.jpg", ".git/d.jpg", "out/a.png", "sub/out/e.jpg"):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    assert names([tmp_path], tmp_path / "out") == ["a", "b", "sub/deep/c", "sub/out/e"]
+
+
+def test_files_and_patterns_keep_their_order_and_count_once(tmp_path: Path):
+    for name in ("x/2.jpg", "x/1.jpg", "y/3.jpg"):
+        save(tmp_path / name)
+    out = tmp_path / "out"
+    assert names([tmp_path / "y/3.jpg", f"{tmp_path}/*/[12].jpg"], out) == ["3", "1", "2"]
+    assert names([f"{tmp_path}/**/*.jpg", tmp_path / "x/2.jpg"], out) == ["1", "2", "3"]
+
+
+def test_a_file_may_have_any_suffix_and_brackets(tmp_path: Path):
+    path = save(tmp_path / "holiday [1].jpg").rename(tmp_path / "holiday [1].picture")
+    assert names([path], tmp_path / "out") == ["holiday [1]"]
+
+
+def test_all_that_is_missing_is_named_at_once(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    words = [str(tmp_path / "gone.jpg"), str(tmp_path / "empty"), f"{tmp_path}/*.webp"]
+    with pytest.raises(InputError) as error:
+        find_pictures(words, tmp_path / "out")
+    assert len(error.value.problems) == 3
+    assert error.value.problems[0].endswith("gone.jpg: no such file")
+    assert "no image in this folder" in error.value.problems[1]
+    assert error.value.problems[2].endswith("*.webp: no match")
+
+
+@pytest.mark.parametrize("pair", [("a/x.jpg", "b/x.jpg"), ("a/x.jpg", "a/x.png"), ("a/x.jpg", "b/X.jpg")])
+def test_two_files_of_one_name_are_refused_and_both_named(tmp_path: Path, pair: tuple[str, str]):
+    paths = [save(tmp_path / name) for name in pair]
+    with pytest.raises(InputError, match="one name") as error:
+        find_pictures([str(path) for path in paths], tmp_path / "out")
+    assert all(str(path) in error.value.problems[0] for path in paths)
+
+
+def test_a_common_folder_keeps_equal_names_apart(tmp_path: Path):
+    save(tmp_path / "a/x.jpg")
+    save(tmp_path / "b/x.jpg")
+    assert names([tmp_path], tmp_path / "out") == ["a/x", "b/x"]
+
+
+# -- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def decode(data: bytes) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return decode_picture(data, Path("x"))
+
+
+def test_sixteen_bits_are_scaled_not_cut_off():
+    values = np.array([[0, 257, 25_700, 65_535]], dtype=np.uint16)
+    assert decode(encode(Image.fromarray(values)))[0, :, 0].tolist() == [0, 1, 100, 255]
+    assert decode(encode(Image.fromarray(values), "TIFF"))[0, :, 2].tolist() == [0, 1, 100, 255]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "RGBA", "P", "CMYK"])
+def test_other_modes_become_rgb(mode: str):
+    image = Image.new("RGB", (5, 4), (255, 255, 255)).convert(mode)
+    found = decode(encode(image, "TIFF" if mode == "CMYK" else "PNG"))
+    assert (found.shape, found.dtype) == ((4, 5, 3), np.uint8)
+    assert (found == 255).all()
+
+
+def test_transparency_is_left_aside():
+    image = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
+    assert decode(encode(image))[0, 0].tolist() == [10, 20, 30]
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert decode(encode(palette, transparency=bytes([0, 7])))[0, 0].tolist() == [10, 20, 30]
+
+
+def test_exif_turns_the_pixels_and_the_size(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise to see it upright
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :8] = 255  # the left half is white: upright it is the upper one
+    path = tmp_path / "turned.png"
+    path.write_bytes(encode(Image.fromarray(pixels), exif=exif))
+    found = decode(path.read_bytes())
+    assert found.shape == (16, 8, 3)
+    assert read_picture_size(path) == (16, 8)
+    assert (found[:8] == 255).all()
+    assert (found[8:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"dear diary", "it holds none of JPEG"),
+        (encode(Image.new("RGB", (64, 64)), "JPEG")[:400], "(?i)truncated|broken"),
+        (encode(Image.new("F", (4, 4), 0.5), "TIFF"), "8 or 16 bits"),
+    ],
+)
+def test_what_is_no_image_is_named_with_its_reason(tmp_path: Path, data: bytes, reason: str):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=reason) as error:
+        decode_picture(data, path)
+    assert str(error.value).startswith(str(path))
+    assert "BytesIO" not in str(error.value)
+
+
+def test_a_size_cannot_be_read_of_an_empty_file(tmp_path: Path):
+    (tmp_path / "x.jpg").touch()
+    with pytest.raises(DataError, match="the file is empty"):
+        read_picture_size(tmp_path / "x.jpg")

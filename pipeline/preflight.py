@@ -60,14 +60,14 @@ def preflight(run: RunConfig) -> DataListing:
 def config_warnings(run: RunConfig) -> list[str]:
     """What can run and is seldom meant: a network that is tested at another size than it was trained at."""
     pairs: list[tuple[str, int | None, str, int | None]] = []
-    trained, is_segmented = run.train_classifier.augment.short_side_px, run.evaluate.segmentation
+    trained, is_segmented = run.train_classifier.augment.seen_short_side_px, run.evaluate.segmentation
     if is_segmented and run.train_segmenter.supervision == "weak":
         pairs.append(("train_classifier", trained, "make_attention", run.make_attention.short_side_px))
     if run.evaluate.localization is not None:
         used = run.evaluate.localization.short_side_px
         pairs.append(("train_classifier", trained, "evaluate.localization", used))
     if is_segmented:
-        seen = run.train_segmenter.augment.short_side_px
+        seen = run.train_segmenter.augment.seen_short_side_px
         pairs.append(("train_segmenter", seen, "evaluate", run.evaluate.short_side_px))
     sizes = [
         f"{training}.augment.short_side_px is {_pixels(trained)} and {use}.short_side_px is {_pixels(used)}: the "

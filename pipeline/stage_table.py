@@ -218,7 +218,7 @@ def _classifier_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
 def _segmenter_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
     config = run.train_segmenter
     weights = _weights(pretrained_name(config.net, config.init), run.weights)
-    return {"config": config.key_content(), "seed": run.seed, "weights": weights}
+    return {"config": config.key_content(run.runtime.device), "seed": run.seed, "weights": weights}
 
 
 def _common(call: StageCall) -> dict[str, Any]:
@@ -290,7 +290,7 @@ TABLE = StageTable(
             inputs=_segmenter_inputs,
             key_parts=_segmenter_parts,
             arguments=lambda call: {
-                "config": call.run.train_segmenter,
+                "config": call.run.train_segmenter.resolved(call.run.runtime.device),
                 **_optional(call, [("masks", "make_masks"), ("classifier", "train_classifier")]),
                 **_training(call),
             },

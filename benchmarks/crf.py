@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stages.contracts import AttentionRecord
+from stages.errors import ConfigError
 from stages.make_masks import MakeMasksConfig, refine_mask
 from stages.ops.confusion import confusion_matrix, mean_iou
 from stages.ops.crf import CrfConfig, dense_crf, label_unary, open_crf_batch, probability_unary, resolve_crf_backend
@@ -342,8 +343,10 @@ def main() -> None:
     parser.add_argument("--truths", type=Path, help="folder of their true masks (.png)")
     parser.add_argument("--processes", type=int, default=0, help="0: one per core")
     arguments = parser.parse_args()
-    if resolve_crf_backend("auto") != "pydensecrf":
-        raise SystemExit("pydensecrf2 is not installed: there is no peer to measure against")
+    try:
+        resolve_crf_backend("pydensecrf")
+    except ConfigError as error:
+        raise SystemExit(f"there is no peer to measure against: {error.message}") from error
     processes = num_processes(arguments.processes)
     with tempfile.TemporaryDirectory() as folder:
         count, size = (8, (160, 224)) if arguments.quick else (16, (375, 500))

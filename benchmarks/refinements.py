@@ -47,7 +47,7 @@ from stages.ops.confusion import confusion_matrix, mean_iou
 from stages.ops.pool import map_ordered, num_processes
 from stages.walked_maps import MapWalker
 
-THRESHOLDS = (0.05, 0.08, 0.12, 0.18, 0.25)
+THRESHOLDS = (0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.25)
 QUICK_THRESHOLDS = (0.05, 0.1, 0.2)
 QUICK_IMAGES = 8
 """Of each half, with ``--quick``."""
@@ -69,6 +69,10 @@ REFINEMENTS: Mapping[str, Mapping[str, Any]] = {
     "random_walk": {"refine": "random_walk"},
     "[random_walk, par]": {"refine": ["random_walk", "par"]},
     "[random_walk, crf irn]": {"refine": ["random_walk", "crf"], "crf": {"preset": "irn"}},
+    "[random_walk, crf irn], half": {
+        "refine": ["random_walk", "crf"],
+        "crf": {"preset": "irn", "resolution": "half"},
+    },
     "[random_walk, crf sec]": {"refine": ["random_walk", "crf"], "crf": {"preset": "sec"}},
     "[par, crf irn]": {"refine": ["par", "crf"], "crf": {"preset": "irn"}},
     "[random_walk, par, crf irn]": {"refine": ["random_walk", "par", "crf"], "crf": {"preset": "irn"}},

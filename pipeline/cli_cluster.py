@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli_options import JsonOption
+from pipeline.invocation import DEFAULT_ARTIFACTS
 from pipeline.output import Output, get_output
-from pipeline.run_report import DEFAULT_ARTIFACTS
 
 if TYPE_CHECKING:
     from pipeline.cluster import UpCall

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli_options import ArtifactsOption, JsonOption
+from pipeline.invocation import DEFAULT_ARTIFACTS
 from pipeline.output import get_output
-from pipeline.run_report import DEFAULT_ARTIFACTS
 
 if TYPE_CHECKING:
     from pipeline.comparison import Comparison, ScoreRow

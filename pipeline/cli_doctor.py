@@ -7,8 +7,8 @@ import dataclasses
 import typer
 
 from pipeline.cli_options import ArtifactsOption, JsonOption
+from pipeline.invocation import DEFAULT_ARTIFACTS
 from pipeline.output import get_output
-from pipeline.run_report import DEFAULT_ARTIFACTS
 
 _MARKS = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}
 

@@ -9,8 +9,8 @@ import typer
 
 from pipeline.cli_options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
 from pipeline.cli_progress import shown_progress
+from pipeline.invocation import DEFAULT_ARTIFACTS
 from pipeline.output import get_output
-from pipeline.run_report import DEFAULT_ARTIFACTS
 
 
 def export(

@@ -10,8 +10,8 @@ import typer
 
 from pipeline.cli_options import ArtifactsOption, JsonOption, OverridesOption
 from pipeline.cli_progress import shown_progress
+from pipeline.invocation import DEFAULT_ARTIFACTS
 from pipeline.output import Output, get_output
-from pipeline.run_report import DEFAULT_ARTIFACTS
 
 if TYPE_CHECKING:
     from stages.contracts import Runtime

@@ -17,8 +17,9 @@ from pipeline.cli_options import (
     JsonOption,
     OverridesOption,
 )
+from pipeline.invocation import DEFAULT_ARTIFACTS, write_invocation
 from pipeline.output import Output, get_output, run_document
-from pipeline.run_report import DEFAULT_ARTIFACTS, ensure_report, folders, manifests, report_path, write_invocation
+from pipeline.run_report import ensure_report, folders, manifests, report_path
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli_options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
+from pipeline.invocation import DEFAULT_ARTIFACTS
 from pipeline.output import get_output, plain
-from pipeline.run_report import DEFAULT_ARTIFACTS
 
 if TYPE_CHECKING:
     from pipeline.store import Artifact, Store

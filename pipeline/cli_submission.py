@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli_options import ArtifactsOption, JsonOption, OverridesOption
+from pipeline.invocation import DEFAULT_ARTIFACTS, write_invocation
 from pipeline.output import Output, get_output
-from pipeline.run_report import DEFAULT_ARTIFACTS, write_invocation
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig

@@ -6,13 +6,15 @@ The bytes come from ``pipeline.disk_sizes``, for the stages that are still to be
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.keys import Plan
 from pipeline.making import MIN_FREE_BYTES
+from pipeline.shards import existing_shards
 from pipeline.store import Store
 from pipeline.workload import DataFacts, count_work, facts_of_index, facts_of_listing
 from stages.errors import EnvironmentFailure
@@ -85,7 +87,7 @@ def project_disk(plan: Plan, store: Store, stages: Collection[str]) -> DiskProje
 
     Args:
         plan: The run.
-        store: Where its artifacts lie; unfinished work there counts as written.
+        store: Where its artifacts lie; unfinished work and finished shards there count as written.
         stages: Those that will be built.
     """
     data = facts_of_run(plan, store) if stages else None
@@ -98,7 +100,7 @@ def project_disk(plan: Plan, store: Store, stages: Collection[str]) -> DiskProje
         if work is None or work.disk_bytes is None:
             unknown.append(name)
         else:
-            found[name] = max(0.0, work.disk_bytes - _written_bytes(store.work_path(name, plan.keys[name])))
+            found[name] = max(0.0, work.disk_bytes - _written_bytes(_begun(store, name, plan.keys[name])))
     return DiskProjection(found, tuple(unknown))
 
 
@@ -147,12 +149,20 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _written_bytes(folder: Path) -> int:
-    """Of all files under ``folder``; one that vanishes meanwhile (a checkpoint that is replaced) is none."""
-    total = 0
-    for path in folder.rglob("*"):
+def _begun(store: Store, stage: str, key: str) -> list[Path]:
+    """The folders of this machine in which work on an artifact lies: its own, and those of its shards."""
+    places = [shard.place for shard in existing_shards(store, stage, key)]
+    return [store.work_path(stage, key), *(find(*place) for place in places for find in (store.path, store.work_path))]
+
+
+def _written_bytes(folders: Iterable[Path]) -> int:
+    """Of all files under ``folders``, linked ones once; one that vanishes meanwhile (a replaced checkpoint) is none."""
+    sizes: dict[tuple[int, int], int] = {}
+    for path in itertools.chain.from_iterable(folder.rglob("*") for folder in folders):
         try:
-            total += path.stat().st_size if path.is_file() else 0
+            if path.is_file():
+                found = path.stat()
+                sizes[found.st_dev, found.st_ino] = found.st_size
         except OSError:
             continue
-    return total
+    return sum(sizes.values())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pipeline.config import RunConfig, find_config, load_config
-from pipeline.run_report import DEFAULT_ARTIFACTS, write_invocation
+from pipeline.invocation import DEFAULT_ARTIFACTS, write_invocation
 from pipeline.yaml_models import load_values
 
 StageName = Literal["prepare_data", "train_classifier", "make_attention", "make_masks", "train_segmenter", "evaluate"]

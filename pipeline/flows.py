@@ -24,10 +24,11 @@ from pydantic import Field
 from pipeline.config import RunConfig
 from pipeline.flow_config import FlowCall, ShardedStage, Split, StageName
 from pipeline.flow_server import check_api, name_run, recorded, show_result, warn_of_other_code
+from pipeline.invocation import DEFAULT_ARTIFACTS
 from pipeline.keys import Plan, plan_run
 from pipeline.outcomes import Listener, RunOutcome, SilentListener
 from pipeline.recruiting import recruit_helpers
-from pipeline.run_report import DEFAULT_ARTIFACTS, ensure_picture, ensure_report, run_name
+from pipeline.run_report import ensure_picture, ensure_report, run_name
 from pipeline.runner import help_with, run_pipeline, run_stage
 from pipeline.store import Store, open_store
 from pipeline.summary import headline

@@ -6,8 +6,7 @@ artifact is in the names, so neither can show another result.
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
     from pipeline.keys import Plan
     from pipeline.outcomes import RunOutcome
     from pipeline.store import Artifact, Store
-
-DEFAULT_ARTIFACTS = "artifacts"
-"""Root of the store where nobody says otherwise."""
 
 
 def run_name(run_config: RunConfig, plan: Plan) -> str:
@@ -67,13 +63,3 @@ def folders(found: Mapping[str, Artifact]) -> dict[str, Path]:
 def manifests(found: Mapping[str, Artifact]) -> dict[str, Mapping[str, Any]]:
     """The manifest of each artifact."""
     return {name: artifact.manifest for name, artifact in found.items()}
-
-
-def write_invocation(config: str, overrides: Sequence[str] | None, artifacts: str | Path) -> str:
-    """Config and options as a user would write them behind ``wsss run``."""
-    words = [config]
-    for override in overrides or ():
-        words += ["--set", override]
-    if str(artifacts) != DEFAULT_ARTIFACTS:
-        words += ["--artifacts", str(artifacts)]
-    return shlex.join(words)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import find_config, load_config
+from pipeline.invocation import write_invocation
 from pipeline.keys import plan_run
 from pipeline.runs import read_runs
 from pipeline.store import MANIFEST
@@ -58,13 +59,13 @@ def find_scored_run(word: str, store: Store) -> ScoredRun:
         DamagedFileError: it does not read back.
     """
     path = Path(word).expanduser()
-    if path.is_dir():
-        return _read_folder(word, path)
-    config = _find_config(word)
+    config = None if (path / _COUNTS).is_file() else _find_config(word)  # a folder may be called as a shipped config
     if config is not None:
         run = load_config(config)
         key = plan_run(run, store.digest_cache).keys[STAGE]
-        return _read_key(word, run.name, key, store, f"wsss run {word}")
+        return _read_key(word, run.name, key, store, f"wsss run {write_invocation(word, None, store.location)}")
+    if path.is_dir():
+        return _read_folder(word, path)
     name, key = _find_key(word, store)
     return _read_key(word, name, key, store, "wsss run with its config")
 

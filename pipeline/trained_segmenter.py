@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.run_report import write_invocation
+from pipeline.invocation import write_invocation
 from stages.contracts import open_image_set
 from stages.errors import ConfigError, DataError, MissingArtifactError
 

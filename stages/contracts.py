@@ -12,7 +12,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from stages.errors import DamagedFileError, DataError
@@ -426,15 +426,22 @@ def voc_palette() -> NDArray[np.uint8]:
 
 def write_index_mask(path: Path, mask: NDArray[np.uint8]) -> None:
     """Write class indices (H, W) as a palette PNG (mode P, VOC's colours), atomically."""
+    write_atomic(path, encode_index_mask(mask))
+
+
+def encode_index_mask(mask: NDArray[np.uint8], texts: Mapping[str, str] | None = None) -> bytes:
+    """The palette PNG (mode P, VOC's colours) of class indices (H, W); ``texts`` are kept in it by their keywords."""
     import io
 
     if mask.dtype != np.uint8 or mask.ndim != 2:
         raise ValueError(f"a mask must be uint8 of shape (H, W), got {mask.dtype} {mask.shape}")
-    image = Image.fromarray(mask)
+    image, info = Image.fromarray(mask), PngImagePlugin.PngInfo()
     image.putpalette(voc_palette().tobytes())
+    for keyword, text in (texts or {}).items():
+        info.add_text(keyword, text)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    write_atomic(path, buffer.getvalue())
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
 
 
 def read_index_mask(path: Path, *, modes: Sequence[str] = MASK_MODES) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.contracts import Progress, write_atomic, write_json
+from stages.contracts import LEAST_INPUT_PX, Progress, write_atomic, write_json
 from stages.data.transforms import to_network_input
 from stages.errors import DamagedFileError, EnvironmentFailure, InputError
 from stages.exported_model import (
@@ -123,7 +123,8 @@ def export_segmenter(
 def _check_place(out: Path, *, force: bool) -> None:
     """A folder of ours may be replaced on demand; any other that is not empty is left alone."""
     ours = {CONFIG_FILE, TENSORS_FILE, ONNX_FILE}
-    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    # a killed export may leave the temporary file of write_atomic behind
+    found = {path.name for path in out.iterdir() if not path.name.startswith(".tmp-")} if out.is_dir() else set()
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; name a folder with --out")
     if found - ours:
@@ -227,7 +228,7 @@ def compare_onnx(net: Segmenter, onnx: bytes, *, sample: NDArray[np.uint8] | Non
 
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(shape, generator=generator) for shape in _CHECKED_SHAPES]
-    if sample is not None:
+    if sample is not None and min(sample.shape[:2]) >= LEAST_INPUT_PX:  # of less, torch is shown an enlarged one
         batches.append(to_network_input(torch.from_numpy(sample)[None], torch.device("cpu")))
     worst = largest = 0.0
     for batch, found in zip(batches, _run_onnx(onnx, batches), strict=True):

@@ -249,7 +249,8 @@ def _predict_all(
     started = time.monotonic()
     batches = _plan(sizes, _CPU_BATCH_PX if device.type == "cpu" else _BATCH_PX)
     jobs = _predictions(predictor, batches, identity, summary)
-    largest_px = max(height * width for height, width in sizes.values())
+    # of windows no probabilities are left that would wait
+    largest_px = max((size[0] * size[1] for size in sizes.values() if options.window_for(size) is None), default=1)
     for name, counts in _finished(context, jobs, _num_crf_processes(context, largest_px, runtime)):
         areas[name] = counts
         summary.predicted += 1

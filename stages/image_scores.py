@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from stages.contracts import Progress, StageConfig
 from stages.errors import EnvironmentFailure
 from stages.ops.crf import CrfConfig, dense_crf
-from stages.prediction import PredictionConfig
+from stages.prediction import PredictionConfig, likely_classes
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +32,6 @@ LEAST_WINDOW_PX = 128
 
 _FALLBACK_PX = (1024, 512, 256)
 """Windows that are tried in turn when the accelerator does not hold an image."""
-
-_UNLIKELY = 0.01
-"""Classes that reach this in no pixel of a window stay out of its CRF, whose cost grows with them."""
 
 Predicted = tuple[NDArray[np.uint8] | None, NDArray[np.float32] | None]
 """Class indices (H, W), or probabilities (C, H, W) from which a CRF is still to make them."""
@@ -127,13 +124,12 @@ class PicturePredictor:
         import torch
 
         window = self._options.window_for((pixels.shape[1], pixels.shape[2]))
-        if window is not None:
-            return [(self._in_windows(image, window), None) for image in pixels]
-        try:
-            return self._at_once(pixels)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-        return [(self._in_fitting_windows(image), None) for image in pixels]
+        if window is None:
+            try:
+                return self._at_once(pixels)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+        return [(self._in_fitting_windows(image, window), None) for image in pixels]
 
     def _at_once(self, pixels: NDArray[np.uint8]) -> list[Predicted]:
         import torch
@@ -172,21 +168,27 @@ class PicturePredictor:
             self._model, images, scales=options.scales, flip=options.flip, short_side_px=short_side_px
         )
 
-    def _in_fitting_windows(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Windows that shrink until one fits."""
+    def _in_fitting_windows(self, image: NDArray[np.uint8], wanted_px: int | None) -> NDArray[np.uint8]:
+        """Windows that shrink until one fits, from those that are wanted on; None: at once did not fit."""
         import torch
 
         size = f"{image.shape[0]} × {image.shape[1]} pixels"
-        for window in _FALLBACK_PX:
+        smaller = [window for window in _FALLBACK_PX if wanted_px is None or window < wanted_px]
+        windows = smaller if wanted_px is None else [wanted_px, *smaller]
+        for window in windows:
             try:
                 mask = self._in_windows(image, window)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 continue
-            self._progress.warn(f"the device does not hold an image of {size} at once: it was seen in windows {window}")
+            if window != wanted_px:
+                whole = "at once" if wanted_px is None else f"in windows of {wanted_px}"
+                self._progress.warn(
+                    f"the device does not hold an image of {size} {whole}: it was seen in windows of {window}"
+                )
             return mask
         raise EnvironmentFailure(
-            f"{self._device} does not hold a window of {_FALLBACK_PX[-1]} pixels of an image of {size}; free memory on "
+            f"{self._device} does not hold a window of {windows[-1]} pixels of an image of {size}; free memory on "
             "it, take fewer or smaller --scales, or use --device cpu"
         )
 
@@ -219,9 +221,7 @@ class PicturePredictor:
         assert self._options.crf is not None
         refined = torch.zeros_like(probabilities)
         for position, window in enumerate(windows):
-            likely = torch.nonzero(probabilities[position].amax(dim=(1, 2)) >= _UNLIKELY).flatten()
-            if len(likely) == 0:  # more than 100 classes, all unlikely
-                likely = torch.arange(len(probabilities[position]))
+            likely = torch.from_numpy(likely_classes(probabilities[position].numpy()))
             chosen = probabilities[position, likely]
             marginals = dense_crf(
                 np.ascontiguousarray(window),

@@ -83,7 +83,7 @@ def make_masks(
         ConfigError: ``sweep`` names images that cannot be used, or there are no stored maps for it; a classifier is
             needed and not given; a random walk names a layer that its backbone lacks.
         DataError: an image is missing or is not of the size that its attention was made for.
-        InputError: the classifier knows other classes, or gives nothing but NaN.
+        InputError: the classifier knows other classes, or gives nothing but NaN; stored maps are of other labels.
         EnvironmentFailure: the disk is full, or the device cannot hold one image.
         DamagedFileError: attention is missing for a training image.
     """

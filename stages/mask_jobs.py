@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from stages.contracts import ImageIndex, Progress, iter_attention
+from stages.contracts import ImageIndex, Progress
 from stages.data.inference import prefetch
 from stages.mask_building import Context, Job, find_mask, read_ahead
 from stages.ops.pool import map_ordered
+from stages.stored_attention import find_attention
 
 if TYPE_CHECKING:
     from stages.walked_maps import MapWalker
@@ -27,6 +29,9 @@ _GPU_BATCH_IMAGES = 8
 """Images that a GPU refines at once."""
 _READING_THREADS = 2
 """Threads that decode the next images for it."""
+_RATE_BATCHES = 128
+"""Batches that images per second are told of: neither the start nor images that were found finished are among them
+for long."""
 
 
 def stored_jobs(index: ImageIndex, attention: Path, wanted: Collection[str]) -> Iterator[Job]:
@@ -36,14 +41,12 @@ def stored_jobs(index: ImageIndex, attention: Path, wanted: Collection[str]) -> 
         index: The data set.
         attention: Output folder of ``make_attention``.
         wanted: Ids; those without attention are passed over.
+
+    Raises:
+        InputError: the maps of an image are not of the labels that it has.
     """
-    left = set(wanted)
-    for record in iter_attention(attention) if left else ():
-        if record.id in left:
-            yield Job(record, index.record(record.id).image)
-            left.remove(record.id)
-            if not left:
-                return
+    for record in find_attention(index, attention, wanted):
+        yield Job(record, index.record(record.id).image)
 
 
 def walk_jobs(walker: MapWalker, jobs: Iterable[Job], index: ImageIndex, masks: Path) -> Iterator[Job]:
@@ -78,16 +81,27 @@ def run_jobs(
         jobs: Taken lazily, in this process.
         context: What all jobs share.
         processes: How many work; 1 is this process.
-        progress: Hears of every finished image and of images per second.
+        progress: Hears of every finished image and, from the second batch on, of images per second.
     """
-    started, count = time.monotonic(), 0
+    ends, count = deque[tuple[float, int]](maxlen=_RATE_BATCHES), 0
     batches = _batches(jobs, 1 if context.device == "cpu" else _GPU_BATCH_IMAGES)
     if context.writer is not None:  # a device waits neither for a disk nor for a decoder
         batches = (ready for _, ready in prefetch(partial(read_ahead, context), batches, workers=_READING_THREADS))
     for results in map_ordered(function, batches, context=context, processes=processes):
         count += len(results)
-        progress.advance(len(results), images_per_s=count / max(time.monotonic() - started, 1e-9))
+        ends.append((time.monotonic(), count))
+        progress.advance(len(results), **_rate(ends))
         yield from results
+
+
+def _rate(ends: Sequence[tuple[float, int]]) -> dict[str, float]:
+    """Images per second since the first of some batches ended; nothing of one alone, which waited for the start.
+
+    Args:
+        ends: When each batch ended, in seconds, and how many images were finished by then.
+    """
+    (since, before), (now, count) = ends[0], ends[-1]
+    return {"images_per_s": (count - before) / (now - since)} if now > since else {}
 
 
 def _batches(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:

@@ -178,7 +178,7 @@ def _is_finished(path: Path, progress: Progress) -> bool:
 
 def _predict_batches(context: _Context, batches: Sequence[_Batch], progress: Progress, runtime: Runtime) -> None:
     """Predict and count ``batches``; each one's counts are written when its last image is finished."""
-    from stages.training import resolve_device
+    from stages.devices import resolve_device
 
     config, device = context.config, resolve_device(runtime)
     processes = num_processes(runtime.processes) if config.crf else 1
@@ -359,7 +359,7 @@ def refine_predictions(
 
     An image gets what it would get alone, but for float32 rounding.
     """
-    likely = [_likely_classes(each) for each in probabilities]
+    likely = [likely_classes(each) for each in probabilities]
     found = [np.full(each.shape[1:], classes[0]) for each, classes in zip(probabilities, likely, strict=True)]
     open_ones = [place for place, classes in enumerate(likely) if len(classes) > 1]  # one class has nothing to change
     if open_ones:
@@ -372,7 +372,10 @@ def refine_predictions(
     return [mask.astype(np.uint8) for mask in found]
 
 
-def _likely_classes(probabilities: NDArray[np.float32]) -> NDArray[np.intp]:
-    """Those that reach ``_LIKELY`` in a pixel; of more than 100 classes the winner of a pixel may be less likely."""
+def likely_classes(probabilities: NDArray[np.float32]) -> NDArray[np.intp]:
+    """The classes of (C, H, W) that a CRF gets: those that reach ``_LIKELY`` in a pixel.
+
+    Of more than 100 classes the winner of a pixel may be less likely; it is among them too.
+    """
     least = min(_LIKELY, 0.99 / len(probabilities))
     return np.flatnonzero(probabilities.max(axis=(1, 2)) >= least)

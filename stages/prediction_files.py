@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-from stages.contracts import voc_palette, write_atomic
+from stages.contracts import encode_index_mask, voc_palette, write_atomic
 from stages.data.pictures import PictureFile
 from stages.image_scores import PredictOptions
 
@@ -100,11 +100,7 @@ def write_overlay(path: Path, picture: NDArray[np.uint8]) -> None:
 
 def write_mask(path: Path, mask: NDArray[np.uint8], origin: str) -> None:
     """Write class indices (H, W) as ``write_index_mask`` does, with the text that tells what they were made of."""
-    image, buffer, text = Image.fromarray(mask), io.BytesIO(), PngImagePlugin.PngInfo()
-    image.putpalette(voc_palette().tobytes())
-    text.add_text(_ORIGIN, origin)
-    image.save(buffer, format="PNG", pnginfo=text)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, encode_index_mask(mask, {_ORIGIN: origin}))
 
 
 def count_classes(mask: NDArray[np.uint8], num_classes: int) -> NDArray[np.int64]:

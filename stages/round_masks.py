@@ -33,8 +33,8 @@ from stages.contracts import (
     write_index_mask,
     write_json,
 )
-from stages.devices import deterministic, resolve_device
-from stages.distributed import is_main, own_slice
+from stages.devices import deterministic
+from stages.distributed import is_main, join_ranks, num_ranks, own_slice
 from stages.errors import InputError
 from stages.nets.trained import load_segmenter
 from stages.ops.crf import CrfConfig, resolve_crf_backend
@@ -140,18 +140,18 @@ def make_round_masks(labelling: Labelling, number: int, *, segmenter: Path, prev
     todo = [batch for batch in own if not all((folder / f"{record.id}.png").exists() for record in batch)]
     total, left = (sum(len(batch) for batch in batches) for batches in (own, todo))
     progress.begin(f"masks of round {number}", total=total, done=total - left)
-    if todo:
-        device = resolve_device(labelling.runtime)
-        num_classes = labelling.image_set.index.classes.num_classes
-        context = _Context(labelling.config.crf, folder, num_classes, str(device))
-        with deterministic(device):
-            jobs = _predictions(labelling, todo, segmenter, device)
-            for _ in _finished(context, jobs, labelling.runtime):
-                progress.advance(1)
-    wait_for_all()
-    if is_main() and not (out / "stats.json").exists():
-        write_json(out / "stats.json", _compare(labelling.records, previous, folder, number))
-    wait_for_all()
+    with join_ranks(labelling.runtime) as device:
+        if todo:
+            num_classes = labelling.image_set.index.classes.num_classes
+            context = _Context(labelling.config.crf, folder, num_classes, str(device))
+            with deterministic(device):
+                jobs = _predictions(labelling, todo, segmenter, device)
+                for _ in _finished(context, jobs, labelling.runtime):
+                    progress.advance(1)
+        wait_for_all()
+        if is_main() and not (out / "stats.json").exists():
+            write_json(out / "stats.json", _compare(labelling.records, previous, folder, number))
+        wait_for_all()
     return folder
 
 
@@ -215,9 +215,9 @@ def _classes(record: ImageRecord, num_classes: int) -> NDArray[np.uint8]:
 
 
 def _finished(context: _Context, jobs: Iterator[_Job], runtime: Runtime) -> Iterator[None]:
-    """Write the masks: over processes where there is a CRF on the CPU, else over threads."""
+    """Write the masks: over processes, which the ranks share, where there is a CRF on the CPU, else over threads."""
     if context.crf is not None and resolve_crf_backend(context.crf.backend, context.device) != "torch":
-        processes = num_processes(runtime.processes)
+        processes = max(1, num_processes(runtime.processes) // num_ranks())
         yield from map_ordered(_finish, jobs, context=context, processes=processes, in_flight=2)
         return
     num_threads = 1 if context.crf is not None else _NUM_WRITERS

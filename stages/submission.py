@@ -17,9 +17,8 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from stages.contracts import BACKGROUND_INDEX, read_index_mask, voc_palette
+from stages.contracts import BACKGROUND_INDEX, encode_index_mask, read_index_mask
 from stages.data.voc import VOC_CLASSES
 from stages.errors import DataError
 
@@ -68,7 +67,7 @@ def build_archive(
         tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as archive,
     ):
         for image_id, path in sorted(predictions):
-            data = _encode(_voc_mask(path, values))
+            data = encode_index_mask(_voc_mask(path, values))
             member = tarfile.TarInfo(f"{result_folder(competition)}/{image_id}.png")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
@@ -80,11 +79,3 @@ def _voc_mask(path: Path, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if mask.max() >= len(values):
         raise DataError(f"{path}: expected class indices 0 … {len(values) - 1} of the run, found {mask.max()}")
     return values[mask]
-
-
-def _encode(mask: NDArray[np.uint8]) -> bytes:
-    image = Image.fromarray(mask)
-    image.putpalette(voc_palette().tobytes())
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()

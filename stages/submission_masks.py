@@ -41,6 +41,8 @@ def check_mask(data: bytes, size: Size | None = None) -> Iterator[tuple[str, str
         return
     yield from _check_size(found, size)
     if found[0] * found[1] > MAX_DECODED_PX:
+        if found == size:
+            yield "wrong size", f"is {spell_size(found)} as its image, too large to be looked at"
         return
     try:
         with Image.open(io.BytesIO(data), formats=MASK_FORMATS) as image:

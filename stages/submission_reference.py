@@ -9,9 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from stages.contracts import IMAGE_FORMATS
+from stages.data.pictures import read_picture_size
 from stages.data.readers import read_id_list
 from stages.data.records import IMAGE_SUFFIXES, Problems
 from stages.errors import DataError
@@ -69,10 +67,4 @@ class ImageFolder:
             DataError: the file is no image.
         """
         file = self._files.get(image_id)
-        if file is None:
-            return None
-        try:
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
-                return image.height, image.width
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{file}: not a readable image ({error}); replace the file") from error
+        return None if file is None else read_picture_size(file)

@@ -10,7 +10,7 @@ is recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -18,13 +18,14 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.contracts import AttentionRecord, ClassList, ImageSet, iter_attention, read_json
+from stages.contracts import AttentionRecord, ClassList, ImageSet, read_json
 from stages.data.subsets import choose_sweep_images
 from stages.errors import DamagedFileError, DataError
 from stages.ops.competition import settle_classes
 from stages.ops.confusion import ThresholdSweep, confusion_matrix, mean_iou
 from stages.ops.pool import map_ordered
 from stages.ops.seeds import SeedConfig, initial_mask, strongest_map, to_class_indices, upsample_maps
+from stages.stored_attention import find_attention
 
 ConfigT = TypeVar("ConfigT", bound=SeedConfig)
 
@@ -67,11 +68,12 @@ def choose_threshold(
         ConfigError: ``sweep`` asks for images that are not there or have no true mask.
         DataError: a true mask does not read, or none of them has a pixel that counts.
         DamagedFileError: attention is missing for one of the images.
+        InputError: the maps of one are not of the labels that it has.
     """
     if config.sweep is None:
         raise ValueError("there is no sweep to choose a threshold by")
     ids = tuple(sorted(choose_sweep_images(config.sweep, image_set.index.split("train"))))
-    records: Sequence[AttentionRecord] = list(_find_attention(attention, ids))
+    records: Sequence[AttentionRecord] = _require_attention(image_set, attention, ids)
     if walk is not None:
         records = walk(records)
     groups = [group for start in range(processes) if (group := records[start::processes])]
@@ -109,18 +111,16 @@ def with_threshold(config: ConfigT, threshold: float) -> ConfigT:
     return config.model_copy(update={"threshold": threshold})
 
 
-def _find_attention(attention: Path, ids: Collection[str]) -> Iterator[AttentionRecord]:
-    left = set(ids)
-    for record in iter_attention(attention):
-        if record.id in left:
-            yield record
-            left.remove(record.id)
-            if not left:
-                return
-    raise DamagedFileError(
-        f"{attention} has no attention for {len(left)} images of sweep ({', '.join(sorted(left)[:5])}…); "
-        "rebuild make_attention"
-    )
+def _require_attention(images: ImageSet, attention: Path, ids: Sequence[str]) -> list[AttentionRecord]:
+    """The stored attention of the images of ``sweep``."""
+    found = list(find_attention(images.index, attention, ids))
+    missing = sorted(set(ids) - {record.id for record in found})
+    if missing:
+        raise DamagedFileError(
+            f"{attention} has no attention for {len(missing)} images of sweep ({', '.join(missing[:5])}…); "
+            "rebuild make_attention"
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from stages.data.transforms import AugmentConfig, Augmenter
 from stages.distributed import is_main
 from stages.errors import DataError, MissingArtifactError
 from stages.masked_images import MaskedImages, check_class_list, confidence_folder, supervised_records
-from stages.nets.segmenters import Init, SegmenterConfig, build_segmenter, init_problems
+from stages.nets.segmenters import Init, LargeFovConfig, SegmenterConfig, build_segmenter, init_problems
 from stages.nets.trained import WEIGHTS_FILE, save_segmenter
 from stages.nets.weights import load_weights, save_weights
 from stages.round_masks import Labelling, RetrainingConfig
@@ -87,7 +87,8 @@ class TrainSegmenterConfig(LossConfig):
     @model_validator(mode="after")
     def _check_init(self) -> TrainSegmenterConfig:
         # The classifier's backbone is another section: preflight compares the two, here only what this one knows.
-        if self.init in ("imagenet", "coco"):
+        is_decimated = isinstance(self.net, LargeFovConfig) and self.net.fc_init == "decimated"
+        if self.init != "classifier" or is_decimated:
             problems = init_problems(self.net, self.init, None)
             if problems:
                 raise ValueError("; ".join(problems))
@@ -222,8 +223,11 @@ def _train_once(
     config, image_set, progress = course.config, course.image_set, course.progress
     held_out = choose_held_out(config.validation, course.records) if config.validation is not None else frozenset()
     records = [record for record in course.records if record.id not in held_out]
-    if len(records) == 1 and _needs_two_samples(config.net):
-        raise DataError(f"{config.net.name} needs at least 2 training images with a mask, found 1: {_WHY_TWO}")
+    least = 2 * config.training.accumulate_steps
+    if len(records) < least and _needs_two_samples(config.net):
+        raise DataError(
+            f"{config.net.name} needs at least {least} training images with a mask, found {len(records)}: {_WHY_TWO}"
+        )
     segmenter = _build_seeded(course)
     if start is not None:
         load_weights(segmenter, start / WEIGHTS_FILE)
@@ -248,10 +252,10 @@ def _train_once(
     )
     if not is_main():
         return
-    warn_of_collapse(segmenter, dataset, course.runtime, progress)
     write_json(out / "history.json", history)
     if watch is not None:
         _write_validation(out, config, watch, segmenter)
+    warn_of_collapse(segmenter, dataset, course.runtime, progress)
     save_segmenter(out, config.net, segmenter, image_set.index.classes)
     remove_checkpoint(out)
 

@@ -76,8 +76,8 @@ class HeldOutImages:
         self.num_classes, self.short_side_px = num_classes, short_side_px
         self.progress = progress if is_main() else SilentProgress()
         self.curve: list[dict[str, float]] = []
-        """Each look: step, miou and pixel_accuracy (fractions; miou 0 where nothing was labelled), and the
-        predicted and masked foreground as fractions of the labelled pixels."""
+        """Each look: step, miou and pixel_accuracy, and the predicted and masked foreground as fractions of the
+        labelled pixels; all 0 where nothing was labelled."""
         self.best: dict[str, Tensor] | None = None
         self.best_step = 0
         self.num_collapsed = 0
@@ -99,13 +99,12 @@ class HeldOutImages:
             InputError: it has said background everywhere for ``collapse_after`` looks.
         """
         matrix = self._count(model)
-        total = max(int(matrix.sum()), 1)
         found = {
             "step": step,
             "miou": float(np.nan_to_num(mean_iou(matrix))),
             "pixel_accuracy": float(np.nan_to_num(pixel_accuracy(matrix))),
-            "predicted_foreground": 1 - int(matrix[:, BACKGROUND_INDEX].sum()) / total,
-            "masked_foreground": 1 - int(matrix[BACKGROUND_INDEX].sum()) / total,
+            "predicted_foreground": _foreground_share(matrix.sum(axis=0)),
+            "masked_foreground": _foreground_share(matrix.sum(axis=1)),
         }
         self.curve.append(found)
         self.progress.info(f"step {step}: mIoU {found['miou']:.1%} on {len(self.records)} held-out images")
@@ -165,3 +164,9 @@ class HeldOutImages:
         """Go on from a checkpoint."""
         self.curve, self.best = list(state["curve"]), state["best"]
         self.best_step, self.num_collapsed = state["best_step"], state["num_collapsed"]
+
+
+def _foreground_share(counts: NDArray[np.int64]) -> float:
+    """The share of ``counts`` (C,) that is not background; 0 of none."""
+    total = int(counts.sum())
+    return 1 - int(counts[BACKGROUND_INDEX]) / total if total else 0.0

@@ -44,6 +44,7 @@ def find_pictures(words: Sequence[str], out: Path) -> list[PictureFile]:
 
     Raises:
         InputError: a word means nothing, no image is left, or two files would have one name; all of them are listed.
+            Or a folder is ``out`` itself.
     """
     problems: list[str] = []
     found: dict[Path, PictureFile] = {}
@@ -64,6 +65,11 @@ def _expand(word: str, out: Path, problems: list[str]) -> Iterator[PictureFile]:
     """The files of one word; says so where there are none."""
     path = Path(word).expanduser()
     if path.is_dir():
+        if path.resolve() == out.resolve():
+            raise InputError(
+                f"{word} is the output folder too: the next call would take masks and overlays for images; choose "
+                "another --out, or name the images by a pattern"
+            )
         files = list(_walk(path, out))
         yield from files
         if not files:
@@ -117,17 +123,24 @@ def read_picture_size(path: Path) -> tuple[int, int]:
     """The upright size that the head of the file tells.
 
     Raises:
-        DataError: no image.
-        OSError: the file cannot be read.
+        DataError: no image, or the file cannot be read.
     """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             width, height = image.size
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            lies = _lies(image)
     except Exception as error:
         raise _unreadable(path, error) from error
-    lies = isinstance(orientation, int) and 5 <= orientation <= 8
     return (width, height) if lies else (height, width)
+
+
+def _lies(image: Image.Image) -> bool:
+    """Whether EXIF turns height and width; not where that is unreadable, as ``upright`` has it."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever a damaged tag does to Pillow's parser, the pixels are there
+        return False
+    return isinstance(orientation, int) and 5 <= orientation <= 8
 
 
 def decode_picture(data: bytes, path: Path) -> NDArray[np.uint8]:

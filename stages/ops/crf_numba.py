@@ -3,7 +3,7 @@
 For CPUs: quicker than pydensecrf, and installed from wheels.  Probabilities agree with pydensecrf's within 1e-3, save
 single pixels near a tie, where the iterations amplify either one's float32 rounding.  The first process of a user
 compiles for some seconds; the others find the code (``stages.ops.crf_numba_compiled``).
-Reads and writes no file; numba is an optional extra.
+Reads and writes no file but numba's cache.
 Shapes: L labels, S labellings of one image, H W image pixels.
 Source: Krähenbühl and Koltun, 2011.
 """

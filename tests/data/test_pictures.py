@@ -56,6 +56,13 @@ def test_all_that_is_missing_is_named_at_once(tmp_path: Path):
     assert error.value.problems[2].endswith("*.webp: no match")
 
 
+def test_a_folder_of_images_is_no_place_for_results(tmp_path: Path):
+    save(tmp_path / "x.jpg")
+    with pytest.raises(InputError, match="is the output folder too"):
+        names([tmp_path], tmp_path / "sub" / "..")
+    assert names([f"{tmp_path}/*.jpg"], tmp_path) == ["x"]
+
+
 @pytest.mark.parametrize("pair", [("a/x.jpg", "b/x.jpg"), ("a/x.jpg", "a/x.png"), ("a/x.jpg", "b/X.jpg")])
 def test_two_files_of_one_name_are_refused_and_both_named(tmp_path: Path, pair: tuple[str, str]):
     paths = [save(tmp_path / name) for name in pair]
@@ -119,6 +126,13 @@ def test_exif_turns_the_pixels_and_the_size(tmp_path: Path):
     assert read_picture_size(path) == (16, 8)
     assert (found[:8] == 255).all()
     assert (found[8:] == 0).all()
+
+
+def test_a_damaged_exif_tag_leaves_the_picture_as_it_is(tmp_path: Path):
+    path = tmp_path / "x.png"
+    path.write_bytes(encode(Image.new("RGB", (9, 6)), exif=b"Exif\0\0garbage!"))
+    assert read_picture_size(path) == (6, 9)
+    assert decode(path.read_bytes()).shape == (6, 9, 3)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,10 @@ def test_a_config_means_its_evaluation(store: Store, wsss_json, tmp_path: Path) 
     (tmp_path / "mine.yaml").write_text(text)
     error = wsss_json("mine.yaml", ONE, code=3)["error"]
     assert error["message"].endswith("build it with: wsss run mine.yaml")
+    elsewhere = wsss_json("mine.yaml", "mine.yaml", "--artifacts", "other", code=3)["error"]
+    assert elsewhere["message"].endswith("build it with: wsss run mine.yaml --artifacts other")
+    (tmp_path / "demo").mkdir()  # a folder that is called as a shipped config
+    assert wsss_json("demo", ONE, code=3)["error"]["message"].endswith("build it with: wsss run demo")
     key = plan_run(load_config(tmp_path / "mine.yaml"), store.digest_cache).keys["evaluate"]
     publish_scores(store, key, {"segmenter": counts(0.9)})
     assert wsss_json("mine.yaml", ONE)["runs"][0]["key"] == key

@@ -16,6 +16,7 @@ from pipeline.disk_sizes import classifier_bytes, segmenter_bytes
 from pipeline.keys import Plan, plan_run
 from pipeline.making import MIN_FREE_BYTES
 from pipeline.runner import run_pipeline, run_stage
+from pipeline.shards import shards_of
 from pipeline.store import Store
 from pipeline.yaml_models import load_model
 from stages.errors import EnvironmentFailure
@@ -96,6 +97,18 @@ def test_stages_that_are_there_and_work_that_is_begun_do_not_count(store: Store)
     begun = project_disk(planned, store, ["make_masks"])
     assert begun.bytes_by_stage["make_masks"] == whole.bytes_by_stage["make_masks"] - 1_000_000
     assert project_disk(planned, store, []) == DiskProjection()
+
+
+def test_shards_that_are_finished_or_begun_do_not_count(store: Store) -> None:
+    planned = plan(store, "runtime.shards=2")
+    whole = project_disk(planned, store, ["make_masks"]).bytes_by_stage["make_masks"]
+    first, second = shards_of("make_masks", planned.keys["make_masks"], 2)
+    for folder in (store.path(*first.place), store.work_path(*second.place)):
+        (folder / "masks").mkdir(parents=True)
+        (folder / "masks" / "a.png").write_bytes(b"x" * 1_000_000)
+    work, _ = store.work_dir("make_masks", planned.keys["make_masks"])
+    (work / "b.png").hardlink_to(store.path(*first.place) / "masks" / "a.png")
+    assert project_disk(planned, store, ["make_masks"]).bytes_by_stage["make_masks"] == whole - 2_000_000
 
 
 def test_a_coarser_grid_a_quarter_of_the_maps(store: Store) -> None:

@@ -230,7 +230,19 @@ def test_an_image_that_does_not_fit_is_seen_in_ever_smaller_windows(segmenter: P
     assert (summary.predicted, summary.windowed) == (1, 1)
     assert {shape[2:] for shape in passed} == {(256, 256)}
     assert read_index_mask(tmp_path / "out" / "large.png").shape == (300, 700)
-    assert "windows" in progress.warnings[0]
+    assert "at once: it was seen in windows of 256" in progress.warnings[0]
+
+
+def test_wanted_windows_that_do_not_fit_shrink_too(segmenter: Path, tmp_path: Path, monkeypatch):
+    path = save_noise(tmp_path / "large.png", (300, 700))
+    passed = refuse_above(monkeypatch, 256 * 256)
+    progress = SilentProgress()
+    predict(segmenter, [path], tmp_path / "out", PredictOptions(window_px=600), progress=progress)
+    assert {shape[2:] for shape in passed} == {(256, 256)}
+    assert "in windows of 600: it was seen in windows of 256" in progress.warnings[0]
+    refuse_above(monkeypatch, 10)
+    with pytest.raises(EnvironmentFailure, match="a window of 200 pixels"):
+        predict(segmenter, [path], tmp_path / "none", PredictOptions(window_px=200))
 
 
 def test_where_nothing_fits_the_user_is_told_what_to_do(segmenter: Path, shots: Path, tmp_path: Path, monkeypatch):

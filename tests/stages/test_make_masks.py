@@ -1,11 +1,13 @@
 """Pseudo-masks: by hand without refinement, fitted to edges with it; pool, continuing, warnings and errors."""
 
+import importlib.util
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,24 +24,27 @@ from stages.contracts import (
     Runtime,
     SilentProgress,
     StageResult,
+    attention_shards,
     open_image_set,
+    read_attention_shard,
     read_index_mask,
     read_json,
     write_attention_shard,
 )
-from stages.errors import ConfigError, DamagedFileError, DataError, EnvironmentFailure
+from stages.errors import ConfigError, DamagedFileError, DataError, EnvironmentFailure, InputError
 from stages.make_masks import MakeMasksConfig, make_masks, refine_mask
-from stages.ops.crf import CrfConfig, dense_crf, resolve_crf_backend
+from stages.mask_jobs import _rate
+from stages.ops.crf import CrfConfig, dense_crf
 from stages.ops.par import ParBatch, ParConfig
 from stages.ops.pool import map_ordered, num_processes
 from stages.ops.random_walk import RandomWalkConfig, walk_maps
-from stages.ops.seeds import ConfidentThresholds, map_probabilities, upsample_maps
+from stages.ops.seeds import ConfidentThresholds, SweepConfig, map_probabilities, upsample_maps
 from stages.refinements import refine_masks
 from stages.walked_maps import MapWalker
 
 ONE = Runtime(processes=1, device="cpu")
 SMALL_CRF = CrfConfig(bilateral_sxy_px=20, bilateral_srgb=10, gaussian_sxy_px=1, gaussian_weight=1, iterations=5)
-needs_native = pytest.mark.skipif(resolve_crf_backend("auto") != "pydensecrf", reason="pydensecrf2 is not installed")
+needs_native = pytest.mark.skipif(importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 is not installed")
 
 
 def _make(config: MakeMasksConfig, world: tuple[Path, Path, Path], out: Path, runtime: Runtime = ONE):
@@ -84,7 +89,7 @@ def test_masks_are_palette_png(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unary", ["labels", "maps"])
-@pytest.mark.parametrize("backend", ["torch", pytest.param("pydensecrf", marks=needs_native)])
+@pytest.mark.parametrize("backend", ["torch", "numba", pytest.param("pydensecrf", marks=needs_native)])
 def test_the_crf_finds_the_whole_object(unary: str, backend: str) -> None:
     """At 0.5 the weak columns are missing before; they have the object's colour, so the CRF adds them."""
     record = attention_of("t2", (0, 2), shrink=2)
@@ -230,6 +235,17 @@ def test_a_changed_image_is_named(tmp_path: Path) -> None:
         _make(MakeMasksConfig(crf=SMALL_CRF), world, tmp_path / "out")
 
 
+@pytest.mark.parametrize("sweep", [None, SweepConfig(num_images=2)])
+def test_maps_of_another_class_list_are_refused(tmp_path: Path, sweep: SweepConfig | None) -> None:
+    """Labels are indices: of the classes in another order, cats would be painted as dogs."""
+    world = write_world(tmp_path)
+    for path in attention_shards(world[2]):
+        shifted = [replace(r, labels=tuple((label + 1) % 3 for label in r.labels)) for r in read_attention_shard(path)]
+        write_attention_shard(path, shifted)
+    with pytest.raises(InputError, match=r"image 't\d': .* label indices \[.*\], the data has \[.*make attention anew"):
+        _make(MakeMasksConfig(refine="none", sweep=sweep), world, tmp_path / "out")
+
+
 def test_missing_attention_is_named(tmp_path: Path) -> None:
     world = write_world(tmp_path, shards=5)
     (world[2] / "shards" / "attention-00002.npz").unlink()
@@ -295,6 +311,13 @@ def test_an_error_of_a_worker_keeps_its_message_and_problems() -> None:
 def test_a_killed_worker_is_an_environment_failure() -> None:
     with pytest.raises(EnvironmentFailure, match=r"worker process of _vanish was killed.*runtime\.processes \(now 2\)"):
         list(map_ordered(_vanish, range(3), context=None, processes=2))
+
+
+def test_images_per_second_begin_with_the_first_finished_batch() -> None:
+    """What the processes and a compiler take before the first image is in no rate; nor are batches long ago."""
+    assert _rate([(100.0, 1)]) == {}
+    assert _rate([(100.0, 1), (101.0, 3), (102.0, 5)]) == {"images_per_s": 2.0}
+    assert _rate([(100.0, 1), (100.0, 2)]) == {}
 
 
 def test_zero_processes_are_one_per_core() -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from stages.contracts import read_index_mask, read_json, write_index_mask
+from stages.contracts import Runtime, read_index_mask, read_json, write_index_mask
 from stages.data.transforms import AugmentConfig
+from stages.errors import InputError
 from stages.ops import losses, sec
 from stages.segmenter_objective import LossConfig, SegmenterObjective
 from stages.training import TrainingConfig
@@ -61,6 +62,20 @@ def test_sec_learns_and_all_its_parts_fall(folders, tmp_path):
     assert last["constrain"] < 0.7 * peak, "an untrained net says the same everywhere, which no CRF changes"
     for record in history:
         assert record["loss"] == pytest.approx(record["seed"] + record["expand"] + record["constrain"], rel=1e-5)
+
+
+def test_sec_that_diverges_stops_with_the_reason(folders, tmp_path, monkeypatch):
+    """A loss is read a step later, when the net gives NaN already, which the CRF refuses."""
+    original, calls = sec.seeding_loss, []
+
+    def diverging(*arguments):
+        calls.append(1)
+        return original(*arguments) * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(sec, "seeding_loss", diverging)
+    with pytest.raises(InputError, match=r"the loss is not finite at step 2 of 4 .*lower training\.learning_rate"):
+        run(folders, tmp_path / "out", sec_config(4), runtime=Runtime(device="cpu", threads=1, workers=0))
+    assert len(calls) == 3
 
 
 def test_sec_cut_off_ends_with_the_same_files(folders, tmp_path, monkeypatch):

@@ -361,6 +361,7 @@ def test_a_mask_that_claims_a_million_pixels_a_side_is_not_decoded() -> None:
     data = bytearray(png())
     data[16:24] = (1_000_000).to_bytes(4, "big") * 2
     assert dict(check_mask(bytes(data))).keys() == {"wrong size"}
+    assert "too large to be looked at" in dict(check_mask(bytes(data), (1_000_000, 1_000_000)))["wrong size"]
 
 
 def test_damaged_bytes_never_end_in_another_error(packed: Callable[..., Path]) -> None:
@@ -383,7 +384,9 @@ def test_sizes_are_read_from_a_folder_of_images(tmp_path: Path, packed: Callable
     images.mkdir()
     for image_id in SHORT[:2]:
         height, width = SIZES[image_id]
-        Image.new("RGB", (width, height)).save(images / f"{image_id}.jpg")
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the file lies on its side: the image, and so its mask, has the other one up
+        Image.new("RGB", (height, width)).save(images / f"{image_id}.jpg", exif=exif)
     expected = Expected(ids=SHORT, size_of=ImageFolder(images).size_of)
     found = check_archive(packed(), expected)
     assert found.problems() == []

@@ -274,6 +274,14 @@ def test_imagenet_init_of_a_net_without_public_weights_is_refused_by_the_config(
         make_config(init="imagenet")
 
 
+@pytest.mark.parametrize("init", ["random", "classifier"])
+def test_only_imagenet_weights_can_be_decimated(init):
+    net = {"name": "largefov", "backbone": {"name": "vgg16", "output_stride": 8}, "fc_init": "decimated"}
+    with pytest.raises(ValueError, match=f"init: {init} has no fc6 and fc7"):
+        make_config(init=init, net=net)
+    assert make_config(init="imagenet", net=net).net.fc_init == "decimated"
+
+
 def test_a_pseudo_mask_that_does_not_read_is_damaged(folders, tmp_path):
     for path in (folders[1] / "masks").iterdir():
         path.write_bytes(b"no mask")
@@ -289,6 +297,13 @@ def test_pooled_nets_need_two_images_a_batch(folders, tmp_path):
     for number in range(3):
         (folders[1] / "masks" / f"img{number}.png").unlink()
     with pytest.raises(DataError, match="deeplabv3plus needs at least 2 training images with a mask, found 1"):
+        run(folders, tmp_path / "out", make_config(net=net, training=training))
+
+
+def test_fewer_images_than_a_batch_leave_each_pass_of_a_pooled_net_two(folders, tmp_path):
+    net = {"name": "deeplabv3plus", "encoder": "resnet18"}
+    training = TrainingConfig(steps=1, batch_size=8, learning_rate=0.01, accumulate_steps=3)
+    with pytest.raises(DataError, match="deeplabv3plus needs at least 6 training images with a mask, found 4"):
         run(folders, tmp_path / "out", make_config(net=net, training=training))
 
 
@@ -419,6 +434,32 @@ def test_masks_without_objects_are_no_collapse(folders, tmp_path, monkeypatch):
     for path in (folders[1] / "masks").iterdir():
         write_index_mask(path, np.zeros(SIZE, np.uint8))
     run(folders, tmp_path, make_config(steps=4, validation={"every_steps": 1, "ratio": 0.5, "collapse_after": 1}))
+
+
+def test_held_out_masks_without_a_labelled_pixel_show_nothing(folders, tmp_path):
+    config = make_config(**WATCHED)
+    run(folders, tmp_path / "one", config)
+    for name in read_json(tmp_path / "one" / "validation.json")["held_out"]:
+        write_index_mask(folders[1] / "masks" / f"{name}.png", np.full(SIZE, 255, np.uint8))
+    run(folders, tmp_path / "two", config)
+    for look in read_json(tmp_path / "two" / "validation.json")["curve"]:
+        assert {value for name, value in look.items() if name != "step"} == {0}
+
+
+def test_the_delivered_net_is_looked_at_for_a_collapse(folders, tmp_path, monkeypatch):
+    import stages.train_segmenter as stage
+
+    seen = []
+    monkeypatch.setattr(
+        stage, "warn_of_collapse", lambda net, *_: seen.append({k: v.clone() for k, v in net.state_dict().items()})
+    )
+    # steps this long spoil the net: the best look is the first
+    training = TrainingConfig(steps=6, batch_size=2, learning_rate=3.0)
+    validation = {"every_steps": 1, "ratio": 0.5, "keep": "best", "collapse_after": None}
+    run(folders, tmp_path, make_config(training=training, validation=validation))
+    assert read_json(tmp_path / "validation.json")["best_step"] < 6
+    for name, value in load_segmenter(tmp_path, "cpu").state_dict().items():
+        assert torch.equal(value, seen[0][name]), name
 
 
 def test_full_supervision_is_held_out_and_recorded_too(folders, tmp_path):

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pipeline.countdown import Pace
 from pipeline.estimate import Estimate, describe_disk, describe_stage, describe_time
-from pipeline.report_tables import format_seconds, metric_rows
+from pipeline.report_tables import describe_value, format_seconds, metric_rows
 from pipeline.step_rows import HEAD, StepRow, step_rows
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class ConsoleListener:
 
 
 def _tail(unit: str, left_s: float | None, values: Mapping[str, float]) -> str:
-    parts = [unit, *(f"{name} {value:.4g}" for name, value in values.items())]
+    parts = [unit, *(describe_value(name, value) for name, value in values.items())]
     if left_s is not None:
         parts.append(f"{format_seconds(left_s)} left")
     return ", ".join(parts)

@@ -300,6 +300,12 @@ def _format_bytes(value: float) -> str:
     return f"{value:.0f} {names[step]}" if step == 0 or value >= 99.5 else f"{value:.1f} {names[step]}"
 
 
+def describe_value(name: str, value: float) -> str:
+    """A number that is shown beside progress: ``loss 0.1235``, ``3.1 images/s`` for ``images_per_s``."""
+    unit = name.removesuffix("_per_s")
+    return f"{name} {value:.4g}" if unit == name else f"{value:.2g} {unit}/s" if value < 10 else f"{value:.0f} {unit}/s"
+
+
 def format_seconds(seconds: float | None) -> str:
     """``0.4 s``, ``12 s``, ``3 min 05 s``, ``2 h 14 min``; "–" for None."""
     if seconds is None:

@@ -20,7 +20,7 @@ from prefect.states import Completed, Failed
 
 from pipeline.countdown import Pace
 from pipeline.outcomes import Listener, StageOutcome
-from pipeline.report_tables import format_seconds
+from pipeline.report_tables import describe_value, format_seconds
 from stages.errors import WsssError
 
 PROGRESS_EVERY_S = 2.0
@@ -86,7 +86,7 @@ class PrefectListener:
         if now - self._updated >= PROGRESS_EVERY_S and total > 0:
             self._updated = now
             left = "" if left_s is None else f", {format_seconds(left_s)} left"
-            numbers = "".join(f", {name} {value:.4g}" for name, value in values.items())
+            numbers = "".join(f", {describe_value(name, value)}" for name, value in values.items())
             self._show(100.0 * done / total, f"{task}: {done}/{total} {unit}{left}{numbers}")
 
     def _show(self, percent: float, text: str) -> None:

@@ -42,6 +42,7 @@ from stages.contracts import (
 )
 from stages.errors import DamagedFileError, InputError
 from stages.map_census import MapCensus
+from stages.rate import ImageRate
 from stages.writing import explain_full_disk
 
 VERSION = 2
@@ -158,9 +159,10 @@ def _is_finished(path: Path, shard: Sequence[ImageRecord], census: MapCensus, pr
 def _store(source: WindowAttention, shards: Sequence[Window], census: MapCensus, out: Path, progress: Progress) -> None:
     """Make and write shards, each in the order of its images as soon as the last of them is there."""
     made: dict[str, AttentionRecord] = {}
+    rate = ImageRate()
     for shard, records in source.batches(shards):
         made.update((record.id, record) for record in records)
-        progress.advance(len(records))
+        progress.advance(len(records), **rate.add(len(records)))
         if len(made) == len(shard.records):
             write_attention_shard(_shard_path(out, shard), [made[image.id] for image in shard.records])
             for record in made.values():

@@ -7,8 +7,6 @@ memory does not grow with the data set.
 from __future__ import annotations
 
 import itertools
-import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from stages.contracts import ImageIndex, Progress
 from stages.data.inference import prefetch
 from stages.mask_building import Context, Job, find_mask, read_ahead
 from stages.ops.pool import map_ordered
+from stages.rate import ImageRate
 from stages.stored_attention import find_attention
 
 if TYPE_CHECKING:
@@ -29,9 +28,6 @@ _GPU_BATCH_IMAGES = 8
 """Images that a GPU refines at once."""
 _READING_THREADS = 2
 """Threads that decode the next images for it."""
-_RATE_BATCHES = 128
-"""Batches that images per second are told of: neither the start nor images that were found finished are among them
-for long."""
 
 
 def stored_jobs(index: ImageIndex, attention: Path, wanted: Collection[str]) -> Iterator[Job]:
@@ -83,25 +79,13 @@ def run_jobs(
         processes: How many work; 1 is this process.
         progress: Hears of every finished image and, from the second batch on, of images per second.
     """
-    ends, count = deque[tuple[float, int]](maxlen=_RATE_BATCHES), 0
+    rate = ImageRate()
     batches = _batches(jobs, 1 if context.device == "cpu" else _GPU_BATCH_IMAGES)
     if context.writer is not None:  # a device waits neither for a disk nor for a decoder
         batches = (ready for _, ready in prefetch(partial(read_ahead, context), batches, workers=_READING_THREADS))
     for results in map_ordered(function, batches, context=context, processes=processes):
-        count += len(results)
-        ends.append((time.monotonic(), count))
-        progress.advance(len(results), **_rate(ends))
+        progress.advance(len(results), **rate.add(len(results)))
         yield from results
-
-
-def _rate(ends: Sequence[tuple[float, int]]) -> dict[str, float]:
-    """Images per second since the first of some batches ended; nothing of one alone, which waited for the start.
-
-    Args:
-        ends: When each batch ended, in seconds, and how many images were finished by then.
-    """
-    (since, before), (now, count) = ends[0], ends[-1]
-    return {"images_per_s": (count - before) / (now - since)} if now > since else {}
 
 
 def _batches(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:

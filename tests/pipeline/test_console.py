@@ -16,6 +16,7 @@ from pipeline.console import (
 )
 from pipeline.countdown import Countdown
 from pipeline.estimate import StageEstimate
+from pipeline.report_tables import describe_value
 from pipeline.runner import StageOutcome, StageStatus
 from pipeline.workload import Work
 
@@ -226,3 +227,11 @@ def test_people_read_stderr_when_stdout_is_for_json(capsys):
     make_console(is_json=False).print("more words")
     captured = capsys.readouterr()
     assert (captured.err, captured.out) == ("words\n", "more words\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [("loss", 0.12345, "loss 0.1235"), ("images_per_s", 3.14, "3.1 images/s"), ("images_per_s", 212.7, "213 images/s")],
+)
+def test_numbers_beside_progress(name: str, value: float, text: str) -> None:
+    assert describe_value(name, value) == text

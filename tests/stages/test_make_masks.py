@@ -33,12 +33,12 @@ from stages.contracts import (
 )
 from stages.errors import ConfigError, DamagedFileError, DataError, EnvironmentFailure, InputError
 from stages.make_masks import MakeMasksConfig, make_masks, refine_mask
-from stages.mask_jobs import _rate
 from stages.ops.crf import CrfConfig, dense_crf
 from stages.ops.par import ParBatch, ParConfig
 from stages.ops.pool import map_ordered, num_processes
 from stages.ops.random_walk import RandomWalkConfig, walk_maps
 from stages.ops.seeds import ConfidentThresholds, SweepConfig, map_probabilities, upsample_maps
+from stages.rate import ImageRate
 from stages.refinements import refine_masks
 from stages.walked_maps import MapWalker
 
@@ -313,11 +313,15 @@ def test_a_killed_worker_is_an_environment_failure() -> None:
         list(map_ordered(_vanish, range(3), context=None, processes=2))
 
 
-def test_images_per_second_begin_with_the_first_finished_batch() -> None:
+def test_images_per_second_begin_with_the_first_finished_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the processes and a compiler take before the first image is in no rate; nor are batches long ago."""
-    assert _rate([(100.0, 1)]) == {}
-    assert _rate([(100.0, 1), (101.0, 3), (102.0, 5)]) == {"images_per_s": 2.0}
-    assert _rate([(100.0, 1), (100.0, 2)]) == {}
+    ends = iter([100.0, 100.0, 102.0, *range(200, 400)])
+    monkeypatch.setattr("stages.rate.monotonic", lambda: next(ends))
+    rate = ImageRate()
+    assert rate.add(1) == {}
+    assert rate.add(1) == {}
+    assert rate.add(3) == {"images_per_s": 2.0}
+    assert [rate.add(5) for _ in range(200)][-1] == {"images_per_s": 5.0}
 
 
 def test_zero_processes_are_one_per_core() -> None:

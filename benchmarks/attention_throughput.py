@@ -67,7 +67,7 @@ NETWORKS = {"resnet50": 16, "squeezenet1_1": 8, "vgg16": 16}
 CPU_TARGET = 1.5
 MAP_LIMIT_BYTES = 60_000
 MASK_LIMIT_BYTES = 10_000
-LEAST_CORRELATION = 0.6
+LEAST_CORRELATION = 0.8
 """Of our maps with the peer's.  They are not equal: ours sees padding at the right and at the bottom, and a network at
 its random start sees far; mirrored or displaced maps would stay far below this."""
 

@@ -24,7 +24,6 @@ import platform
 import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from turns import measure
 
 from stages.contracts import AttentionRecord
 from stages.errors import ConfigError
@@ -164,22 +164,6 @@ def anew(image: NDArray[np.uint8], labels: NDArray[np.uint8], num_labels: int) -
     crf.addPairwiseGaussian(sxy=3, compat=3)
     crf.addPairwiseBilateral(sxy=50, srgb=5, rgbim=np.ascontiguousarray(image), compat=10)
     return np.array(crf.inference(10)).reshape(num_labels, height, width).argmax(axis=0)
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def measure(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Let the ways take turns; returns the median seconds of each."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            times[name].append(seconds(way))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def label_all(config: MakeMasksConfig, jobs: Sequence[Job], processes: int) -> list[NDArray[np.uint8]]:

@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import tempfile
 import time
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from turns import measure
 
 from stages.contracts import read_index_mask
 from stages.ops.bootstrap import NUM_RESAMPLES, interval, mean_over_classes, resample_iou
@@ -113,22 +113,6 @@ def check_equal(mine: NDArray[np.float64], theirs: NDArray[np.float64]) -> None:
         raise SystemExit(f"the IoU differs: {mine} and {theirs}")
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Processor time of one call."""
-    started = time.process_time()
-    function()
-    return time.process_time() - started
-
-
-def measure(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Let the ways take turns; returns the median seconds of each."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            times[name].append(seconds(way))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def bootstrap_ways(pairs: Sequence[Pair]) -> dict[str, Callable[[], object]]:
     """The interval of one mIoU over as many images as VOC's val."""
     matrices = [confusion_matrix(truth, mask, NUM_CLASSES) for truth, mask in pairs]
@@ -150,6 +134,7 @@ def report(pairs: Sequence[Pair], rounds: int, folder: Path) -> dict[str, Any]:
             "boundary scores": lambda: [count_boundaries(truth, mask, NUM_CLASSES) for truth, mask in pairs],
         },
         rounds,
+        clock=time.process_time,  # of one thread, which other work on the machine moves little
     )
     ratios = [
         _ratio(f"update: {name} / ours", median[name] / median["ours"])
@@ -159,7 +144,7 @@ def report(pairs: Sequence[Pair], rounds: int, folder: Path) -> dict[str, Any]:
         "benchmark": "evaluate",
         "ratios": ratios,
         "milliseconds_per_image": {name: round(1000 * value / len(pairs), 4) for name, value in median.items()},
-        "seconds_per_interval": round(measure(bootstrap_ways(pairs), 3)["interval"], 3),
+        "seconds_per_interval": round(measure(bootstrap_ways(pairs), 3, clock=time.process_time)["interval"], 3),
         "resamples": NUM_RESAMPLES,
         "bytes_per_image": round(path.stat().st_size / len(pairs), 1),
         "images": len(pairs),
@@ -193,7 +178,7 @@ def main() -> None:
     parser.add_argument("--truths", type=Path, help="folder of true masks (.png) to use")
     arguments = parser.parse_args()
     try:
-        import torchmetrics  # noqa: F401
+        import torchmetrics  # noqa: F401 - only whether the peer is there
     except ImportError:
         raise SystemExit("torchmetrics is not installed: there is no peer to measure against") from None
     pairs = find_pairs(arguments.truths, 8 if arguments.quick else 40)

@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from cells import commit, hardware
 from numpy.typing import NDArray
 
 from pipeline.config import RunConfig, find_config, load_config
@@ -257,14 +255,13 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _document(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     best = max(rows, key=lambda row: max(each["miou"] for each in row["select"]))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "benchmark": "refinements",
         "ratios": [],
         "rows": list(rows),
         "best_on_select": best["name"],
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "commit": commit.stdout.strip(),
+        "hardware": hardware(),
+        "commit": commit(),
     }
 
 

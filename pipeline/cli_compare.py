@@ -108,7 +108,7 @@ def _show(found: Comparison, *, per_class: bool) -> None:
     console.print("(low … high): 95 % bootstrap interval over the images; ▲ share of resamples in which it is better")
 
 
-def _table(found: Comparison, rows: Sequence[ScoreRow]) -> Any:  # noqa: ANN401 - rich, late
+def _table(found: Comparison, rows: Sequence[ScoreRow]) -> Any:  # noqa: ANN401 - a rich Table, imported late
     from rich.markup import escape
     from rich.table import Table
 

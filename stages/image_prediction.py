@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stages.contracts import Progress, Runtime
+from stages.data.inference import batches_of_one_size
 from stages.data.pictures import PictureFile, decode_picture, read_picture_size
 from stages.errors import DataError, InputError
 from stages.image_scores import PicturePredictor, PredictOptions
@@ -213,18 +214,6 @@ def _read_sizes(pictures: Sequence[PictureFile], summary: PredictionSummary) -> 
     return sizes
 
 
-def _plan(sizes: dict[PictureFile, tuple[int, int]], most_px: int) -> list[list[PictureFile]]:
-    """Batches of images of one size."""
-    by_size: dict[tuple[int, int], list[PictureFile]] = {}
-    for picture, size in sizes.items():
-        by_size.setdefault(size, []).append(picture)
-    batches = []
-    for (height, width), group in by_size.items():
-        count = max(1, min(_BATCH, most_px // max(1, height * width)))
-        batches += [group[start : start + count] for start in range(0, len(group), count)]
-    return batches
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The work
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,7 +236,8 @@ def _predict_all(
     predictor = PicturePredictor(source.load(str(device)), len(source.classes), options, device, progress)
     context = _Context(options, len(source.classes), summary.out, str(device))
     started = time.monotonic()
-    batches = _plan(sizes, _CPU_BATCH_PX if device.type == "cpu" else _BATCH_PX)
+    most_px = _CPU_BATCH_PX if device.type == "cpu" else _BATCH_PX
+    batches = batches_of_one_size(sizes.items(), most_images=_BATCH, most_px=most_px)
     jobs = _predictions(predictor, batches, identity, summary)
     # of windows no probabilities are left that would wait
     largest_px = max((size[0] * size[1] for size in sizes.values() if options.window_for(size) is None), default=1)

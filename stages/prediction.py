@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageConfig, write_index_mask
+from stages.data.inference import batches_of_one_size
 from stages.errors import DamagedFileError, DataError
 from stages.nets.trained import load_segmenter
 from stages.ops.boundaries import count_boundaries
@@ -149,15 +150,10 @@ def _in_order(counts: SparseConfusions, records: Sequence[ImageRecord]) -> Spars
 
 
 def _plan(records: Sequence[ImageRecord]) -> list[_Batch]:
-    """Group images by size, in list order, so that a continued run makes the same batches as an uninterrupted one."""
-    by_size: dict[tuple[int, int], list[ImageRecord]] = {}
-    for record in records:
-        by_size.setdefault(record.size, []).append(record)
-    chunks: list[tuple[ImageRecord, ...]] = []
-    for (height, width), group in by_size.items():
-        count = max(1, min(_BATCH, _BATCH_PX // (height * width)))
-        chunks += [tuple(group[start : start + count]) for start in range(0, len(group), count)]
-    return [_Batch(number, chunk) for number, chunk in enumerate(chunks)]
+    """The batches of a list: a continued run makes the same ones as an uninterrupted one."""
+    sized = ((record, record.size) for record in records)
+    chunks = batches_of_one_size(sized, most_images=_BATCH, most_px=_BATCH_PX)
+    return [_Batch(number, tuple(chunk)) for number, chunk in enumerate(chunks)]
 
 
 def _partial_path(out: Path, batch: _Batch) -> Path:

@@ -33,6 +33,7 @@ from stages.contracts import (
     write_index_mask,
     write_json,
 )
+from stages.data.inference import batches_of_one_size
 from stages.devices import deterministic
 from stages.distributed import is_main, join_ranks, num_ranks, own_slice
 from stages.errors import InputError
@@ -157,14 +158,7 @@ def make_round_masks(labelling: Labelling, number: int, *, segmenter: Path, prev
 
 def _plan(records: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
     """Images of one size together, in list order: the same batches in a continued call."""
-    by_size: dict[tuple[int, int], list[ImageRecord]] = {}
-    for record in records:
-        by_size.setdefault(record.size, []).append(record)
-    batches: list[list[ImageRecord]] = []
-    for (height, width), group in by_size.items():
-        count = max(1, min(_BATCH, _BATCH_PX // (height * width)))
-        batches += [group[start : start + count] for start in range(0, len(group), count)]
-    return batches
+    return batches_of_one_size(((record, record.size) for record in records), most_images=_BATCH, most_px=_BATCH_PX)
 
 
 def _predictions(

@@ -20,6 +20,7 @@ from stages.errors import DataError
 
 Job = TypeVar("Job")
 Loaded = TypeVar("Loaded")
+ItemT = TypeVar("ItemT")
 
 
 def scaled_size(size: tuple[int, int], *, short_side_px: int | None = None, scale: float = 1.0) -> tuple[int, int]:
@@ -65,6 +66,26 @@ def read_checked(image_set: ImageSet, record: ImageRecord) -> NDArray[np.uint8]:
             f"{image.shape[:2]}; the file changed after prepare_data: run that stage again"
         )
     return image
+
+
+def batches_of_one_size(
+    items: Iterable[tuple[ItemT, tuple[int, int]]], *, most_images: int, most_px: int
+) -> list[list[ItemT]]:
+    """Group items whose images have one size, in their order, so that equal lists always make equal batches.
+
+    Args:
+        items: Each with its image's (height, width).
+        most_images: Images of a batch.
+        most_px: Pixels of a batch, unless one image alone has more.
+    """
+    by_size: dict[tuple[int, int], list[ItemT]] = {}
+    for item, size in items:
+        by_size.setdefault(size, []).append(item)
+    batches: list[list[ItemT]] = []
+    for (height, width), group in by_size.items():
+        count = max(1, min(most_images, most_px // max(1, height * width)))
+        batches += [group[start : start + count] for start in range(0, len(group), count)]
+    return batches
 
 
 def prefetch(load: Callable[[Job], Loaded], jobs: Iterable[Job], *, workers: int) -> Iterator[tuple[Job, Loaded]]:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from stages.contracts import ClassList, ImageRecord, ImageSet, Progress, Runtime
-from stages.data.inference import prefetch, read_checked, resize_image, scaled_size
+from stages.data.inference import batches_of_one_size, prefetch, read_checked, resize_image, scaled_size
 from stages.data.transforms import to_network_input
 from stages.ops.multilabel import dead_classes, label_accuracy, mean_average_precision, multi_hot
 
@@ -86,24 +86,13 @@ def predict_logits(
         return np.stack([resize_image(read_checked(image_set, records[i]), sizes[i]) for i in batch])
 
     logits = np.zeros((len(records), image_set.index.classes.num_foreground), dtype=np.float32)
-    for batch, pixels in prefetch(load, _batches_by_size(sizes), workers=runtime.workers):
+    batches = batches_of_one_size(enumerate(sizes), most_images=MAX_BATCH_IMAGES, most_px=BATCH_PX)
+    for batch, pixels in prefetch(load, batches, workers=runtime.workers):
         with torch.inference_mode():
             found = classifier(to_network_input(torch.from_numpy(pixels), device)).logits
         logits[batch] = found.float().cpu().numpy()
         progress.advance(len(batch))
     return logits
-
-
-def _batches_by_size(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Positions of equal size together, as many as fit the budget."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for position, size in enumerate(sizes):
-        groups.setdefault(size, []).append(position)
-    batches = []
-    for (height, width), group in groups.items():
-        count = min(MAX_BATCH_IMAGES, max(1, BATCH_PX // (height * width)))
-        batches += [group[start : start + count] for start in range(0, len(group), count)]
-    return batches
 
 
 def _warn_of_dead(dead: Sequence[int], classes: ClassList, where: str, progress: Progress) -> None:

@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 
-from stages.data.inference import fill_padded, padded_size, prefetch, resize_image, scaled_size
+from stages.data.inference import batches_of_one_size, fill_padded, padded_size, prefetch, resize_image, scaled_size
 from stages.data.transforms import PADDING_COLOUR
 
 
@@ -58,3 +58,8 @@ def test_prefetch_raises_what_loading_raised(workers):
     with pytest.raises(OSError, match="job 2 is broken"):
         done.extend(loaded for _, loaded in prefetch(load, range(9), workers=workers))
     assert done == [0, 1]
+
+
+def test_images_of_one_size_share_batches_in_their_order() -> None:
+    items = [("a", (2, 3)), ("b", (4, 4)), ("c", (2, 3)), ("d", (2, 3)), ("e", (4, 4))]
+    assert batches_of_one_size(items, most_images=2, most_px=12) == [["a", "c"], ["d"], ["b"], ["e"]]

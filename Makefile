@@ -41,8 +41,8 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
 
-test-all: $(READY)
-	$(BIN)/python -m pytest -m 'not gpu'
+test-all: test
+	$(BIN)/python -m pytest -m 'slow and not gpu'
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -115,7 +115,11 @@ def line_chart(
         x_ticks=tuple(Tick(to_x(value), tick_text(value)) for value in x_ticks),
         y_ticks=tuple(Tick(to_y(value), tick_text(value)) for value in y_ticks),
         curves=(*pale, *reversed(strong)),  # the first line is drawn last, on top; the legend reads backwards
-        marks=tuple(Mark(to_x(value), name, f"mark-{n}") for n, (name, value) in enumerate((marks or {}).items())),
+        # the colours go on where those of the lines end
+        marks=tuple(
+            Mark(to_x(value), name, f"mark-{n}")
+            for n, (name, value) in enumerate((marks or {}).items(), start=max(len(lines), 1) - 1)
+        ),
     )
 
 

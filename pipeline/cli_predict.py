@@ -157,7 +157,8 @@ def _end(output: Output, summary: PredictionSummary) -> None:
         "areas": areas,
     }
     if not output.is_json:
-        there = f", {summary.skipped} were there already" if summary.skipped else ""
+        there = f", {summary.windowed} of them in windows" if summary.windowed else ""
+        there += f", {summary.skipped} were there already" if summary.skipped else ""
         pace = f" in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s)" if summary.predicted else ""
         output.say(f"{summary.predicted} images predicted{pace}{there}: {summary.out}")
     if summary.problems:

@@ -171,12 +171,13 @@ def show_config(
     import yaml
 
     from pipeline.config import find_config, load_config
+    from stages.growing import every_option
 
     output = get_output(context)
-    run = load_config(find_config(config), overrides or [])
-    output.document = {"config": config, "values": run.model_dump(mode="json")}
+    values = every_option(load_config(find_config(config), overrides or []))
+    output.document = {"config": config, "values": values}
     if not output.is_json:
-        output.say(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip())
+        output.say(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
 
 
 @config_app.command("check")

@@ -59,7 +59,7 @@ def submission(
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Pack the test predictions of a run (one scale, no CRF) for VOC2012's test server, or check an archive.
+    """Pack the test predictions of a run (see evaluate.predictions) for VOC2012's test server, or check an archive.
 
     \b
     wsss submission CONFIG --out results.tar.gz [--predictions DIR]
@@ -132,12 +132,14 @@ def _make(output: Output, words: _Words, out: Path, competition: CompetitionName
     output.document |= {
         "archive": made.path,
         "competition": made.competition,
+        "masks": made.masks,
         "num_masks": made.num_masks,
         "size_bytes": made.num_bytes,
         "sha256": made.sha256,
         "warnings": made.warnings,
     }
-    _say(output, f"{made.path}: {made.num_masks:,} masks for {made.competition}, checked", made.warnings)
+    text = f"{made.path}: {made.num_masks:,} masks for {made.competition}, checked\n  masks: {made.masks}"
+    _say(output, text, made.warnings)
 
 
 def _check(output: Output, words: _Words, file: Path, competition: CompetitionName | None) -> None:

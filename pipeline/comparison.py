@@ -12,18 +12,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.comparable import check_classes, check_localization, check_truth, common_ids
 from pipeline.report_tables import METRICS
 from pipeline.scored_runs import ScoredRun
 from stages.errors import InputError
 from stages.intervals import Score, score_of
 from stages.ops.bootstrap import Interval, interval, mean_over_classes, resample_iou
 from stages.ops.confusion import SparseConfusions
-
-_NAMED = 5
-"""Ids and classes that a refusal names."""
-
-_TRAINING = ("attention", "masks")
-"""Scores of training images, of which each run leaves out those whose masks it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +76,13 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
         runs: At least two.
 
     Raises:
-        InputError: they have other classes, other scored images of val or test, or other true masks; says which.
+        InputError: they have other classes, other scored images of val or test, or other true masks or boxes; says
+            which.
     """
     if len(runs) < 2:
         raise InputError(f"a comparison needs at least two runs, found {len(runs)}")
-    _check_classes(runs)
-    table = _Table(class_names=_class_names(runs))
+    check_classes(runs)
+    table = _Table(class_names=_class_names(runs), notes=check_localization(runs))
     apart: set[str] = set()
     for thing in dict.fromkeys(thing for run in runs for thing in run.counts):
         score = score_of(thing)
@@ -98,34 +94,6 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
     return Comparison(tuple(runs), tuple(rows), tuple(table.class_rows), tuple(dict.fromkeys(table.notes)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What can be compared
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _check_classes(runs: Sequence[ScoredRun]) -> None:
-    known = [run for run in runs if run.classes is not None]
-    for run in known[1:]:
-        first = known[0]
-        if run.classes != first.classes:
-            ours, others = first.classes or (), run.classes or ()
-            raise InputError(
-                f"{first.word} and {run.word} have other classes ({len(ours)} and {len(others)} with background) and "
-                "cannot be compared; compare runs on one data set",
-                [_describe(run.word, others, ours), _describe(first.word, ours, others)],
-            )
-
-
-def _describe(word: str, names: Sequence[str], others: Sequence[str]) -> str:
-    extra = [name for name in names if name not in set(others)]
-    return f"only {word}: {_shorten(extra)}" if extra else f"{word} has no class of its own; the order may differ"
-
-
-def _shorten(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
-
-
 def _class_names(runs: Sequence[ScoredRun]) -> tuple[str, ...]:
     """The classes with background; numbered where no run knows their names."""
     for run in runs:
@@ -133,53 +101,6 @@ def _class_names(runs: Sequence[ScoredRun]) -> tuple[str, ...]:
             return run.classes
     most = max((counts.num_classes for run in runs for counts in run.counts.values()), default=0)
     return tuple(f"class {index}" for index in range(most))
-
-
-def _common_ids(runs: Sequence[ScoredRun], thing: str) -> tuple[tuple[str, ...], bool]:
-    """Ids that all runs with this score have, and whether none has others.
-
-    Raises:
-        InputError: runs were scored on other images of val or test.
-    """
-    first, *rest = [run for run in runs if thing in run.counts]
-    ids = first.counts[thing].ids
-    for run in rest:
-        others = run.counts[thing].ids
-        if not thing.startswith(_TRAINING) and set(others) != set(ids):
-            raise InputError(
-                f"{first.word} and {run.word} were scored on other images ({thing}: {len(ids)} and {len(others)}) and "
-                "cannot be compared; evaluate both on one list",
-                [_describe_ids(first.word, ids, others), _describe_ids(run.word, others, ids)],
-            )
-    common = set(ids).intersection(*(run.counts[thing].ids for run in rest))
-    is_same = all(len(run.counts[thing].ids) == len(common) for run in (first, *rest))
-    return tuple(image_id for image_id in ids if image_id in common), is_same
-
-
-def _describe_ids(word: str, ids: Sequence[str], others: Sequence[str]) -> str:
-    known = set(others)
-    extra = [image_id for image_id in ids if image_id not in known]
-    return f"only {word}: {_shorten(extra) or 'none'} ({len(extra)} images)"
-
-
-def _check_truth(runs: Sequence[ScoredRun], chosen: Sequence[SparseConfusions], thing: str) -> None:
-    """Refuse scores against other true masks; counts that drop a run's unsure pixels cannot tell."""
-    if thing.endswith("_labelled"):
-        return
-    first, *rest = [counts.true_pixels()[:, : score_classes(counts, thing)] for counts in chosen]
-    for run, pixels in zip(runs[1:], rest, strict=True):
-        differs = [i for i, same in zip(chosen[0].ids, (pixels == first).all(axis=1), strict=True) if not same]
-        if differs:
-            raise InputError(
-                f"{runs[0].word} and {run.word} were scored against other true masks ({thing}: {len(differs)} images, "
-                f"{_shorten(differs)}) and cannot be compared; evaluate both on the same data"
-            )
-
-
-def score_classes(counts: SparseConfusions, thing: str) -> int:
-    """C of the counts called ``thing``."""
-    score = score_of(thing)
-    return counts.num_classes if score is None else score.num_classes(counts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,9 +113,9 @@ def _compare_counts(table: _Table, runs: Sequence[ScoredRun], thing: str, score:
     having = [run for run in runs if thing in run.counts]
     if len({run.counts[thing].num_classes for run in having}) > 1:
         raise InputError(f"{', '.join(run.word for run in having)} have other numbers of classes ({thing})")
-    ids, is_same = _common_ids(runs, thing)
+    ids, is_same = common_ids(runs, thing)
     chosen = [_select(run.counts[thing], ids) for run in having]
-    _check_truth(having, chosen, thing)
+    check_truth(having, chosen, thing)
     if not is_same:
         table.notes.append(
             f"{score.metric.partition('.')[0]}: only the {len(ids)} images count that all runs were scored on"

@@ -20,6 +20,8 @@ _WHOLE_PX = 660
 _CELL_PX = (18, 44)
 _LETTER_PX = 6.4
 _MARGIN_PX = 10
+_TITLE_PX = 18
+"""Room for the title of an axis."""
 _DARK_SHARE = 0.7
 """Share from which a cell's number is written in the colour for dark cells."""
 
@@ -83,7 +85,7 @@ def matrix_picture(title: str, matrix: NDArray[np.int64], names: Sequence[str]) 
     matrix, names = _drop_absent(matrix, names)
     matrix, names = _join_best(matrix, names)
     cell = min(max(_WHOLE_PX / max(len(names), 1), _CELL_PX[0]), _CELL_PX[1])
-    margin = max((len(name) for name in names), default=0) * _LETTER_PX + 2 * _MARGIN_PX
+    margin = max((len(name) for name in names), default=0) * _LETTER_PX + 2 * _MARGIN_PX + _TITLE_PX
     true = matrix.sum(axis=1, keepdims=True)
     shares = np.divide(matrix, true, out=np.zeros(matrix.shape), where=true > 0)
     cells = [

@@ -71,8 +71,9 @@ class ConsoleListener:
     # -- the listener's protocol --------------------------------------------------------------------------------------
 
     def stage_started(self, stage: str, key: str) -> None:
-        """Begin to follow ``stage``."""
+        """Begin to follow ``stage``; what was followed before is closed."""
         del key
+        self.close()  # a second live bar beside an open one is an error of rich's older versions
         self._stage, self._pace = stage, Pace()
         self._last_line = self._clock()
         if not self._console.is_terminal:

@@ -9,8 +9,9 @@ The rates rest on what was measured, and err on the side of too much:
 - confidence (``soft``): 0.057 bytes per pixel in the mean of the same, 0.13 at most; counted are 0.15.
 - generated pictures with their masks: 1.39 bytes per pixel at 64 px a side, 0.84 at 256 px; counted are 1.6.
 - a file takes whole blocks: 4 KiB are added to each, which a palette and the headers of a PNG fit into as well.
-- trainings: 4 bytes per weight; the checkpoint has weights, momentum and, where they are averaged, the averages, lies
-  there twice while it is replaced, and the finished weights come on top.
+- trainings: 4 bytes per weight; the checkpoint has weights, momentum and, where they are averaged, the averages, with
+  validation also the best weights; it lies there twice while it is replaced, and the finished weights come on top.
+- retraining rounds: the masks of each, and the finished weights of all trainings until the last one ends.
 """
 
 from __future__ import annotations
@@ -119,14 +120,21 @@ def _branch_weights(head_channels: int, in_channels: int) -> float:
     return 2 * 9 * head_channels * (in_channels + head_channels)
 
 
-def segmenter_bytes(config: Mapping[str, Any]) -> float | None:
-    """Of the segmenter's training; None for an encoder of unknown size."""
+def segmenter_bytes(config: Mapping[str, Any], num_images: int, mean_px: float | None) -> float | None:
+    """Of the segmenter's trainings, with ``validation`` the best weights too, with ``rounds`` the masks of each.
+
+    None for an encoder of unknown size, or where the masks' size is unknown.
+    """
     net = config["net"]
     name = net["backbone"]["name"] if "backbone" in net else net["encoder"]
     weights = BACKBONE_WEIGHTS.get(name)
     if weights is None:
         return None
-    return _training_bytes(config["training"], weights + _decoder_weights(net, BACKBONE_CHANNELS.get(name, 2048)))
+    weights += _decoder_weights(net, BACKBONE_CHANNELS.get(name, 2048))
+    has_best = config.get("validation") is not None
+    training, rounds = _training_bytes(config["training"], weights, has_best=has_best), config.get("rounds", 0)
+    masks = prediction_bytes(num_images, mean_px) if rounds else 0.0
+    return None if masks is None else training + rounds * (WEIGHT_BYTES * weights * (1 + has_best) + masks)
 
 
 def _decoder_weights(net: Mapping[str, Any], in_channels: int) -> float:
@@ -138,7 +146,7 @@ def _decoder_weights(net: Mapping[str, Any], in_channels: int) -> float:
     return DECODER_WEIGHTS * max(1.0, net["decoder_channels"] / 256) ** 2
 
 
-def _training_bytes(training: Mapping[str, Any], weights: float) -> float:
-    """A checkpoint that is being replaced by the next, and the finished weights."""
-    copies = 2 + (training.get("ema_decay") is not None)
-    return WEIGHT_BYTES * weights * (2 * copies + 1)
+def _training_bytes(training: Mapping[str, Any], weights: float, *, has_best: bool = False) -> float:
+    """A checkpoint that is being replaced by the next, and the finished weights, the last and the best."""
+    copies = 2 + (training.get("ema_decay") is not None) + has_best
+    return WEIGHT_BYTES * weights * (2 * copies + 1 + has_best)

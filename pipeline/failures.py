@@ -52,7 +52,7 @@ def deliberate(error: BaseException, doing: str) -> WsssError:
     """
     if isinstance(error, WsssError):
         return error
-    if _is_out_of_memory(error):
+    if errors.is_out_of_memory(error):
         where = f" ({error})" if str(error) else ""
         return EnvironmentFailure(
             f"{doing}: out of memory{where}; lower the batch size, runtime.processes or runtime.workers"
@@ -64,12 +64,6 @@ def deliberate(error: BaseException, doing: str) -> WsssError:
         return EnvironmentFailure(f"{doing}: {name}{remedy}")
     text = "".join(traceback.format_exception(error))
     return InternalFailure(f"{doing} failed: {type(error).__name__}: {error}", trace=text)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Python, a CUDA device, or torch's allocator on the CPU, which raises a plain RuntimeError, has no more."""
-    is_device = type(error).__name__ == "OutOfMemoryError"
-    return is_device or isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error)
 
 
 def to_message(error: WsssError) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def _run_all(call: FlowCall, from_stage: str | None, until: str | None, force: S
         recruit=partial(recruit_helpers, call, run),
     )
     report = ensure_report(run, plan, store, outcome)
-    picture = ensure_picture(report, plan, store) if report is not None else None
+    picture = ensure_picture(report, run, plan, store) if report is not None else None
     show_result(run.name, run_name(run, plan), f"wsss run {call.invocation}", outcome, report, picture)
     return outcome
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from pipeline.config import RunConfig
+from pipeline.idle_options import idle_options
 from pipeline.model_errors import did_you_mean
 from stages.contracts import MAX_MASK_CLASSES
 from stages.data.listing import list_data
@@ -58,7 +59,7 @@ def preflight(run: RunConfig) -> DataListing:
 
 
 def config_warnings(run: RunConfig) -> list[str]:
-    """What can run and is seldom meant: a network that is tested at another size than it was trained at."""
+    """What can run and is seldom meant: two sizes for one network, options that nothing reads."""
     pairs: list[tuple[str, int | None, str, int | None]] = []
     trained, is_segmented = run.train_classifier.augment.seen_short_side_px, run.evaluate.segmentation
     if is_segmented and run.train_segmenter.supervision == "weak":
@@ -75,7 +76,7 @@ def config_warnings(run: RunConfig) -> list[str]:
         for training, trained, use, used in pairs
         if trained != used
     ]
-    return sizes + _crf_warnings(run)
+    return sizes + _crf_warnings(run) + idle_options(run)
 
 
 def _crf_warnings(run: RunConfig) -> list[str]:

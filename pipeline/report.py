@@ -22,6 +22,7 @@ from pipeline.report_tables import ClassTable, class_table, format_seconds, form
 from pipeline.step_rows import step_rows
 from pipeline.submission import archive_command
 from stages.contracts import ImageSet, open_image_set, read_json, write_atomic
+from stages.growing import every_option
 from stages.ops.confusion import SparseConfusions
 
 if TYPE_CHECKING:
@@ -57,15 +58,15 @@ def build_report(
     Returns:
         ``out``.
     """
-    config = run.model_dump(mode="json")
+    config = every_option(run)
     images = open_image_set(artifacts["prepare_data"], data_root) if "prepare_data" in artifacts else None
     confusions = load_confusions(artifacts)
     metrics = _merge_metrics(manifests)
     rows = metric_rows(metrics)
     context = {
         "name": run.name,
-        "summary": _summarise(config, images),
-        "facts": [*_facts(config, manifests), *_archive(run, artifacts)],
+        "summary": _summarise(config, images, manifests),
+        "facts": [*_facts(config, manifests), *_predictions(run, artifacts), *_archive(run, artifacts)],
         "cards": [row for name in CARDS for row in rows if row.name == name],
         "metrics": rows,
         "class_table": _class_table(confusions, images),
@@ -78,7 +79,7 @@ def build_report(
         "stages": stage_rows(manifests, states or {}),
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "packages": _packages(manifests),
-        **show_examples(images, artifacts, confusions),
+        **show_examples(images, artifacts, confusions, run.evaluate.written_score),
     }
     template = _environment().get_template("report.html")
     write_atomic(out, template.render(context).encode())
@@ -97,12 +98,16 @@ def _environment() -> jinja2.Environment:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _summarise(config: Mapping[str, Any], images: ImageSet | None) -> str:
-    """One sentence: what was trained on what."""
+def _summarise(config: Mapping[str, Any], images: ImageSet | None, manifests: Mapping[str, Mapping[str, Any]]) -> str:
+    """One sentence: what was trained on what, every use of true masks named."""
     supervision = _dig(config, "train_segmenter", "supervision")
     labels = "true masks (the upper bound)" if supervision == "full" else "image-level labels"
+    masks = {stage: len(_dig(manifest, "content", "mask_supervision") or ()) for stage, manifest in manifests.items()}
+    seen = [] if supervision == "full" else [f"the true masks of {n:,} ({stage})" for stage, n in masks.items() if n]
+    if _dig(config, "train_segmenter", "init") == "coco":
+        seen.append("a backbone trained on COCO's pixel masks")
     count = f"{len(images.index.splits.get('train', ())):,} training images with " if images else ""
-    return f"Semantic segmentation from {count}{labels}, supervision: {supervision or 'weak'}."
+    return f"Semantic segmentation from {' and '.join([count + labels, *seen])}, supervision: {supervision or 'weak'}."
 
 
 def _facts(config: Mapping[str, Any], manifests: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -114,6 +119,7 @@ def _facts(config: Mapping[str, Any], manifests: Mapping[str, Mapping[str, Any]]
         "Method": f"{_dig(config, 'train_classifier', 'method', 'name')}",
         "Classifier": f"{_dig(config, 'train_classifier', 'backbone', 'name')}",
         "Segmenter": " on ".join(str(part) for part in (_dig(segmenter, "name"), body) if part),
+        "Starts from": f"{_dig(config, 'train_segmenter', 'init')}",
         "Seed": str(config.get("seed", "")),
         "Started": format_time(min((str(run["started"]) for run in runs if run.get("started")), default="")),
         "Stage time": format_seconds(sum(run.get("seconds") or 0.0 for run in runs)),
@@ -122,6 +128,12 @@ def _facts(config: Mapping[str, Any], manifests: Mapping[str, Mapping[str, Any]]
         "Python": _join_distinct(text for run in runs for text in _texts(run, ("python",))),
     }
     return [(label, value.strip()) for label, value in facts.items() if value.strip() not in ("", "None")]
+
+
+def _predictions(run: RunConfig, artifacts: Mapping[str, Path]) -> list[tuple[str, str]]:
+    """Which masks the pictures, the files and an archive hold."""
+    is_predicted = run.evaluate.segmentation and "evaluate" in artifacts
+    return [("Predictions", run.evaluate.describe_predictions())] if is_predicted else []
 
 
 def _archive(run: RunConfig, artifacts: Mapping[str, Path]) -> list[tuple[str, str]]:

@@ -53,9 +53,19 @@ def _scores(confusions: Mapping[str, SparseConfusions], thing: str) -> dict[str,
 
 
 def show_examples(
-    images: ImageSet | None, artifacts: Mapping[str, Path], confusions: Mapping[str, SparseConfusions]
+    images: ImageSet | None,
+    artifacts: Mapping[str, Path],
+    confusions: Mapping[str, SparseConfusions],
+    predictions: str = "segmenter",
 ) -> dict[str, Examples]:
-    """The three picture sections; a data root that has moved since the run costs the pictures, not the page."""
+    """The three picture sections; a data root that has moved since the run costs the pictures, not the page.
+
+    Args:
+        images: The data set; None before prepare_data.
+        artifacts: Folder of each stage that ran.
+        confusions: Counts of each score.
+        predictions: The score of the predictions that are shown (``EvaluateConfig.written_score``).
+    """
     training = Examples(missing="this run made no attention maps or pseudo-masks.")
     best, worst = Examples(missing="this run has not evaluated a segmenter."), Examples()
     try:
@@ -64,7 +74,7 @@ def show_examples(
             found = load_training_examples(images, artifacts, scores, NUM_TRAINING_EXAMPLES)
             training = _show(found, images.index.classes)
         if images and "evaluate" in artifacts:
-            scores = _scores(confusions, "segmenter")
+            scores = _scores(confusions, predictions)
             good, bad = load_scored_examples(images, artifacts["evaluate"], scores, NUM_SCORED_EXAMPLES)
             best, worst = _show(good, images.index.classes), _show(bad, images.index.classes)
     except (WsssError, zipfile.BadZipFile) as error:
@@ -116,7 +126,13 @@ def _photo_tile(title: str, pixels: NDArray[np.uint8]) -> dict[str, Any]:
 
 
 def write_picture_grid(
-    artifacts: Mapping[str, Path], data_root: Path | None, out: Path, *, num_rows: int = 4, tile_px: int = 128
+    artifacts: Mapping[str, Path],
+    data_root: Path | None,
+    out: Path,
+    *,
+    predictions: str = "segmenter",
+    num_rows: int = 4,
+    tile_px: int = 128,
 ) -> Path:
     """Write one PNG: image, attention, pseudo-mask, truth on the left; image, prediction, truth on the right.
 
@@ -127,6 +143,7 @@ def write_picture_grid(
         artifacts: Folder of each stage that ran, with prepare_data.
         data_root: Folder of the user's data; None where prepare_data generated the data.
         out: The PNG file to write, atomically.
+        predictions: The score of the predictions that are shown.
         num_rows: Images on each side.
         tile_px: Side of one tile.
 
@@ -140,7 +157,7 @@ def write_picture_grid(
         training = load_training_examples(images, artifacts, _scores(confusions, "masks"), num_rows)
         blocks.append((("image", "attention", "pseudo-mask", "truth"), [_training_tiles(e) for e in training]))
     if "evaluate" in artifacts:
-        scores = _scores(confusions, "segmenter")
+        scores = _scores(confusions, predictions)
         half = (num_rows + 1) // 2
         best, worst = load_scored_examples(images, artifacts["evaluate"], scores, half if scores else num_rows)
         examples = [*best, *worst[: num_rows - len(best)]]

@@ -43,7 +43,7 @@ def ensure_report(run_config: RunConfig, plan: Plan, store: Store, outcome: RunO
     return build_report(run_config, folders(found), manifests(found), plan.data.root, path, states=states)
 
 
-def ensure_picture(report: Path, plan: Plan, store: Store) -> Path:
+def ensure_picture(report: Path, run_config: RunConfig, plan: Plan, store: Store) -> Path:
     """One PNG of examples beside ``report``, written again only when the report is newer."""
     path = report.with_suffix(".png")
     if path.is_file() and path.stat().st_mtime_ns >= report.stat().st_mtime_ns:
@@ -52,7 +52,8 @@ def ensure_picture(report: Path, plan: Plan, store: Store) -> Path:
     from pipeline.report_pictures import write_picture_grid
 
     found = {name: store.require(name, key) for name, key in plan.keys.items()}
-    return write_picture_grid(folders(found), plan.data.root, path)
+    shown = run_config.evaluate.written_score
+    return write_picture_grid(folders(found), plan.data.root, path, predictions=shown)
 
 
 def folders(found: Mapping[str, Artifact]) -> dict[str, Path]:

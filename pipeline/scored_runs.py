@@ -1,6 +1,6 @@
 """Find the finished evaluation that a word of the command line means, and read what it counted.
 
-Reads the store: run records, ``evaluate`` artifacts and the class list of their ``prepare_data``; writes nothing.
+Reads the store: run records, ``evaluate`` artifacts and the index of their ``prepare_data``; writes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pipeline.invocation import write_invocation
 from pipeline.keys import plan_run
 from pipeline.runs import read_runs
 from pipeline.store import MANIFEST
-from stages.contracts import open_image_set, read_json
+from stages.contracts import ImageIndex, ImageRecord, open_image_set, read_json
 from stages.errors import ConfigError, DamagedFileError, InputError, MissingArtifactError
 from stages.ops.confusion import SparseConfusions, read_confusions
 
@@ -43,6 +43,8 @@ class ScoredRun:
     counts: Mapping[str, SparseConfusions]
     """Counts of each image by what was scored, outlines too."""
     metrics: Mapping[str, Any]
+    val: tuple[ImageRecord, ...] | None = None
+    """The images of val; None where the data's index is not there any more."""
 
 
 def find_scored_run(word: str, store: Store) -> ScoredRun:
@@ -111,20 +113,18 @@ def _read_key(word: str, name: str, key: str, store: Store, command: str) -> Sco
         )
     artifact = store.require(STAGE, key)
     title = "-".join(part for part in (name, key[:8]) if part)
-    return _read_files(word, title, key, artifact.path, _classes_in(store, artifact))
+    return _read_files(word, title, key, artifact.path, _index_in(store, artifact))
 
 
-def _classes_in(store: Store, artifact: Artifact) -> tuple[str, ...] | None:
+def _index_in(store: Store, artifact: Artifact) -> ImageIndex | None:
     key = artifact.content.get("inputs", {}).get("prepare_data", "")
     if not key or store.lookup("prepare_data", key) is None:
         return None
-    return _classes_of(store.require("prepare_data", key).path)
+    return _index_of(store.require("prepare_data", key).path)
 
 
-def _classes_of(prepared: Path) -> tuple[str, ...] | None:
-    if not (prepared / "index.json").is_file():
-        return None
-    return open_image_set(prepared, None).index.classes.names_with_background
+def _index_of(prepared: Path) -> ImageIndex | None:
+    return open_image_set(prepared, None).index if (prepared / "index.json").is_file() else None
 
 
 def _read_folder(word: str, path: Path) -> ScoredRun:
@@ -133,14 +133,16 @@ def _read_folder(word: str, path: Path) -> ScoredRun:
     content = read_json(path / MANIFEST).get("content", {}) if (path / MANIFEST).is_file() else {}
     prepared = path.resolve().parent.parent / "prepare_data" / content.get("inputs", {}).get("prepare_data", "none")
     key = str(content.get("key", path.resolve().name))
-    return _read_files(word, key[:8], key, path, _classes_of(prepared))
+    return _read_files(word, key[:8], key, path, _index_of(prepared))
 
 
-def _read_files(word: str, title: str, key: str, path: Path, classes: tuple[str, ...] | None) -> ScoredRun:
+def _read_files(word: str, title: str, key: str, path: Path, index: ImageIndex | None) -> ScoredRun:
     counts = read_confusions(path / _COUNTS)
     if (path / _OUTLINES).is_file():
         counts |= read_confusions(path / _OUTLINES)
     metrics = read_json(path / "metrics.json")
     if not isinstance(metrics, dict):
         raise DamagedFileError(f"{path / 'metrics.json'} holds no metrics; rebuild {STAGE}")
-    return ScoredRun(word=word, title=title, key=key, path=path, classes=classes, counts=counts, metrics=metrics)
+    classes = None if index is None else index.classes.names_with_background
+    val = None if index is None else index.split("val")
+    return ScoredRun(word, title, key, path, classes, counts, metrics, val)

@@ -38,6 +38,8 @@ class Submission:
 
     path: Path
     competition: Competition
+    masks: str
+    """Which masks were packed, in words."""
     num_masks: int
     num_bytes: int
     sha256: str
@@ -82,7 +84,8 @@ def submit_run(run: RunConfig, store: Store, invocation: str, out: Path, *, comp
     _check_name(out)
     folder, expected = find_predictions(run, store, invocation)
     try:
-        return make_submission(run, folder, expected, out, competition=competition)
+        masks = run.evaluate.describe_predictions()
+        return make_submission(run, folder, expected, out, competition=competition, masks=masks)
     except DataError as error:
         command = f"wsss run {invocation} --force evaluate"
         text = f"the cached predictions are damaged: {error.message}; make them anew with: {command}"
@@ -90,7 +93,13 @@ def submit_run(run: RunConfig, store: Store, invocation: str, out: Path, *, comp
 
 
 def make_submission(
-    run: RunConfig, predictions: Path, expected: Expected, out: Path, *, competition: Competition
+    run: RunConfig,
+    predictions: Path,
+    expected: Expected,
+    out: Path,
+    *,
+    competition: Competition,
+    masks: str | None = None,
 ) -> Submission:
     """Write the archive of ``predictions``, once it has passed the check.
 
@@ -100,6 +109,7 @@ def make_submission(
         expected: The test images.
         out: The file to write.
         competition: Names the folder inside.
+        masks: What the masks are, in words; default where they lie.
 
     Raises:
         InputError: ``out`` has another ending, the data is not VOC's, or a prediction is missing or wrong.
@@ -112,7 +122,8 @@ def make_submission(
     found.raise_problems(out, "; it was not written")
     write_atomic(out, data)
     warnings = (*found.warnings, *_warnings(config, competition))
-    return Submission(out, competition, len(files), len(data), hashlib.sha256(data).hexdigest(), warnings)
+    digest = hashlib.sha256(data).hexdigest()
+    return Submission(out, competition, masks or f"those of {predictions}", len(files), len(data), digest, warnings)
 
 
 def check_submission(file: Path, expected: Expected, competition: Competition | None = None) -> Findings:

@@ -8,7 +8,7 @@ describe a stage in the same words (``content``), so both are counted by the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ _OPENED_IMAGES = 32
 
 _PHOTOGRAPH = 4 / 3
 """Longer over shorter side of an image nobody has opened yet."""
+
+_FORWARD_SHARE = 1 / 3
+"""Of a training step: the backward pass takes two products for each of the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -176,10 +179,30 @@ def _train_classifier(content: Content, inputs: Mapping[str, Content], data: Dat
 
 
 def _train_segmenter(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
+    """The first training, and with ``rounds`` as many more with the labelling of the training images before each."""
     del inputs
     config = content["config"]
     num_samples = data.num_full_masks if config["supervision"] == "full" else data.num_train
-    return _training(config, num_samples, _segmenter(config["net"]), segmenter_bytes(config))
+    disk = segmenter_bytes(config, data.num_train, data.mean_px)
+    first = _training(config, num_samples, _segmenter(config["net"]), disk)
+    rounds = config.get("rounds", 0)
+    if not rounds:
+        return first
+    labelling = _labelling(config, data)
+    cost = None if labelling is None or first.cost is None else (rounds + 1) * first.cost + rounds * labelling
+    backend = _backend(config["retraining"]["crf"])
+    path = first.path if backend is None else (*first.path, backend)
+    return replace(first, count=(rounds + 1) * first.count, cost=cost, path=path)
+
+
+def _labelling(config: Content, data: DataFacts) -> float | None:
+    """Images × the pixels of their views, in units of training: the forward pass is about a third of a step.
+
+    A CRF is left to ``path``, as in make_masks.
+    """
+    augment = config["augment"]
+    short_side_px = augment["crop_px"] if augment.get("resize") == "squash" else augment["short_side_px"]
+    return _times(data.num_train * _views(config["retraining"]) * _FORWARD_SHARE, data.seen_px(short_side_px))
 
 
 def _training(config: Content, num_samples: int, path: tuple[object, ...], disk: float | None) -> Work:
@@ -237,6 +260,8 @@ def _segmentation(content: Content, inputs: Mapping[str, Content], data: DataFac
     config = content["config"]
     count = sum({"val": data.num_val, "test": data.num_test}[split] for split in config["splits"])
     num_scored = data.num_scored if "val" in config["splits"] else 0
+    if config.get("predictions", "single") != "single":
+        num_scored = count  # every image is seen at all scales, scored or not
     views = _views(config) if config["multi_scale"] else 1.0
     cost = _times(count - num_scored + num_scored * views, data.seen_px(config["short_side_px"]))
     net = _segmenter(inputs["train_segmenter"]["config"]["net"])

@@ -70,3 +70,23 @@ class EnvironmentFailure(WsssError):
 
 class DamagedFileError(EnvironmentFailure):
     """A file that wsss wrote does not read back as it was written."""
+
+
+_MEMORY_MARKS = (
+    "DefaultCPUAllocator: ",  # torch on the CPU: a plain RuntimeError
+    "(-4:Insufficient memory)",  # OpenCV: cv2.error
+    ") is killed by signal: Killed",  # torch's DataLoader: the kernel ended a loading process
+    ") is killed by signal: Bus error",  # the same: /dev/shm is full
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, a CUDA device, torch or OpenCV on the CPU, or a loading process failed for want of memory.
+
+    One of the project's own errors names its cause already, whatever it quotes.
+    """
+    if isinstance(error, WsssError):
+        return False
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(mark in str(error) for mark in _MEMORY_MARKS)

@@ -3,10 +3,11 @@
 Where ``localization`` is set, also how well the classifier's attention points at the objects of val; with
 ``segmentation: false`` nothing else.
 Reads: the segmenter, the classifier (``localization``), images, true masks, attention shards, pseudo-masks.
-Writes: ``predictions/<id>.png`` (single scale, class indices), ``confusions.npz`` (counts of each image and scored
-thing), ``boundaries.npz`` (the same on the outlines of the segmenter's masks), ``sweep.json`` (mIoU of the attention
-maps at every threshold), ``localization.json`` (accuracy at every threshold), ``metrics.json``.  Until these are there,
-counts of finished batches are kept under ``partial/``, so that a stopped evaluation continues.
+Writes: ``predictions/<id>.png`` (class indices; ``predictions`` says of how many scales, before or after the CRF),
+``confusions.npz`` (counts of each image and scored thing), ``boundaries.npz`` (the same on the outlines of the
+segmenter's masks), ``sweep.json`` (mIoU of the attention maps at every threshold), ``localization.json`` (accuracy at
+every threshold), ``metrics.json``.  Until these are there, counts of finished batches are kept under ``partial/``, so
+that a stopped evaluation continues.
 Source: VOC's devkit and deeplab-pytorch: one confusion matrix, truth 255 dropped, mean of the classes' IoU.
 """
 
@@ -16,7 +17,7 @@ import itertools
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -24,13 +25,14 @@ from pydantic import Field, model_validator
 from stages.attention_windows import read_views
 from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageResult, open_image_set, write_json
 from stages.errors import DamagedFileError
+from stages.growing import GrowingConfig
 from stages.intervals import boundary_metrics, interval_metrics, is_boundary
 from stages.localization import LocalizationConfig, score_localization
 from stages.mask_steps import has_steps
 from stages.nets.trained import read_segmenter_record
 from stages.ops.confusion import SparseConfusions, iou, mean_iou, pixel_accuracy, write_confusions
 from stages.ops.pool import num_processes
-from stages.prediction import PredictionConfig, predict_images
+from stages.prediction import SCORE_SUFFIXES, MaskKind, PredictionConfig, predict_images
 from stages.refinement_config import RefinementConfig
 from stages.scoring import ScoringContext, collect_training, score_training
 from stages.threshold_choice import with_chosen_threshold
@@ -41,11 +43,16 @@ _SCORES = {"val": "segmenter", "test": "segmenter_test"}
 """What the scores of each split are called."""
 
 
-class EvaluateConfig(PredictionConfig):
+class EvaluateConfig(PredictionConfig, GrowingConfig):
     """How the segmenter is tested; the training images need no choice."""
+
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"predictions"})
 
     splits: tuple[Literal["val", "test"], ...] = Field(default=("val",), min_length=1)
     """Splits to predict; images with true masks are scored, those of test apart: ``segmenter_test.*``."""
+    predictions: MaskKind = "single"
+    """Which masks are written, and so packed by ``wsss submission`` and shown in the report: single (one scale, those
+    of ``segmenter.miou``), multi_scale (``segmenter.miou_ms``) or multi_scale_crf (``segmenter.miou_ms_crf``)."""
     segmentation: bool = True
     """Predict with the segmenter and score pseudo-masks; false for data without masks: neither masks nor a segmenter
     are made."""
@@ -59,6 +66,31 @@ class EvaluateConfig(PredictionConfig):
         if not self.segmentation and self.localization is None:
             raise ValueError("segmentation: false leaves nothing to measure; set localization ({} for its defaults)")
         return self
+
+    @model_validator(mode="after")
+    def _scores_what_it_writes(self) -> Self:
+        needed = {"single": True, "multi_scale": self.multi_scale, "multi_scale_crf": self.crf}
+        if not needed[self.predictions]:
+            option = "crf" if self.predictions == "multi_scale_crf" else "multi_scale"
+            raise ValueError(
+                f"predictions: {self.predictions} writes masks that are not made with {option}: false; set {option}: "
+                "true (its score is measured too), or predictions: single"
+            )
+        return self
+
+    @property
+    def written_score(self) -> str:
+        """What the counts of the written masks are called on val: ``segmenter``, ``segmenter_ms``, …."""
+        return "segmenter" + SCORE_SUFFIXES[self.predictions]
+
+    def describe_predictions(self) -> str:
+        """The written masks in words."""
+        if self.predictions == "single":
+            return "one scale, no CRF (scored as segmenter.miou)"
+        flips = ", each with its mirror image" if self.flip else ""
+        scales = f"mean of scales {', '.join(f'{scale:g}' for scale in self.scales)}{flips}"
+        crf = f"CRF {self.crf_config.preset}" if self.predictions == "multi_scale_crf" else "no CRF"
+        return f"{scales}; {crf} (scored as segmenter.miou{SCORE_SUFFIXES[self.predictions]})"
 
 
 def evaluate(
@@ -224,6 +256,7 @@ def _evaluate_segmenter(
         out=out,
         progress=progress,
         runtime=runtime,
+        masks=config.predictions,
     )
     metrics: dict[str, Any] = {}
     for split, name in _SCORES.items():
@@ -261,7 +294,7 @@ def _segmenter_metrics(confusions: Mapping[str, SparseConfusions], name: str, na
             name: float(value) for name, value in zip(names, iou(single), strict=True) if not np.isnan(value)
         },
     }
-    for look in ("_ms", "_ms_crf"):
-        if name + look in confusions:
-            metrics[f"{name}.miou{look}"] = mean_iou(confusions[name + look].total())
+    for suffix in filter(None, SCORE_SUFFIXES.values()):
+        if name + suffix in confusions:
+            metrics[f"{name}.miou{suffix}"] = mean_iou(confusions[name + suffix].total())
     return metrics

@@ -1,6 +1,7 @@
 """Write a trained segmenter as a folder for others: safetensors, a config, and ONNX that was compared with torch.
 
-Reads: output folder of ``train_segmenter``.  Writes: ``model.safetensors``, ``model.onnx``, ``config.json`` last.
+Reads: output folder of ``train_segmenter``.  Writes: ``model.safetensors``, ``model.onnx``, ``config.json``, which take
+the places of an earlier export's once all of them are on the disk.
 Shapes: B images, C classes with background, H W image pixels.
 Uses torch's TorchScript-based ONNX exporter: it needs no onnxscript, takes seconds, and keeps height, width and batch
 free in every net of ours.  (The newer one takes 6 to 30 times as long and refuses DeepLabV3+ with free sizes.)
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +54,9 @@ _TRACED_SHAPE = (2, 3, 67, 93)
 _CHECKED_SHAPES = ((1, 3, 64, 64), (2, 3, 97, 131), (1, 3, 33, 160))
 """Other sizes than the traced one, not square, and multiples of no stride."""
 
+_STAGING = ".tmp-export"
+"""Folder inside the output folder where the new files wait."""
+
 _NEEDED = ("onnx", "onnxruntime")
 _LEAVE_OUT = "export with --no-onnx, and please report this"
 
@@ -68,6 +73,8 @@ def export_segmenter(
     force: bool = False,
 ) -> ExportRecord:
     """Write the exported model under ``out``; ``config.json`` comes last, so that half an export is none.
+
+    An earlier export stays whole until all new files are written; then these take its places, one after the other.
 
     Args:
         segmenter: Output folder of ``train_segmenter``.
@@ -111,13 +118,24 @@ def export_segmenter(
         onnx=agreement,
         files=files,
     )
-    (out / CONFIG_FILE).unlink(missing_ok=True)
-    for name, data in contents.items():
-        write_atomic(out / name, data)
-    if not onnx:
-        (out / ONNX_FILE).unlink(missing_ok=True)
-    write_json(out / CONFIG_FILE, export.model_dump(mode="json"))
+    _write_files(out, contents, export)
     return export
+
+
+def _write_files(out: Path, contents: Mapping[str, bytes], export: ExportRecord) -> None:
+    """Write all files beside the earlier ones, then rename them; the digests in the config tell a mixture apart."""
+    staging = out / _STAGING
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed export left
+    try:
+        for name, data in contents.items():
+            write_atomic(staging / name, data)
+        write_json(staging / CONFIG_FILE, export.model_dump(mode="json"))
+        if ONNX_FILE not in contents:
+            (out / ONNX_FILE).unlink(missing_ok=True)
+        for name in (*contents, CONFIG_FILE):
+            (staging / name).replace(out / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _check_place(out: Path, *, force: bool) -> None:

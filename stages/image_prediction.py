@@ -41,6 +41,7 @@ from stages.prediction_files import (
     write_mask,
     write_overlay,
 )
+from stages.rate import ImageRate
 
 if TYPE_CHECKING:
     from stages.nets.largefov import Segmenter
@@ -151,10 +152,11 @@ def predict_pictures(
     with warnings.catch_warnings():
         # the user named the file: a large one is predicted, and one above Pillow's limit refused in words
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        areas, todo = _find_finished(pictures, identity, len(source.classes), out, force=force)
+        progress.begin("look at what is there", total=len(pictures))
+        areas, todo = _find_finished(pictures, identity, len(source.classes), out, progress, force=force)
         summary.skipped = len(areas)
-        progress.begin("predict", total=len(pictures), done=summary.skipped)
-        sizes = _read_sizes(todo, summary)
+        sizes = _read_sizes(todo, summary, progress)
+        progress.begin("predict", total=len(areas) + len(sizes), done=len(areas))
         if sizes:
             _predict_all(source, sizes, options, identity, areas, summary, progress, runtime)
     write_areas(out / AREAS_FILE, [p.name for p in pictures if p.name in areas], areas, source.classes)
@@ -176,9 +178,12 @@ def _refuse_inputs(pictures: Sequence[PictureFile], out: Path) -> None:
 
 
 def _find_finished(
-    pictures: Sequence[PictureFile], identity: str, num_classes: int, out: Path, *, force: bool
+    pictures: Sequence[PictureFile], identity: str, num_classes: int, out: Path, progress: Progress, *, force: bool
 ) -> tuple[dict[str, NDArray[np.int64]], list[PictureFile]]:
-    """Pixels per class of the masks that are there already, by name; and the images that are still to predict."""
+    """Pixels per class of the masks that are there already, by name; and the images that are still to predict.
+
+    ``progress`` hears of the former: that they are these images' masks is known once both files have been read.
+    """
     areas: dict[str, NDArray[np.int64]] = {}
     todo: list[PictureFile] = []
     foreign: list[str] = []
@@ -192,6 +197,7 @@ def _find_finished(
             foreign.append(str(path))
         elif overlay_path(out, picture).exists():
             areas[picture.name] = count_classes(mask, num_classes)
+            progress.advance(1)
         else:
             todo.append(picture)
     if foreign:
@@ -203,7 +209,9 @@ def _find_finished(
     return areas, todo
 
 
-def _read_sizes(pictures: Sequence[PictureFile], summary: PredictionSummary) -> dict[PictureFile, tuple[int, int]]:
+def _read_sizes(
+    pictures: Sequence[PictureFile], summary: PredictionSummary, progress: Progress
+) -> dict[PictureFile, tuple[int, int]]:
     """The sizes of the images, those that are none left out and named."""
     sizes: dict[PictureFile, tuple[int, int]] = {}
     for picture in pictures:
@@ -211,6 +219,7 @@ def _read_sizes(pictures: Sequence[PictureFile], summary: PredictionSummary) -> 
             sizes[picture] = read_picture_size(picture.path)
         except DataError as error:
             summary.problems.append(error.message)
+        progress.advance(1)
     return sizes
 
 
@@ -235,7 +244,7 @@ def _predict_all(
     device = resolve_device(runtime)
     predictor = PicturePredictor(source.load(str(device)), len(source.classes), options, device, progress)
     context = _Context(options, len(source.classes), summary.out, str(device))
-    started = time.monotonic()
+    started, rate = time.monotonic(), ImageRate()
     most_px = _CPU_BATCH_PX if device.type == "cpu" else _BATCH_PX
     batches = batches_of_one_size(sizes.items(), most_images=_BATCH, most_px=most_px)
     jobs = _predictions(predictor, batches, identity, summary)
@@ -244,7 +253,7 @@ def _predict_all(
     for name, counts in _finished(context, jobs, _num_crf_processes(context, largest_px, runtime)):
         areas[name] = counts
         summary.predicted += 1
-        progress.advance(1, **{"images/s": summary.predicted / (time.monotonic() - started)})
+        progress.advance(1, **rate.add(1))
     summary.seconds = time.monotonic() - started
     summary.windowed = predictor.num_windowed
 

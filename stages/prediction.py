@@ -1,31 +1,33 @@
 """Predict whole splits with a trained segmenter and count the predictions where there are true masks.
 
 The network works in this process, batch by batch; the CRF of what it gives works over processes meanwhile.
-Reads: images, true masks, a segmenter.  Writes: ``predictions/<id>.png`` and, batch by batch, the counts of finished
-images under ``partial/``, so that a stopped run continues.
+Reads: images, true masks, a segmenter.  Writes: ``predictions/<id>.png``, masks of the kind that is asked for, and,
+batch by batch, the counts of finished images under ``partial/``, so that a stopped run continues.
 Shapes: B images of one size, C classes with background, H W image pixels.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageConfig, write_index_mask
 from stages.data.inference import batches_of_one_size
-from stages.errors import DamagedFileError, DataError
+from stages.errors import DamagedFileError, DataError, EnvironmentFailure
 from stages.nets.trained import load_segmenter
 from stages.ops.boundaries import count_boundaries
 from stages.ops.confusion import SparseConfusions, confusion_matrix, read_confusions, write_confusions
 from stages.ops.crf import CrfConfig, open_crf_batch, probability_unary, resolve_crf_backend
 from stages.ops.pool import map_ordered, num_processes, take_in_order
+from stages.rate import ImageRate
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,22 @@ _BATCH_PX = 1 << 22
 _LIKELY = 0.01
 """The CRF of a prediction gets the classes that reach this probability somewhere: its cost grows with the labels."""
 
+
+def _check_scales(scales: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(0.1 <= scale <= 4 for scale in scales):
+        raise ValueError("scales must lie in 0.1 … 4")
+    return scales
+
+
+Scales = Annotated[tuple[float, ...], Field(min_length=1, max_length=16), AfterValidator(_check_scales)]
+"""Factors on the size at which a segmenter sees an image."""
+
+MaskKind = Literal["single", "multi_scale", "multi_scale_crf"]
+"""Masks of one scale; of the mean over scales and mirror images; of that mean after the CRF."""
+
+SCORE_SUFFIXES: Mapping[MaskKind, str] = {"single": "", "multi_scale": "_ms", "multi_scale_crf": "_ms_crf"}
+"""How the scores of each kind end: ``segmenter.miou_ms``, and ``segmenter_ms`` for its counts."""
+
 Matrices = dict[str, NDArray[np.int64]]
 """Counts of one image by what was scored: segmenter, segmenter_ms, segmenter_ms_crf, and the outlines of each."""
 
@@ -50,7 +68,7 @@ class PredictionConfig(StageConfig):
     """The shorter side of what the network sees, in pixels; None keeps the image's.  Masks have the image's size."""
     multi_scale: bool = True
     """Also score the mean of the probabilities over ``scales`` and mirror images."""
-    scales: tuple[float, ...] = Field(default=(0.5, 0.75, 1.0, 1.25, 1.5), min_length=1, max_length=16)
+    scales: Scales = (0.5, 0.75, 1.0, 1.25, 1.5)
     """Factors on the network's input size."""
     flip: bool = True
     """Whether each scale also sees the mirror image."""
@@ -63,8 +81,6 @@ class PredictionConfig(StageConfig):
     def _fits_together(self) -> Self:
         if self.crf and not self.multi_scale:
             raise ValueError("crf: true refines the multi-scale probabilities and needs multi_scale: true")
-        if min(self.scales) < 0.1 or max(self.scales) > 4:
-            raise ValueError(f"scales must lie in 0.1 … 4, found {self.scales}")
         return self
 
 
@@ -100,8 +116,18 @@ class _Context:
     scored: frozenset[str]
     segmenter: Path
     out: Path
+    masks: MaskKind = "single"
+    """What is written."""
     device: str = "cpu"
     """Where the torch backend of the CRF works."""
+
+    def needs_multi(self, record: ImageRecord) -> bool:
+        """Whether the multi-scale mean of an image is scored or written."""
+        return self.config.multi_scale and (record.id in self.scored or self.masks != "single")
+
+    def needs_crf(self, record: ImageRecord) -> bool:
+        """Whether its mask after the CRF is."""
+        return self.config.crf and (record.id in self.scored or self.masks == "multi_scale_crf")
 
 
 def predict_images(
@@ -114,6 +140,7 @@ def predict_images(
     out: Path,
     progress: Progress,
     runtime: Runtime,
+    masks: MaskKind = "single",
 ) -> dict[str, SparseConfusions]:
     """Write the prediction of every image and count those that are scored.
 
@@ -126,15 +153,19 @@ def predict_images(
         out: Where to write; finished batches are skipped.
         progress: Where to report to.
         runtime: Device, and processes for the CRF.
+        masks: Which masks are written; ``config`` asks for their scores too.
 
     Returns:
         The counts of the scored images, in the order of ``records``, by what was scored; empty when none was.
+
+    Raises:
+        EnvironmentFailure: the accelerator's memory does not hold one image.
     """
     batches = _plan(records)
     todo = [batch for batch in batches if not _is_finished(_partial_path(out, batch), progress)]
     progress.begin("segmenter", total=len(records), done=len(records) - sum(len(batch.records) for batch in todo))
     if todo:
-        context = _Context(config=config, images=image_set, scored=scored, segmenter=segmenter, out=out)
+        context = _Context(config=config, images=image_set, scored=scored, segmenter=segmenter, out=out, masks=masks)
         _predict_batches(context, todo, progress, runtime)
     parts: dict[str, list[SparseConfusions]] = {}
     for batch in batches:
@@ -181,6 +212,7 @@ def _predict_batches(context: _Context, batches: Sequence[_Batch], progress: Pro
     if config.crf and resolve_crf_backend(config.crf_config.backend) == "torch":
         context, processes = replace(context, device=str(device)), 1
     predictions = _predictions(context, batches, device)
+    rate = ImageRate()
     finished = map_ordered(_finish_image, predictions, context=context, processes=processes, in_flight=2)
     for batch in batches:
         counted: dict[str, Matrices] = {}
@@ -188,7 +220,7 @@ def _predict_batches(context: _Context, batches: Sequence[_Batch], progress: Pro
             matrices = next(finished)
             if matrices:
                 counted[record.id] = matrices
-            progress.advance(1)
+            progress.advance(1, **rate.add(1))
         _write_counts(context, batch, counted)
     next(finished, None)  # lets the pool end
 
@@ -214,49 +246,43 @@ def _predictions(context: _Context, batches: Sequence[_Batch], device: torch.dev
 
     with ThreadPoolExecutor(max_workers=1) as reader:
         for batch, pixels in zip(batches, take_in_order(reader, read, batches, limit=2), strict=True):
-            is_scored = [record.id in context.scored for record in batch.records]
-            wants_multi = context.config.multi_scale and any(is_scored)
-            with torch.inference_mode():
-                single, multi = _predict(context.config, model, torch.from_numpy(pixels), device, wants_multi)
-            refined = _refine_on_cuda(context, pixels, multi, is_scored)
+            wants_multi = any(context.needs_multi(record) for record in batch.records)
+            try:
+                with torch.inference_mode():
+                    single, multi = _predict(context.config, model, torch.from_numpy(pixels), device, wants_multi)
+                refined = _refine_on_cuda(context, batch.records, pixels, multi)
+            except torch.OutOfMemoryError as error:
+                raise EnvironmentFailure(
+                    f"{device} does not hold one image of {pixels.shape[1]} × {pixels.shape[2]} pixels; take fewer or "
+                    "smaller evaluate.scales, set evaluate.short_side_px, or use runtime.device=cpu"
+                ) from error
             for position, record in enumerate(batch.records):
-                probabilities = multi[position] if multi is not None and is_scored[position] else None
+                probabilities = multi[position] if multi is not None and context.needs_multi(record) else None
                 yield _Prediction(
                     record=record,
                     single=single[position],
                     multi=None if probabilities is None else probabilities.argmax(axis=0).astype(np.uint8),
-                    probabilities=probabilities if context.config.crf else None,
+                    probabilities=probabilities if context.needs_crf(record) else None,
                     refined=refined.get(position),
                 )
 
 
 def _refine_on_cuda(
-    context: _Context, pixels: NDArray[np.uint8], multi: NDArray[np.float32] | None, is_scored: Sequence[bool]
+    context: _Context, records: Sequence[ImageRecord], images: NDArray[np.uint8], multi: NDArray[np.float32] | None
 ) -> dict[int, NDArray[np.uint8]]:
-    """The CRF of a batch's scored images by their position, where torch does it on a CUDA device; else nothing."""
-    if not context.config.crf or multi is None or not any(is_scored) or not context.device.startswith("cuda"):
+    """The masks after the CRF by position, of the images that need it, where torch makes them on a CUDA device."""
+    from stages.ops.inference import in_fitting_parts
+
+    places = [position for position, record in enumerate(records) if context.needs_crf(record)]
+    if multi is None or not places or not context.device.startswith("cuda"):
         return {}
-    places = [position for position, scored in enumerate(is_scored) if scored]
-    return dict(zip(places, _refine_fitting(context, pixels[places], multi[places]), strict=True))
+    images, probabilities, config = images[places], multi[places], context.config.crf_config
 
+    def refine(part: slice) -> list[NDArray[np.uint8]]:
+        return refine_predictions([*images[part]], [*probabilities[part]], config, device=context.device)
 
-def _refine_fitting(
-    context: _Context, images: NDArray[np.uint8], probabilities: NDArray[np.float32]
-) -> list[NDArray[np.uint8]]:
-    """``refine_predictions``, in ever smaller halves where the device's memory does not hold all images at once."""
-    import torch
-
-    try:
-        return refine_predictions([*images], [*probabilities], context.config.crf_config, device=context.device)
-    except torch.OutOfMemoryError:
-        if len(images) == 1:
-            raise
-    torch.cuda.empty_cache()
-    middle = len(images) // 2
-    halves = [
-        _refine_fitting(context, images[part], probabilities[part]) for part in (slice(middle), slice(middle, None))
-    ]
-    return halves[0] + halves[1]
+    masks = itertools.chain.from_iterable(in_fitting_parts(refine, slice(0, len(places))))
+    return dict(zip(places, masks, strict=True))
 
 
 def _read_image(images: ImageSet, record: ImageRecord) -> NDArray[np.uint8]:
@@ -299,12 +325,8 @@ def _predict(
 
 
 def _finish_image(context: _Context, prediction: _Prediction) -> Matrices:
-    """Write one image's prediction and count it, after the CRF where there is one."""
+    """Write one image's mask and count its predictions, after the CRF where there is one."""
     record = prediction.record
-    write_index_mask(context.out / "predictions" / f"{record.id}.png", prediction.single)
-    if record.id not in context.scored:
-        return {}
-    truth = context.images.read_mask(record)
     looks = {"segmenter": prediction.single}
     if prediction.multi is not None:
         looks["segmenter_ms"] = prediction.multi
@@ -314,7 +336,11 @@ def _finish_image(context: _Context, prediction: _Prediction) -> Matrices:
         image = context.images.read_image(record)
         refined = refine_prediction(image, prediction.probabilities, context.config.crf_config, device=context.device)
         looks["segmenter_ms_crf"] = refined
-    return _count(truth, looks, context.images.index.classes.num_classes)
+    mask = looks["segmenter" + SCORE_SUFFIXES[context.masks]]
+    write_index_mask(context.out / "predictions" / f"{record.id}.png", mask)
+    if record.id not in context.scored:
+        return {}
+    return _count(context.images.read_mask(record), looks, context.images.index.classes.num_classes)
 
 
 def _count(truth: NDArray[np.uint8], looks: Mapping[str, NDArray[np.uint8]], num_classes: int) -> Matrices:

@@ -2,13 +2,14 @@
 
 Reads: the training images, a segmenter.  Writes: ``masks/<id>.png`` (class indices at the image's size; background and
 the image's labels alone: no true mask is read) and ``stats.json``.  A mask that is there is not made again.
-The network works in this process; the CRF of what it gives works over processes meanwhile.  Under torchrun each rank
-labels its share of the images.  Torch is imported by the functions only.
+The network works in this process; the CRF of what it gives works over processes meanwhile, or on a GPU on the images
+of a batch at once.  Under torchrun each rank labels its share of the images.  Torch is imported by the functions only.
 Shapes: B images of one size, C classes with background, L = 1 + the labels of an image, H W image pixels.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
 
 from stages.contracts import (
     BACKGROUND_INDEX,
@@ -30,17 +30,17 @@ from stages.contracts import (
     SilentProgress,
     StageConfig,
     read_index_mask,
-    write_index_mask,
     write_json,
 )
 from stages.data.inference import batches_of_one_size
 from stages.devices import deterministic
-from stages.distributed import is_main, join_ranks, num_ranks, own_slice
+from stages.distributed import is_main, join_ranks, own_slice
 from stages.errors import InputError
 from stages.nets.trained import load_segmenter
-from stages.ops.crf import CrfConfig, resolve_crf_backend
-from stages.ops.pool import map_ordered, num_processes, take_in_order
-from stages.prediction import refine_prediction
+from stages.ops.crf import CrfConfig
+from stages.ops.pool import take_in_order
+from stages.prediction import Scales
+from stages.round_labels import LabelledImage, LabellingContext, possible_classes, write_labels
 from stages.segmenter_objective import LossName
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ _BATCH = 8
 _BATCH_PX = 1 << 22
 """Pixels of such a batch, unless one image alone has more."""
 
-_NUM_WRITERS = 4
+_LOOK_EVERY_S = 0.2
+"""Seconds between two looks for another rank's files."""
 
 _LEAST = 1e-12
 """Keeps the sum over an image's labels above zero where the net is sure of another class."""
@@ -61,7 +62,7 @@ _LEAST = 1e-12
 class RetrainingConfig(StageConfig):
     """How the segmenter labels its training images, and how it is trained on what it says."""
 
-    scales: tuple[float, ...] = Field(default=(0.5, 0.75, 1.0, 1.25, 1.5), min_length=1, max_length=16)
+    scales: Scales = (0.5, 0.75, 1.0, 1.25, 1.5)
     """Factors on the network's input size; probabilities are averaged."""
     flip: bool = True
     """Whether each scale also sees the mirror image."""
@@ -71,13 +72,6 @@ class RetrainingConfig(StageConfig):
     """initial: each round begins where the first training did; trained: at the weights of the round before."""
     loss: LossName | None = None
     """Loss of the rounds; null takes that of the first training.  DSRG's and others' is cross_entropy."""
-
-    @field_validator("scales")
-    @classmethod
-    def _check_scales(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(0.1 <= scale <= 4 for scale in value):
-            raise ValueError(f"scales must lie in 0.1 … 4, found {value}")
-        return value
 
     def key_content(self, device: str = "cpu") -> dict[str, Any]:
         """The options as JSON, the CRF's backend by name."""
@@ -96,26 +90,6 @@ class Labelling:
     """Shorter side at which the net sees an image; None for its own size."""
     progress: Progress
     runtime: Runtime
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One image on its way from the network to its mask."""
-
-    record: ImageRecord
-    image: NDArray[np.uint8]
-    probabilities: NDArray[np.float32]
-    """(L, H, W), summing to 1."""
-
-
-@dataclass(frozen=True)
-class _Context:
-    """What the writing of all masks shares."""
-
-    crf: CrfConfig | None
-    folder: Path
-    num_classes: int
-    device: str
 
 
 def make_round_masks(labelling: Labelling, number: int, *, segmenter: Path, previous: Path, out: Path) -> Path:
@@ -144,14 +118,17 @@ def make_round_masks(labelling: Labelling, number: int, *, segmenter: Path, prev
     with join_ranks(labelling.runtime) as device:
         if todo:
             num_classes = labelling.image_set.index.classes.num_classes
-            context = _Context(labelling.config.crf, folder, num_classes, str(device))
+            context = LabellingContext(labelling.config.crf, folder, num_classes, str(device))
             with deterministic(device):
-                jobs = _predictions(labelling, todo, segmenter, device)
-                for _ in _finished(context, jobs, labelling.runtime):
+                predicted = _predictions(labelling, todo, segmenter, device)
+                for _ in write_labels(context, predicted, labelling.runtime):
                     progress.advance(1)
-        wait_for_all()
-        if is_main() and not (out / "stats.json").exists():
-            write_json(out / "stats.json", _compare(labelling.records, previous, folder, number))
+        stats = out / "stats.json"
+        if is_main():
+            _wait_for([folder / f"{record.id}.png" for record in labelling.records])
+            if not stats.exists():
+                write_json(stats, _compare(labelling.records, previous, folder, number))
+        _wait_for([stats])
         wait_for_all()
     return folder
 
@@ -163,7 +140,7 @@ def _plan(records: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
 
 def _predictions(
     labelling: Labelling, batches: Sequence[Sequence[ImageRecord]], segmenter: Path, device: torch.device
-) -> Iterator[_Job]:
+) -> Iterator[list[LabelledImage]]:
     """Run the network over ``batches``; the next one's images are decoded meanwhile."""
     model = load_segmenter(segmenter, device)
 
@@ -173,9 +150,13 @@ def _predictions(
     with ThreadPoolExecutor(max_workers=1) as reader:
         for batch, pixels in zip(batches, take_in_order(reader, read, batches, limit=2), strict=True):
             scored = _score(labelling, model, pixels, device)
-            for record, image, probabilities in zip(batch, pixels, scored, strict=True):
-                chosen = probabilities[_classes(record, len(probabilities))].clip(min=_LEAST)
-                yield _Job(record, image, chosen / chosen.sum(axis=0, keepdims=True))
+            yield [_label(*each) for each in zip(batch, pixels, scored, strict=True)]
+
+
+def _label(record: ImageRecord, image: NDArray[np.uint8], probabilities: NDArray[np.float32]) -> LabelledImage:
+    """Of the probabilities (C, H, W) those of the image's labels, which share the whole."""
+    chosen = probabilities[possible_classes(record, len(probabilities))].clip(min=_LEAST)
+    return LabelledImage(record, image, chosen / chosen.sum(axis=0, keepdims=True))
 
 
 def _score(
@@ -201,32 +182,15 @@ def _score(
         return in_fitting_batches(score, torch.from_numpy(pixels))[0].numpy()
 
 
-def _classes(record: ImageRecord, num_classes: int) -> NDArray[np.uint8]:
-    """Class indices that the image's mask may hold: background and its labels; all where it has no labels."""
-    if record.labels is None:
-        return np.arange(num_classes, dtype=np.uint8)
-    return np.array([BACKGROUND_INDEX, *(ClassList.class_index(label) for label in record.labels)], dtype=np.uint8)
+def _wait_for(files: Sequence[Path]) -> None:
+    """Return when all ``files`` are there, whichever rank writes them.
 
-
-def _finished(context: _Context, jobs: Iterator[_Job], runtime: Runtime) -> Iterator[None]:
-    """Write the masks: over processes, which the ranks share, where there is a CRF on the CPU, else over threads."""
-    if context.crf is not None and resolve_crf_backend(context.crf.backend, context.device) != "torch":
-        processes = max(1, num_processes(runtime.processes) // num_ranks())
-        yield from map_ordered(_finish, jobs, context=context, processes=processes, in_flight=2)
-        return
-    num_threads = 1 if context.crf is not None else _NUM_WRITERS
-    with ThreadPoolExecutor(max_workers=num_threads) as writers:
-        yield from take_in_order(writers, lambda job: _finish(context, job), jobs, limit=2 * num_threads)
-
-
-def _finish(context: _Context, job: _Job) -> None:
-    """Write one image's mask, after the CRF where there is one."""
-    if context.crf is None:
-        found = job.probabilities.argmax(axis=0)
-    else:
-        found = refine_prediction(job.image, job.probabilities, context.crf, device=context.device)
-    mask = _classes(job.record, context.num_classes)[found]
-    write_index_mask(context.folder / f"{job.record.id}.png", mask)
+    Differs from a barrier: it may take hours, and NCCL's ends a training after ten minutes.  A rank that fails ends the
+    others, for torchrun stops them.
+    """
+    for path in files:
+        while not path.exists():
+            time.sleep(_LOOK_EVERY_S)
 
 
 def _compare(records: Sequence[ImageRecord], previous: Path, folder: Path, number: int) -> dict[str, Any]:

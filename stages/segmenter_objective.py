@@ -28,7 +28,11 @@ LossName = Literal[
     "cross_entropy", "balanced_cross_entropy", "bootstrapped_cross_entropy", "smoothed_cross_entropy", "sec"
 ]
 
-_OPTIONS = {"bootstrapped_cross_entropy": "bootstrap_trust", "smoothed_cross_entropy": "label_smoothing", "sec": "sec"}
+LOSS_OPTIONS = {
+    "bootstrapped_cross_entropy": "bootstrap_trust",
+    "smoothed_cross_entropy": "label_smoothing",
+    "sec": "sec",
+}
 """Loss to the field that only it reads."""
 
 
@@ -74,7 +78,7 @@ class LossConfig(StageConfig):
             losses: The losses that are trained with, ``loss`` among them.
             device: ``Runtime.device``, which decides what the CRF's ``backend: auto`` means.
         """
-        unused = {option for loss, option in _OPTIONS.items() if loss not in losses}
+        unused = {option for loss, option in LOSS_OPTIONS.items() if loss not in losses}
         if self.loss_weighting == "none":
             unused.add("loss_weighting")
         if set(losses) == {"sec"}:

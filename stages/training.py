@@ -24,7 +24,7 @@ from stages.data.batches import TrainingData, iterate_batches
 from stages.data.transforms import to_network_input
 from stages.devices import deterministic, resolve_device
 from stages.distributed import is_main, join_ranks, main_first, num_ranks, own_slice, this_rank
-from stages.errors import ConfigError, EnvironmentFailure, InputError
+from stages.errors import ConfigError, EnvironmentFailure, InputError, is_out_of_memory
 from stages.ops.step import StepInfo
 from stages.optimizers import build_optimizer
 from stages.passes import Pass, StepLosses, cut_passes
@@ -68,6 +68,7 @@ class Watch(Protocol):
 
         Raises:
             InputError: there is no point in going on.
+            EnvironmentFailure: the device is out of memory for what is looked at, which the message names.
         """
         ...
 
@@ -156,14 +157,11 @@ def _place(model: nn.Module, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _memory_named(loop: _Loop) -> Iterator[None]:
-    """Say what a step needs its memory for when the device has no more."""
-    import torch
-
+    """Say what a step needs its memory for when the device has no more; a watch names what it looked at itself."""
     try:
         yield
-    except RuntimeError as error:
-        # on the CPU torch raises a plain RuntimeError
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: " not in str(error):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         config = loop.config
         crop = "" if loop.crop is None else f" with crops of {loop.crop[0]} x {loop.crop[1]} px"

@@ -20,7 +20,7 @@ from stages.contracts import BACKGROUND_INDEX, ImageRecord, Progress, SilentProg
 from stages.data.splits import hash_share
 from stages.data.transforms import to_network_input
 from stages.distributed import is_main, own_slice
-from stages.errors import InputError
+from stages.errors import EnvironmentFailure, InputError, is_out_of_memory
 from stages.ops.confusion import confusion_matrix, mean_iou, pixel_accuracy
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class HeldOutImages:
 
         Raises:
             InputError: it has said background everywhere for ``collapse_after`` looks.
+            EnvironmentFailure: the device's memory does not hold one image beside the training.
         """
         matrix = self._count(model)
         found = {
@@ -137,19 +138,41 @@ class HeldOutImages:
             with torch.inference_mode():
                 for record in own_slice(self.records):
                     image, mask = self.read(record)
-                    counts += confusion_matrix(mask, self._predict(model, image, device), self.num_classes)
+                    counts += confusion_matrix(mask, self._predict(model, record, image, device), self.num_classes)
         finally:
             model.train()
         return sum_over_devices(torch.from_numpy(counts).to(device)).cpu().numpy()
 
-    def _predict(self, model: nn.Module, image: NDArray[np.uint8], device: torch.device) -> NDArray[np.uint8]:
+    def _predict(
+        self, model: nn.Module, record: ImageRecord, image: NDArray[np.uint8], device: torch.device
+    ) -> NDArray[np.uint8]:
         import torch
 
         from stages.ops.inference import predict_logits
 
-        batch = to_network_input(torch.from_numpy(image[None]), device)
-        logits = predict_logits(model, batch, short_side_px=self.short_side_px)
-        return logits.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+        try:
+            batch = to_network_input(torch.from_numpy(image[None]), device)
+            logits = predict_logits(model, batch, short_side_px=self.short_side_px)
+            return logits.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._explain_memory(record, image, device, error) from error
+
+    def _explain_memory(
+        self, record: ImageRecord, image: NDArray[np.uint8], device: torch.device, error: RuntimeError
+    ) -> EnvironmentFailure:
+        from stages.ops.inference import network_size
+
+        size = (image.shape[0], image.shape[1])
+        seen = network_size(size, self.short_side_px)
+        at = "" if seen == size else f", seen at {seen[0]} × {seen[1]}"
+        return EnvironmentFailure(
+            f"{device} is out of memory for the held-out image '{record.id}' of {size[0]} × {size[1]} pixels{at}, "
+            "which validation predicts whole beside the training; set a smaller augment.short_side_px (with resize: "
+            "squash augment.crop_px), set validation: null, or use another runtime.device "
+            f"({str(error).partition(chr(10))[0]})"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Curve, best weights and looks at a collapsed net."""

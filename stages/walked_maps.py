@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.contracts import AttentionRecord, ImageRecord, ImageSet, Progress, Runtime
+from stages.data.splits import some
 from stages.errors import ConfigError, EnvironmentFailure, InputError
+from stages.map_census import BROKEN_WEIGHTS
 from stages.ops.random_walk import RandomWalkConfig, walk_maps
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 _WINDOW_IMAGES = 16
 """Neighbours in the list that share batches on a GPU."""
+
+_ALL_BROKEN = 16
+"""So many images with features of NaN, and none without before them, are all there are."""
 
 
 class MapWalker:
@@ -45,7 +50,7 @@ class MapWalker:
             config: Features and walk.
             classifier: Output folder of ``train_classifier``.
             images: Where pixels come from.
-            progress: Warned when a batch does not fit the device.
+            progress: Warned when a batch does not fit the device, and by ``conclude``.
             runtime: Device, threads, and the threads that read images ahead.
 
         Raises:
@@ -65,6 +70,8 @@ class MapWalker:
         if config.layer is not None:
             find_layer(self._backbone, config.layer)
         self._config, self._images, self._progress, self._workers = config, images, progress, runtime.workers
+        self._broken: set[str] = set()
+        self._has_walked = False
         self._views = Views((1.0,), flip=False, short_side_px=config.short_side_px)
         is_cpu = self._device.type == "cpu"
         self.window_images = 1 if is_cpu else _WINDOW_IMAGES
@@ -73,13 +80,16 @@ class MapWalker:
     def walk(self, wanted: Sequence[AttentionRecord], window: Sequence[ImageRecord]) -> dict[str, AttentionRecord]:
         """The walked maps of some images by id, on the cells of the features, each map divided by its peak.
 
+        Maps over features that are NaN or infinite become zero: their classes get no pixel (``conclude`` warns).
+
         Args:
             wanted: Attention of images of the window, with labels.
             window: All images of the window; they decide the batches.
 
         Raises:
             DataError: an image cannot be read or changed its size.
-            InputError: features are NaN, or there are too many cells for all pairs.
+            InputError: there are too many cells for all pairs, or the features of all images are NaN so far, and these
+                are many.
             EnvironmentFailure: the device cannot hold one image.
         """
         from stages.data.inference import prefetch, read_checked
@@ -102,6 +112,15 @@ class MapWalker:
                 if image.id in records:
                     walked[image.id] = self._walk_one(records[image.id], features, inputs.shape[1:3])
         return walked
+
+    def conclude(self) -> None:
+        """Warn once of the images whose maps could not walk; to be called after the last one."""
+        if self._broken:
+            are = "1 image has" if len(self._broken) == 1 else f"{len(self._broken):,} images have"
+            self._progress.warn(
+                f"{are} features that are NaN or infinite, over which no map can walk ({some(sorted(self._broken))}): "
+                f"their classes get no pixel there, only background; {BROKEN_WEIGHTS}"
+            )
 
     def walk_scattered(self, wanted: Sequence[AttentionRecord], train: Sequence[ImageRecord]) -> list[AttentionRecord]:
         """The walked maps of images from anywhere in the list, in their order: each as ``walk`` gives it in its window.
@@ -176,10 +195,19 @@ class MapWalker:
             shrinks = grid[0] <= maps.shape[2] and grid[1] <= maps.shape[3]
             coarse = functional.interpolate(maps, grid, mode="area" if shrinks else "bilinear")[0]
             walked = walk_maps(coarse, cells, self._config).cpu().numpy()
-        try:
-            return replace(record, maps=quantise_attention(walked)[0])
-        except ValueError as error:
+        is_broken = ~np.isfinite(walked).all(axis=(1, 2))
+        if is_broken.any():
+            self._note_broken(record.id)
+            walked[is_broken] = 0
+        else:
+            self._has_walked = True
+        return replace(record, maps=quantise_attention(walked)[0])
+
+    def _note_broken(self, image_id: str) -> None:
+        """Count an image whose features are NaN; where all are, there is no point in looking at the rest."""
+        self._broken.add(image_id)
+        if len(self._broken) >= _ALL_BROKEN and not self._has_walked:
             raise InputError(
-                f"image '{record.id}': {error}; the classifier's weights are broken: train it again with a lower "
-                "learning_rate or in fp32"
-            ) from error
+                f"features must be finite, found NaN or infinity in the first {len(self._broken)} images that walk; "
+                f"{BROKEN_WEIGHTS}"
+            )

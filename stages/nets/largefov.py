@@ -8,9 +8,11 @@ layer numbers as in the SEC release (Kolesnikov and Lampert, "Seed, Expand and C
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stages.contracts import Progress
@@ -81,6 +83,7 @@ class LargeFov(Segmenter):
         self.fc6 = _stage(config, self.backbone.num_channels, kernel_size=3, dilation=config.dilation)
         self.fc7 = _stage(config, config.channels, kernel_size=1) if config.fc7 else nn.Identity()
         self.is_decimated = config.fc_init == "decimated"
+        self.align_corners = config.align_corners
         self.classifier = nn.Conv2d(config.channels, num_classes, kernel_size=1)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type] - a Conv2d made with a bias has one
@@ -92,7 +95,8 @@ class LargeFov(Segmenter):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C, h, w) at the backbone's stride."""
-        return self.classifier(self.fc7(self.fc6(self.pool5(self.backbone(images)))))
+        logits = self.classifier(self.fc7(self.fc6(self.pool5(self.backbone(images)))))
+        return move_to_centres(logits, images.shape[-2:], self.backbone.output_stride) if self.align_corners else logits
 
     def parameter_groups(self, head_lr_factor: float = 10.0) -> list[dict[str, Any]]:
         """As every segmenter's; decimated fc6 and fc7 are no new layers and learn as fast as the backbone."""
@@ -126,8 +130,37 @@ def widen_vgg_pools(backbone: Backbone) -> None:
             layer.kernel_size, layer.padding = 3, layer.dilation
 
 
+def move_to_centres(logits: Tensor, size: Sequence[int], stride: int) -> Tensor:
+    """Scores at the centres of the cells, where everybody takes them to be, from those at pixels 0, stride, 2·stride ….
+
+    Bilinear in between; float32 also under autocast.  Written as two products of matrices, whose gradient is exact to
+    the bit and which every format of exported networks knows.
+
+    Args:
+        logits: (B, C, h, w).
+        size: (H, W) of the images in pixels.
+        stride: Pixels between two cells.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        rows, columns = (
+            _weights_at_centres(cells, pixels, stride, logits.device)
+            for cells, pixels in zip(logits.shape[-2:], size, strict=True)
+        )
+        return rows @ logits.float() @ columns.T
+
+
+def _weights_at_centres(cells: int, pixels: int, stride: int, device: torch.device) -> Tensor:
+    """How much each of n cells counts at each centre (n, n); rows sum to 1."""
+    numbers = torch.arange(cells, dtype=torch.float32, device=device)
+    centres = ((numbers + 0.5) * (pixels / cells) - 0.5) / stride
+    return (1 - (centres.clamp(0, cells - 1)[:, None] - numbers).abs()).clamp(min=0)
+
+
 def vgg_pool5() -> nn.Sequential:
-    """DeepLab's pool5 and pool5a: a 3×3 maximum, then a 3×3 mean, both at stride 1 and the same size."""
+    """DeepLab's pool5 and pool5a: a 3×3 maximum, then a 3×3 mean, both at stride 1 and the same size.
+
+    Differs: at the rim the mean is that of the cells that are there; Caffe counts its padding as zeros.
+    """
     return nn.Sequential(
         nn.MaxPool2d(3, stride=1, padding=1), nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
     )

@@ -46,6 +46,9 @@ HEAD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 OTHER_HEAD: Mapping[str, Any] = {"batch_norm": True}
 
+CORNER_BACKBONES: tuple[str, ...] = ("vgg16", "resnet50", "resnet101")
+"""Backbones whose cell (i, j) looks at pixel (stride · i, stride · j); VGG16 with LargeFOV's 3×3 pools."""
+
 DILATABLE_ENCODERS: tuple[str, ...] = (
     "resnet18",
     "resnet34",
@@ -96,10 +99,11 @@ class LargeFovConfig(GrowingConfig):
 
     Source: Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs", 2015;
     numbers as in the SEC release (Kolesnikov and Lampert, 2016).
-    Differs: fc6 and fc7 start at random unless ``fc_init: decimated`` (the release decimates VGG16's).
+    Differs: fc6 and fc7 start at random unless ``fc_init: decimated`` (the release decimates VGG16's), and scores are
+    taken for those of the cells' centres unless ``align_corners`` (the release aligns corners).
     """
 
-    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"fc_init"})
+    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"fc_init", "align_corners"})
 
     name: Literal["largefov"] = "largefov"
     backbone: BackboneConfig
@@ -116,10 +120,19 @@ class LargeFovConfig(GrowingConfig):
     """Dropped share of the head's channels in training; by default 0.1 on squeezenet1_1 and small."""
     fc_init: Literal["random", "decimated"] = "random"
     """decimated: fc6 and fc7 start at every fourth channel and third cell of VGG16's own (4096 × 7 × 7), as DeepLab's
-    release does, and then learn as fast as the backbone; needs vgg16, ``init: imagenet`` and no ``batch_norm``."""
+    release does, and then learn as fast as the backbone; needs vgg16, ``init: imagenet`` and no ``batch_norm``.
+    VGG16's cells, 96 px apart, are so at ``dilation`` 12 with ``output_stride: 8``, at 6 with 16, at 24 with 4."""
+    align_corners: bool = False
+    """Take the scores for those of pixels 0, 8, 16 …, where padded 3×3 kernels of stride 2 look, as DeepLab's release
+    does; else outlines are up to half a cell off, in crops otherwise than in whole images.  vgg16 and ResNets."""
 
     @model_validator(mode="after")
-    def _check_fc_init(self) -> LargeFovConfig:
+    def _check_backbone(self) -> LargeFovConfig:
+        if self.align_corners and self.backbone.name not in CORNER_BACKBONES:
+            raise ValueError(
+                f"align_corners goes with {', '.join(CORNER_BACKBONES)}, whose cells lie at pixels 0, 8, 16 …; those "
+                f"of {self.backbone.name} lie elsewhere: leave it out"
+            )
         if self.fc_init == "decimated":
             if self.backbone.name != "vgg16" or self.batch_norm:
                 raise ValueError(

@@ -8,12 +8,15 @@ Source: the protocol of DeepLab's and ToCo's test scripts: probabilities average
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.contracts import LEAST_INPUT_PX
+
+_Result = TypeVar("_Result")
 
 
 def network_size(size: tuple[int, int], short_side_px: int | None, scale: float = 1.0) -> tuple[int, int]:
@@ -99,12 +102,27 @@ def in_fitting_batches(function: Callable[[Tensor], tuple[Tensor, ...]], images:
     Returns:
         The results on the CPU, in order.
     """
+    found = in_fitting_parts(lambda part: [result.cpu() for result in function(images[part])], slice(0, len(images)))
+    # a whole batch is not copied
+    return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def in_fitting_parts(function: Callable[[slice], _Result], part: slice) -> list[_Result]:
+    """``function(part)``, in ever smaller halves where the accelerator's memory does not hold the whole.
+
+    Args:
+        function: Works on the items from the slice's start to its stop.
+        part: All items, at least one.
+
+    Returns:
+        The result of each part, in order; one where nothing had to be halved.
+    """
     try:
-        return tuple(result.cpu() for result in function(images))
+        return [function(part)]
     except torch.OutOfMemoryError:
-        if len(images) == 1:
+        if part.stop - part.start == 1:
             raise
-    torch.cuda.empty_cache()
-    middle = len(images) // 2
-    halves = [in_fitting_batches(function, half) for half in (images[:middle], images[middle:])]
-    return tuple(torch.cat(pair) for pair in zip(*halves, strict=True))
+    torch.cuda.empty_cache()  # here, where what the failed call held is free
+    middle = (part.start + part.stop) // 2
+    halves = (slice(part.start, middle), slice(middle, part.stop))
+    return [result for half in halves for result in in_fitting_parts(function, half)]

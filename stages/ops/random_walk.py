@@ -138,7 +138,8 @@ def walk_maps(maps: Tensor, features: Tensor, config: RandomWalkConfig) -> Tenso
         config: Affinities and steps.
 
     Returns:
-        (n, h, w) ≥ 0, float32, no value above the map's largest.
+        (n, h, w) ≥ 0, float32, no value above the map's largest; NaN wherever the walk comes by features that are NaN
+        or infinite.
 
     Raises:
         InputError: too many cells for all pairs.

@@ -21,10 +21,13 @@ PROBABILITY_FLOOR = 1e-4
 """No probability falls below it, so that no logarithm is large.  Source: the code, ``min_prob``."""
 
 FOREGROUND_DECAY = 0.996
-"""Weight of each next best cell of a present class.  Source: §3.2, the code's ``q_fg``."""
+"""Weight of each next best cell of a present class, of ``DECAY_CELLS``.  Source: §3.2, the code's ``q_fg``."""
 
 BACKGROUND_DECAY = 0.999
 """The same of background, which fills more of an image.  Source: §3.2, the code's ``q_bg``."""
+
+DECAY_CELLS = 41 * 41
+"""Cells of an image that the decays are for: those of SEC's network."""
 
 
 def floored_softmax(logits: Tensor) -> Tensor:
@@ -67,7 +70,8 @@ def expansion_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
         Scalar; an image without labels, or with all, lacks the term that has no class.
 
     Source:
-        §3.2, equations 3 and 4.
+        §3.2, equations 3 and 4.  Differs: with another number of cells than ``DECAY_CELLS`` the decays are for the same
+        part of the image (15 % for classes, 48 % for background), not for as many cells.
     """
     if labels.shape != (probabilities.shape[0], probabilities.shape[1] - 1):
         raise ValueError(
@@ -84,8 +88,9 @@ def expansion_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def _rank_pool(cells: Tensor, decay: float) -> Tensor:
-    """Means (B, ·) of (B, ·, cells) with weights decay^0, decay^1, … from the largest value down."""
-    weights = decay ** torch.arange(cells.shape[2], dtype=torch.float32, device=cells.device)
+    """Means (B, ·) of (B, ·, cells), of whose order from the largest down ``decay`` weighs ``DECAY_CELLS`` ranks."""
+    ranks = torch.arange(cells.shape[2], dtype=torch.float32, device=cells.device)
+    weights = decay ** (ranks * (DECAY_CELLS / cells.shape[2]))
     return (cells.sort(dim=2, descending=True).values * weights).sum(dim=2) / weights.sum()
 
 
@@ -106,7 +111,8 @@ def constrain_loss(probabilities: Tensor, refined: Tensor) -> Tensor:
 
     Source:
         §3.3, equation 6.  Differs: the CRF's answer is a constant here, as in the ports to TensorFlow and PyTorch; the
-        paper's Caffe layer also sends the loss' gradient by the refined probabilities.
+        paper's Caffe layer also sends the loss' gradient by the refined probabilities, and keeps the quotient of the
+        two within 0.05 … 20.
     """
     target = refined.detach()
     return (target * (target.log() - probabilities.log())).sum(dim=1).mean()
@@ -127,6 +133,7 @@ def refine_cells(probabilities: Tensor, images: Tensor, config: CrfConfig, *, sh
 
     Source:
         The code's CRF layer: 10 iterations on the image at 41 × 41, widths divided by 12 (80 / 12 and 3 / 12).
+        Differs: there the image is sampled at the cells instead of averaged.
     """
     own = probabilities.detach().float().cpu().numpy()
     if not np.isfinite(own).all():

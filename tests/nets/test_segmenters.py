@@ -12,7 +12,9 @@ from stages.errors import ConfigError, WeightsError
 from stages.nets.backbone_builders import build_plain_backbone
 from stages.nets.backbones import BackboneConfig
 from stages.nets.downloads import COCO_WEIGHTS
+from stages.nets.largefov import move_to_centres
 from stages.nets.segmenters import (
+    CORNER_BACKBONES,
     DILATABLE_ENCODERS,
     DeepLabConfig,
     LargeFovConfig,
@@ -174,6 +176,50 @@ def test_largefov_on_vgg_is_deeplab_v1():
     assert segmenter.fc6[0].dilation == (12, 12)
     pools = [layer.kernel_size for layer in segmenter.backbone.modules() if isinstance(layer, nn.MaxPool2d)]
     assert pools == [3, 3, 3, 3]
+
+
+# --- where cells lie -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(321, 321), (375, 500), (96, 65)])
+def test_scores_at_corners_are_moved_to_where_everybody_takes_them_to_be(size):
+    rows, columns = (torch.arange(-(-side // 8)) * 8.0 for side in size)
+    at_corners = torch.stack([rows[:, None].expand(-1, len(columns)), columns.expand(len(rows), -1)])[None]
+    moved = move_to_centres(at_corners, size, 8)
+    whole = nn.functional.interpolate(moved, size=size, mode="bilinear", align_corners=False)[0]
+    inside = slice(8, -12)
+    for axis, side in enumerate(size):
+        true = torch.arange(side, dtype=torch.float32)
+        found = whole[axis].transpose(0, 1)[0] if axis == 0 else whole[axis][0]
+        assert torch.allclose(found[inside], true[inside], atol=1e-3)
+    unmoved = nn.functional.interpolate(at_corners, size=size, mode="bilinear", align_corners=False)[0, 1, 0]
+    assert (unmoved - torch.arange(size[1])).abs()[inside].max() > 1, "what it is for"
+
+
+@pytest.mark.parametrize("name", ["vgg16", *(pytest.param(n, marks=pytest.mark.slow) for n in CORNER_BACKBONES[1:])])
+def test_cells_lie_at_corners(name):
+    """Kernels that are their own mirror image see the same in a mirror image, if its cells lie as the image's."""
+    torch.manual_seed(0)
+    segmenter = make({**VGG, "backbone": {"name": name}, "channels": 8, "align_corners": True}).eval()
+    for layer in segmenter.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data = (layer.weight.data + layer.weight.data.flip(-1)) / 2
+    images = torch.randn(1, 3, 65, 65)
+    with torch.inference_mode():
+        logits, mirrored = segmenter(images), segmenter(images.flip(-1)).flip(-1)
+    assert logits.shape == (1, 4, 9, 9)
+    assert torch.allclose(logits, mirrored, atol=1e-3 * float(logits.abs().max()))
+    assert not torch.allclose(logits, logits.flip(-1), atol=1e-3 * float(logits.abs().max()))
+
+
+def test_corners_are_of_backbones_that_have_them_and_in_no_older_key():
+    with pytest.raises(
+        ValidationError, match=r"align_corners goes with vgg16, .*; those of squeezenet1_1 lie elsewhere"
+    ):
+        parse({**SQUEEZENET, "align_corners": True})
+    assert "align_corners" not in parse(VGG).model_dump(mode="json")
+    config = parse({**VGG, "align_corners": True})
+    assert parse(config.model_dump(mode="json")) == config
 
 
 def test_largefov_on_squeezenet_is_one_dilated_convolution_with_batch_norm():

@@ -7,6 +7,7 @@ import torch
 from stages.ops.crf import CrfConfig
 from stages.ops.sec import (
     BACKGROUND_DECAY,
+    DECAY_CELLS,
     FOREGROUND_DECAY,
     constrain_loss,
     expansion_loss,
@@ -43,10 +44,29 @@ def test_seeding_names_both_sizes():
 
 def test_expansion_by_hand():
     probabilities = _cells([0.7, 0.2, 0.1], [0.2, 0.6, 0.2])
-    present = (0.6 + FOREGROUND_DECAY * 0.2) / (1 + FOREGROUND_DECAY)
-    background = (0.7 + BACKGROUND_DECAY * 0.2) / (1 + BACKGROUND_DECAY)
+    decay_fg, decay_bg = (decay ** (DECAY_CELLS / 2) for decay in (FOREGROUND_DECAY, BACKGROUND_DECAY))
+    present = (0.6 + decay_fg * 0.2) / (1 + decay_fg)
+    background = (0.7 + decay_bg * 0.2) / (1 + decay_bg)
     expected = -math.log(present) - math.log(1 - 0.2) - math.log(background)
     assert expansion_loss(probabilities, torch.tensor([[1, 0]])).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_expansion_of_the_papers_cells_has_the_papers_decays():
+    rows = torch.rand(2, DECAY_CELLS, generator=torch.Generator().manual_seed(0)).double() * 0.5
+    probabilities = torch.cat([1 - rows.sum(dim=0, keepdim=True), rows])[None, :, None, :]
+    best_first = np.sort(probabilities[0, :, 0].numpy(), axis=1)[:, ::-1]
+    weights = {decay: decay ** np.arange(DECAY_CELLS) for decay in (0.996, 0.999)}
+    present = (best_first[1] * weights[0.996]).sum() / weights[0.996].sum()
+    background = (best_first[0] * weights[0.999]).sum() / weights[0.999].sum()
+    expected = -np.log(present) - np.log(1 - best_first[2, 0]) - np.log(background)
+    assert expansion_loss(probabilities, torch.tensor([[1, 0]])).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_expansion_asks_for_the_same_part_of_an_image_whatever_its_cells():
+    coarse = floored_softmax(torch.randn(1, 3, 20, 20, generator=torch.Generator().manual_seed(0)))
+    fine = coarse.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    losses = [expansion_loss(cells, torch.tensor([[1, 0]])).item() for cells in (coarse, fine)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 @pytest.mark.parametrize("labels", [[0, 0], [1, 1]])

@@ -45,11 +45,11 @@ def publish(store: Store, stage: str, key: str, inputs: Mapping[str, str], run: 
         return store.publish(stage, key, content=content, run=run)
 
 
-def publish_data(store: Store, key: str = PREPARED, names: tuple[str, ...] = NAMES) -> None:
-    """The index that knows the names of the classes."""
-    images = tuple(ImageRecord(id=i, image=f"{i}.jpg", size=(10, 10), labels=None, mask=f"{i}.png") for i in IDS)
+def publish_data(store: Store, key: str = PREPARED, names: tuple[str, ...] = NAMES, ids: Sequence[str] = IDS) -> None:
+    """The index that knows the names of the classes and the images of val."""
+    images = tuple(ImageRecord(id=i, image=f"{i}.jpg", size=(10, 10), labels=None, mask=f"{i}.png") for i in ids)
     index = ImageIndex(
-        classes=ClassList(names=names), images=images, splits={"train": (), "val": IDS}, mask_values={0: 0}
+        classes=ClassList(names=names), images=images, splits={"train": (), "val": tuple(ids)}, mask_values={0: 0}
     )
     folder, _ = store.work_dir("prepare_data", key)
     write_json(folder / "index.json", index.model_dump(mode="json"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scored_worlds import PREPARED, counts, publish_data, publish_scores, scored_run, write_record
+from scored_worlds import IDS, PREPARED, counts, publish_data, publish_scores, scored_run, write_record
 
 from pipeline import cli
 from pipeline.comparison import compare_runs
@@ -75,6 +75,18 @@ def test_the_document(store: Store, wsss_json) -> None:
     masks = next(row for row in document["metrics"] if row["metric"] == "masks.miou")
     assert (masks["values"][0], masks["differences"]) == (None, [None, None])
     assert second > first
+
+
+def test_localization_alone_is_compared_on_one_list_of_images_only(store: Store, wsss_json) -> None:
+    other, third = "9" * 20, "8" * 20
+    publish_data(store, other, ids=IDS[:9])
+    publish_scores(store, "2a" * 10, {}, **{"localization.top1_loc": 0.5})
+    publish_scores(store, "2b" * 10, {}, prepared=other, **{"localization.top1_loc": 0.6})
+    publish_scores(store, "2c" * 10, {}, prepared=third, **{"localization.top1_loc": 0.6})
+    error = wsss_json("2a", "artifacts/evaluate/" + "2b" * 10, code=2)["error"]
+    assert "scored on other images (localization: 30 and 9)" in error["message"]
+    assert len(wsss_json("2a", "2a" * 10)["metrics"]) == 1
+    assert "not in the store any more" in wsss_json("2a", "2c")["notes"][0]
 
 
 @pytest.mark.parametrize(

@@ -9,30 +9,15 @@ import pytest
 from PIL import Image
 
 from pipeline import cli
+from tests.pipeline.tiny_run import tiny_yaml
 
 ROOT = Path(__file__).parents[2]
-
-CONFIG = """
-name: tiny
-data: {format: synthetic, num_train: 4, num_val: 2, size_px: 64, num_classes: 2}
-train_classifier:
-  backbone: {name: small}
-  method: {name: cam}
-  augment: {crop_px: 64}
-  training: {steps: 1, batch_size: 2, learning_rate: 0.05}
-make_masks: {threshold: 0.3}
-train_segmenter:
-  net: {name: largefov, backbone: {name: small}}
-  init: random
-  augment: {crop_px: 64}
-  training: {steps: 1, batch_size: 2, learning_rate: 0.01}
-"""
 
 
 @pytest.fixture
 def wsss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Calls a command with --json in a folder that has a config, an image and an empty folder."""
-    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "tiny.yaml").write_text(tiny_yaml())
     (tmp_path / "shots").mkdir()
     (tmp_path / "empty").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "shots" / "a.png")

@@ -18,6 +18,7 @@ from pipeline.store import Store
 from pipeline.submission import archive_command
 from stages.contracts import SilentProgress, voc_palette, write_index_mask
 from stages.prepare_data import prepare_data
+from tests.pipeline.here import stages_here
 
 FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 CLASSES = {"cat": 8, "bird": 3}
@@ -110,13 +111,13 @@ def pack(path: Path, ids: list[str], size: tuple[int, int] | None = None) -> Non
 # -- a run's archive --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_run_becomes_an_archive(folder: Path, wsss, wsss_json):
     document = wsss_json("submission", "tiny.yaml", "--out", "a.tar.gz", code=3)
     assert "predict them with: wsss run tiny.yaml" in document["error"]["message"]
     assert document["archive"] is None
 
-    out, _ = wsss("run", "tiny.yaml", "--engine", "local")
+    with stages_here():
+        out, _ = wsss("run", "tiny.yaml", "--engine", "local")
     assert out.rstrip().endswith("archive: wsss submission tiny.yaml --out tiny.tar.gz")
     assert "test: 2 of 3 images are predicted without a score" in out
 
@@ -132,9 +133,11 @@ def test_a_run_becomes_an_archive(folder: Path, wsss, wsss_json):
     assert "Segmenter on test" in report
 
 
-def publish_predictions(folder: Path, sizes: dict[str, tuple[int, int]] = TEST) -> Path:
+def publish_predictions(
+    folder: Path, sizes: dict[str, tuple[int, int]] = TEST, overrides: tuple[str, ...] = ()
+) -> Path:
     """Put a run's images and its test predictions into the store; returns the folder of these."""
-    run, store = load_config(folder / "tiny.yaml"), Store(folder / "artifacts")
+    run, store = load_config(folder / "tiny.yaml", overrides), Store(folder / "artifacts")
     keys = plan_run(run, store.digest_cache).keys
     prepared, _ = store.work_dir("prepare_data", keys["prepare_data"])
     prepare_data(run.prepare_data, data=run.data, out=prepared, progress=SilentProgress(), runtime=run.runtime)
@@ -159,13 +162,24 @@ def test_the_archive_has_vocs_values_and_the_same_bytes_each_time(folder: Path, 
     assert Path("again.tgz").read_bytes() == data
 
     out, _ = wsss("submission", "tiny.yaml", "--out", "b.tgz", "--competition", "comp5")
-    assert out.startswith("b.tgz: 3 masks for comp5, checked")
+    assert out.startswith("b.tgz: 3 masks for comp5, checked\n  masks: one scale, no CRF (scored as segmenter.miou)\n")
     assert "warning: comp5 is for methods trained on VOC's own trainval images alone" in out
 
     assert "fine: 3 masks for comp6" in wsss("submission", "tiny.yaml", "--check", "again.tgz")[0]
     pack(Path("other.tgz"), list(TEST)[1:], size=(64, 64))
     document = wsss_json("submission", "tiny.yaml", "--check", "other.tgz", code=2)
     assert document["counts"] == {"missing image": 1, "wrong size": 1}
+
+
+def test_the_masks_of_several_scales_are_packed_where_the_config_asks_for_them(folder: Path, wsss_json):
+    wanted = ("evaluate.multi_scale=true", "evaluate.predictions=multi_scale")
+    words = ("submission", "tiny.yaml", "--out", "a.tgz", *(word for text in wanted for word in ("--set", text)))
+    publish_predictions(folder)
+    message = wsss_json(*words, code=3)["error"]["message"]
+    assert message.endswith(f"wsss run tiny.yaml --set {wanted[0]} --set {wanted[1]}"), "those of one scale are others"
+    publish_predictions(folder, overrides=wanted)
+    expected = "mean of scales 0.5, 0.75, 1, 1.25, 1.5, each with its mirror image; no CRF (scored as "
+    assert wsss_json(*words)["masks"] == expected + "segmenter.miou_ms)"
 
 
 def test_what_the_server_would_refuse_is_not_written(folder: Path, wsss_json):
@@ -189,7 +203,8 @@ def test_other_predictions_of_the_run_are_packed(folder: Path, wsss_json):
     (masks / "areas.csv").write_text("image,class,pixels\n")
     reference = ("--image-list", "voc/ImageSets/Segmentation/test.txt", "--images", "voc/JPEGImages")
     words = ("submission", "tiny.yaml", "--out", "a.tgz", "--predictions", "masks")
-    assert wsss_json(*words, *reference)["num_masks"] == 3, "the store is empty"
+    made = wsss_json(*words, *reference)
+    assert (made["num_masks"], made["masks"]) == (3, "those of masks"), "the store is empty"
     with tarfile.open("a.tgz") as tar, Image.open(tar.extractfile(f"{FOLDER}/2008_000006.png")) as image:
         assert set(np.unique(np.asarray(image)).tolist()) == {3}
     assert "index them with: wsss run tiny.yaml" in wsss_json(*words, code=3)["error"]["message"]

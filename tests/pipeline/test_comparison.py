@@ -1,11 +1,15 @@
 """What a comparison says of runs whose counts are known, and what it refuses to compare."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scored_worlds import IDS, counts, scored_run
 
 from pipeline.comparison import ScoreRow, compare_runs
 from pipeline.comparison_text import difference_text, value_text
+from pipeline.scored_runs import ScoredRun
+from stages.contracts import ImageRecord
 from stages.errors import InputError
 from stages.ops.bootstrap import Interval, interval, mean_over_classes, resample_iou
 from stages.ops.confusion import SparseConfusions, iou, mean_iou
@@ -110,6 +114,40 @@ def test_other_val_images_are_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"a\.yaml and b\.yaml were scored on other images") as error:
         compare_runs([one, two])
     assert error.value.problems == ("only a.yaml: v00 (1 images)", "only b.yaml: new (1 images)")
+
+
+def localized(word: str, *boxes: tuple[str, tuple[int, int, int, int]], is_known: bool = True) -> ScoredRun:
+    """An evaluation of localisation alone, on images with one box each."""
+    run = scored_run(word, {})
+    val = tuple(
+        ImageRecord.model_validate({"id": name, "image": name, "size": (9, 9), "labels": (0,), "boxes": [(0, box)]})
+        for name, box in boxes
+    )
+    return replace(run, metrics={"localization.top1_loc": 0.5}, val=val if is_known else None)
+
+
+A, B = ("a", (0, 0, 3, 3)), ("b", (1, 1, 4, 4))
+
+
+def test_localization_on_other_images_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"scored on other images \(localization: 2 and 1\)") as error:
+        compare_runs([localized("one", A, B), localized("two", A)])
+    assert error.value.problems == ("only one: b (1 images)", "only two: none (0 images)")
+    moved = ("b", (1, 1, 4, 5))
+    with pytest.raises(InputError, match=r"other labels or boxes \(localization: 1 images, b\)"):
+        compare_runs([localized("one", A, B), localized("two", A, moved)])
+    plain = replace(localized("plain", A), metrics={})
+    assert compare_runs([localized("one", A, B), plain]).notes == (), "it has no localisation to compare"
+
+
+def test_localization_on_the_same_images_is_compared_and_on_unknown_ones_with_a_note() -> None:
+    one = localized("one", A, B)
+    found = compare_runs([one, localized("two", B, A)])
+    assert find(found.rows, "localization.top1_loc").values == (0.5, 0.5)
+    assert found.notes == ()
+    found = compare_runs([one, localized("old", is_known=False)])
+    [note] = found.notes
+    assert "on which images old was scored is not in the store any more" in note
 
 
 def test_the_order_of_the_images_does_not_matter() -> None:

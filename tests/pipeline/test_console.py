@@ -14,7 +14,7 @@ from pipeline.console import (
     print_metrics,
     print_plan,
 )
-from pipeline.countdown import Countdown
+from pipeline.countdown import Countdown, Pace
 from pipeline.estimate import StageEstimate
 from pipeline.report_tables import describe_value
 from pipeline.runner import StageOutcome, StageStatus
@@ -47,6 +47,18 @@ def test_time_left_counts_only_the_units_of_this_process():
     assert countdown.left_s(5.0) is None, "60 units were there before: nothing is known about the pace yet"
     countdown.done = 70
     assert countdown.left_s(5.0) == pytest.approx(15.0)  # 10 units in 5 s, 30 to go
+
+
+def test_what_comes_before_the_first_finished_unit_is_in_no_time_left():
+    """A compiler's minute is not that of an image, and neither are the images that were there before."""
+    pace = Pace()
+    assert pace.left_s("masks", 100, 0, 0.0) is None
+    assert pace.left_s("masks", 100, 41, 60.0) is None, "one minute for 40 old images, a start and a new one"
+    assert pace.left_s("masks", 100, 41, 62.0) is None
+    assert pace.left_s("masks", 100, 43, 64.0) == pytest.approx(57 * 2.0)
+    assert pace.left_s("masks", 100, 1, 65.0) is None, "it began anew"
+    assert pace.left_s("masks", 100, 2, 66.0) is None
+    assert pace.left_s("masks", 100, 3, 67.0) == pytest.approx(97.0)
 
 
 def test_plain_progress_is_throttled_and_tells_the_time_left():

@@ -13,26 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline.clusters import Cluster, holders, wait_until, wsss
+from tests.pipeline.tiny_run import tiny_yaml
 
 STAGES = ["prepare_data", "train_classifier", "make_attention", "make_masks", "train_segmenter", "evaluate"]
-CONFIG = """
-name: Tiny_one
-data: {format: synthetic, num_train: 6, num_val: 2, size_px: 64, num_classes: 2}
-train_classifier:
-  backbone: {name: small}
-  method: {name: cam}
-  augment: {crop_px: 64, scale: [1.0, 1.0]}
-  training: {steps: 2, batch_size: 2, learning_rate: 0.05}
-make_attention: {scales: [1.0], flip: false}
-make_masks: {threshold: 0.3, refine: none}
-train_segmenter:
-  net: {name: largefov, backbone: {name: small}}
-  init: classifier
-  augment: {crop_px: 64}
-  training: {steps: 2, batch_size: 2, learning_rate: 0.01}
-evaluate: {multi_scale: false}
-runtime: {device: cpu, workers: 0, processes: 1, threads: 1, checkpoint_every_s: 0.5}
-"""
+CONFIG = tiny_yaml(name="Tiny_one", runtime={"checkpoint_every_s": 0.5})
 
 pytestmark = [pytest.mark.slow, pytest.mark.prefect, pytest.mark.skipif(sys.platform != "linux", reason="/proc")]
 

@@ -211,6 +211,20 @@ def test_the_segmenters_weights_fit_into_what_is_projected(net: dict) -> None:
     with torch.device("meta"):
         segmenter = build_segmenter(config, 21, init="random", weights={})
     num_weights = sum(tensor.numel() for tensor in segmenter.state_dict().values())
-    projected = segmenter_bytes({"net": config.model_dump(mode="json"), "training": {"ema_decay": None}})
+    projected = segmenter_bytes({"net": config.model_dump(mode="json"), "training": {"ema_decay": None}}, 9, None)
     assert projected is not None
     assert 0.95 * 20 * num_weights <= projected <= 2.5 * 20 * num_weights
+
+
+def test_the_best_weights_and_the_rounds_are_projected() -> None:
+    config = {"net": {"name": "deeplabv3", "encoder": "resnet18", "decoder_channels": 256}, "training": {}}
+    weights = 4 * (11.19e6 + 17e6)
+    assert segmenter_bytes(config, 9, None) == 5 * weights
+    # the best weights lie in the checkpoint, which is there twice while it is replaced, and as a file in the end
+    watched = config | {"validation": {}}
+    assert segmenter_bytes(watched, 9, None) == 8 * weights
+    # each round has finished weights, and 9 masks of 1,000 pixels at 0.05 bytes and a block of 4 KiB
+    masks = 9 * (50 + 4096)
+    assert segmenter_bytes(config | {"rounds": 2}, 9, 1000.0) == 5 * weights + 2 * (weights + masks)
+    assert segmenter_bytes(watched | {"rounds": 2}, 9, 1000.0) == 8 * weights + 2 * (2 * weights + masks)
+    assert segmenter_bytes(config | {"rounds": 2}, 9, None) is None

@@ -9,19 +9,20 @@ import pytest
 from pipeline.files_server import FilesServer, resolve
 
 
-@pytest.fixture
-def reports(tmp_path: Path) -> Path:
-    folder = tmp_path / "artifacts" / "reports"
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("files")
+    folder = home / "artifacts" / "reports"
     (folder / "pictures").mkdir(parents=True)
     (folder / "demo-1.html").write_text("<p>mIoU</p>")
     (folder / "pictures" / "a b.png").write_bytes(b"png")
-    (tmp_path / "artifacts" / "secret.txt").write_text("secret")
-    (folder / "link.txt").symlink_to(tmp_path / "artifacts" / "secret.txt")
+    (home / "artifacts" / "secret.txt").write_text("secret")
+    (folder / "link.txt").symlink_to(home / "artifacts" / "secret.txt")
     (folder / "inside.html").symlink_to(folder / "demo-1.html")
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(reports: Path) -> Iterator[FilesServer]:
     with FilesServer(reports, 0) as server:
         server.start()

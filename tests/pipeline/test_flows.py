@@ -14,29 +14,13 @@ from pipeline.embedded_server import EmbeddedServer
 from pipeline.engines import resolve_engine
 from pipeline.prefect_environment import bypass_proxy, set_prefect_environment
 from stages.errors import EnvironmentFailure
+from tests.pipeline.tiny_run import tiny_yaml
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["prepare_data", "train_classifier", "make_attention", "make_masks", "train_segmenter", "evaluate"]
 
 # workers: 2 is on purpose: inside a Prefect process every forked child dies, so this fails unless stages have their own
-CONFIG = """
-name: tiny
-data: {format: synthetic, num_train: 6, num_val: 2, size_px: 64, num_classes: 2}
-train_classifier:
-  backbone: {name: small}
-  method: {name: cam}
-  augment: {crop_px: 64, scale: [1.0, 1.0]}
-  training: {steps: 2, batch_size: 2, learning_rate: 0.05}
-make_attention: {scales: [1.0], flip: false}
-make_masks: {threshold: 0.3, refine: none}
-train_segmenter:
-  net: {name: largefov, backbone: {name: small}}
-  init: random
-  augment: {crop_px: 64}
-  training: {steps: 1, batch_size: 2, learning_rate: 0.01}
-evaluate: {multi_scale: false}
-runtime: {device: cpu, workers: 2, processes: 1, threads: 1}
-"""
+CONFIG = tiny_yaml(runtime={"workers": 2})
 
 
 @dataclass

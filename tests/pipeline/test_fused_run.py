@@ -16,6 +16,8 @@ from pipeline.shards import shard_count
 from pipeline.stage_table import TABLE
 from pipeline.yaml_models import load_model
 from stages.errors import ConfigError
+from tests.pipeline.here import wsss_here
+from tests.pipeline.test_whole_flow import SYNTHETIC, run, write_config
 
 FUSED = "make_attention.keep_maps=false"
 
@@ -69,25 +71,6 @@ def test_a_sweep_without_maps_is_refused_before_the_first_stage(tmp_path: Path) 
 # A whole run
 # ---------------------------------------------------------------------------------------------------------------------
 
-TINY = """
-name: tiny
-data: {format: synthetic, num_train: 12, num_val: 4, size_px: 64, num_classes: 3}
-train_classifier:
-  backbone: {name: small}
-  method: {name: cam}
-  augment: {crop_px: 64, scale: [0.8, 1.2]}
-  training: {steps: 3, batch_size: 4, learning_rate: 0.05}
-make_attention: {scales: [1.0], shard_images: 5}
-make_masks: {threshold: 0.3, crf: {iterations: 2}}
-train_segmenter:
-  init: classifier
-  net: {name: largefov, backbone: {name: small}}
-  augment: {crop_px: 64}
-  training: {steps: 3, batch_size: 4, learning_rate: 0.01}
-evaluate: {scales: [1.0]}
-runtime: {device: cpu, workers: 0, processes: 2, threads: 1}
-"""
-
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
@@ -116,9 +99,9 @@ def masks_of(folder: Path, document: dict) -> tuple[dict[str, str], dict[str, st
 
 @pytest.mark.slow
 def test_a_run_without_maps_is_the_run_with_them_but_for_the_score_of_attention(tmp_path: Path) -> None:
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    kept = finish(start(tmp_path, "run", "tiny.yaml", "--engine", "local"))
-    fused = finish(start(tmp_path, "run", "tiny.yaml", "--engine", "local", "--set", FUSED))
+    write_config(tmp_path, SYNTHETIC)
+    kept = run(tmp_path)
+    fused = run(tmp_path, "--set", FUSED)
     assert [stage["state"] for stage in fused["stages"]] == ["cached"] * 2 + ["built"] * 4
     attention = {name for name in kept["metrics"] if name.startswith("attention.")}
     assert attention >= {"attention.miou", "attention.miou_oracle", "attention.bytes_per_image"}
@@ -129,6 +112,6 @@ def test_a_run_without_maps_is_the_run_with_them_but_for_the_score_of_attention(
     assert "mIoU of the attention maps by threshold" not in report
 
     shared = ("stage", "make_masks", "tiny.yaml", "--set", FUSED, "--set", "runtime.shards=3", "--artifacts", "shared")
-    finish(start(tmp_path, "run", *shared[2:], "--engine", "local", "--until", "make_attention"))
+    wsss_here(tmp_path, "run", *shared[2:], "--engine", "local", "--until", "make_attention")
     both = [finish(process) for process in [start(tmp_path, *shared), start(tmp_path, *shared)]]
     assert [masks_of(tmp_path, document)[1] for document in both] == [masks_of(tmp_path, fused)[1]] * 2

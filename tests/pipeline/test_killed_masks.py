@@ -16,45 +16,20 @@ from pathlib import Path
 import pytest
 
 from stages.contracts import read_index_mask
+from tests.pipeline.here import wsss_here
+from tests.pipeline.tiny_run import tiny_yaml
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="/proc")]
 
 NUM_IMAGES = 48
 
-CONFIG = """
-name: killed
-data: {format: synthetic, num_train: 48, num_val: 2, size_px: 96, num_classes: 3}
-prepare_data: {holdout_ratio: 0}
-train_classifier:
-  backbone: {name: small}
-  method: {name: cam}
-  augment: {crop_px: 64, scale: [0.8, 1.2]}
-  training: {steps: 3, batch_size: 4, learning_rate: 0.05}
-make_attention: {scales: [1.0], shard_images: 7}
-make_masks: {threshold: 0.3, crf: {iterations: 150, backend: pydensecrf}}
-train_segmenter:
-  init: classifier
-  net: {name: largefov, backbone: {name: small}}
-  augment: {crop_px: 64}
-  training: {steps: 1, batch_size: 4, learning_rate: 0.01}
-runtime: {device: cpu, workers: 1, processes: 2, threads: 1}
-"""
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pipeline.cli", *arguments]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-
-
-def wsss(folder: Path, *arguments: str) -> dict:
-    done = subprocess.run(
-        command(*arguments, "--json"), cwd=folder, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    return json.loads(done.stdout)
+CONFIG = tiny_yaml(
+    data={"num_train": NUM_IMAGES, "size_px": 96, "num_classes": 3},
+    prepare_data={"holdout_ratio": 0},
+    make_attention={"shard_images": 7},
+    make_masks={"refine": "crf", "crf": {"iterations": 150, "backend": "pydensecrf"}},
+    runtime={"workers": 1, "processes": 2},
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the config and the artifacts up to the classifier."""
     folder = tmp_path_factory.mktemp("killed")
     (folder / "tiny.yaml").write_text(CONFIG)
-    wsss(folder, "run", "tiny.yaml", "--engine", "local", "--until", "train_classifier")
+    wsss_here(folder, "run", "tiny.yaml", "--engine", "local", "--until", "train_classifier")
     return folder
 
 
@@ -133,15 +108,15 @@ def wait_for(condition: Callable[[], bool], run: subprocess.Popen[bytes], second
 def test_three_kills_leave_no_trace(trained: Path, tmp_path: Path, keep_maps: str, seed: int) -> None:
     options = ["tiny.yaml", "--set", f"make_attention.keep_maps={keep_maps}"]
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    wsss(tmp_path, "run", *options, "--engine", "local", "--until", "make_attention")
+    wsss_here(tmp_path, "run", *options, "--engine", "local", "--until", "make_attention")
     shutil.copytree(tmp_path / "artifacts", tmp_path / "quiet")
-    quiet = wsss(tmp_path, "stage", "make_masks", *options, "--artifacts", "quiet")
+    quiet = wsss_here(tmp_path, "stage", "make_masks", *options, "--artifacts", "quiet")
 
     draw, there = random.Random(seed), 0
     for kill in draw.sample([kill_command, kill_stage, kill_worker], 3):
         there = begin_and_kill(tmp_path, options, kill, more_than=there + draw.randint(1, 8))
         assert there < NUM_IMAGES, "there is nothing left to do"
-    last = wsss(tmp_path, "stage", "make_masks", *options)
+    last = wsss_here(tmp_path, "stage", "make_masks", *options)
 
     assert [stage["state"] for stage in last["stages"]] == ["resumed"]
     assert last["metrics"] == quiet["metrics"]
@@ -162,9 +137,9 @@ def begin_and_kill(
         return list((folder / "artifacts" / "make_masks").glob(".work-*/masks/*.png"))
 
     run = subprocess.Popen(
-        command("stage", "make_masks", *options),
+        [sys.executable, "-m", "pipeline.cli", "stage", "make_masks", *options],
         cwd=folder,
-        env=environment(),
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

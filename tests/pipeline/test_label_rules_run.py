@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from stages.ops.confusion import read_confusions
 from tests.pipeline.test_whole_flow import SYNTHETIC, run, write_config
 
@@ -24,7 +22,6 @@ def only(folder: Path, stage: str) -> Path:
     return found
 
 
-@pytest.mark.slow
 def test_images_of_a_sweep_are_recorded_and_not_scored_and_shards_change_nothing(tmp_path: Path) -> None:
     overrides = [word for rule in RULES for word in ("--set", rule)]
     found = {}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from stages.contracts import SilentProgress
 from stages.data.check import check_data
 from stages.errors import ConfigError, InputError
 from tests.data.wsol_sets import write_cub, write_imagenet
+from tests.pipeline.here import wsss_here
 
 ONLY = ("evaluate.segmentation=false", "evaluate.localization={}")
 
@@ -149,26 +147,11 @@ runtime: {device: cpu, workers: 0, processes: 1, threads: 1}
 """
 
 
-def wsss(folder: Path, *arguments: str) -> dict:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments, "--json"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    return json.loads(done.stdout)
-
-
-@pytest.mark.slow
 def test_from_birds_to_boxes(tmp_path: Path) -> None:
     write_cub(tmp_path / "cub", num_train=16, num_test=8)
     (tmp_path / "tiny.yaml").write_text(TINY)
-    assert wsss(tmp_path, "data", "check", "tiny.yaml")["problems"] == []
-    first = wsss(tmp_path, "run", "tiny.yaml", "--engine", "local")
+    assert wsss_here(tmp_path, "data", "check", "tiny.yaml")["problems"] == []
+    first = wsss_here(tmp_path, "run", "tiny.yaml", "--engine", "local")
     states = {stage["stage"]: stage["state"] for stage in first["stages"]}
     assert states == {
         **dict.fromkeys(TABLE.names, "skipped"),
@@ -181,7 +164,7 @@ def test_from_birds_to_boxes(tmp_path: Path) -> None:
     assert metrics["localization.top1_loc"] <= metrics["localization.gt_known_loc"]
     assert metrics["localization.pxap"] > 0.5
     assert "MaxBoxAccV2" in (tmp_path / first["report"]).read_text()
-    again = wsss(tmp_path, "run", "tiny.yaml", "--engine", "local")
+    again = wsss_here(tmp_path, "run", "tiny.yaml", "--engine", "local")
     assert {stage["state"] for stage in again["stages"]} == {"cached", "skipped"}
     assert again["metrics"] == metrics
 

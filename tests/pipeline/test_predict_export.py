@@ -13,27 +13,18 @@ from PIL import Image
 
 from pipeline import cli
 from stages.contracts import read_index_mask
+from tests.pipeline.here import wsss_here
+from tests.pipeline.tiny_run import tiny_yaml
 
-pytestmark = pytest.mark.slow  # the run behind the fixture
-
-CONFIG = """
-name: tiny
-data: {format: synthetic, num_train: 8, num_val: 3, size_px: 64, num_classes: 3}
-train_classifier:
-  backbone: {name: small}
-  method: {name: cam}
-  augment: {crop_px: 64, scale: [1.0, 1.0]}
-  training: {steps: 1, batch_size: 2, learning_rate: 0.05}
-make_masks: {threshold: 0.3}
-train_segmenter:
-  supervision: full
-  init: random
-  net: {name: largefov, backbone: {name: small}}
-  augment: {crop_px: 64}
-  training: {steps: 25, batch_size: 8, learning_rate: 0.05}
-evaluate: {scales: [0.75, 1.0]}
-runtime: {device: cpu, workers: 0, processes: 1, threads: 1}
-"""
+CONFIG = tiny_yaml(
+    data={"num_train": 8, "num_val": 3, "num_classes": 3},
+    train_segmenter={
+        "supervision": "full",
+        "init": "random",
+        "training": {"steps": 25, "batch_size": 8, "learning_rate": 0.05},
+    },
+    evaluate={"multi_scale": True, "scales": [0.75, 1.0]},
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config, the store of its run up to the segmenter, and three shots."""
     home = tmp_path_factory.mktemp("home")
     (home / "tiny.yaml").write_text(CONFIG)
-    before = Path.cwd()
-    os.chdir(home)
-    try:
-        assert cli.main(["run", "tiny.yaml", "--engine", "local", "--until", "train_segmenter", "--json"]) == 0
-    finally:
-        os.chdir(before)
+    wsss_here(home, "run", "tiny.yaml", "--engine", "local", "--until", "train_segmenter")
     (images,) = home.glob("artifacts/prepare_data/*/data/JPEGImages")
     (home / "shots").mkdir()
     for path in sorted(images.glob("val_*"))[:3]:

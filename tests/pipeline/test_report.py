@@ -41,6 +41,7 @@ from stages.contracts import (
     write_index_mask,
     write_json,
 )
+from stages.evaluate import EvaluateConfig
 from stages.mask_steps import step_path
 from stages.ops.confusion import SparseConfusions, confusion_matrix, write_confusions
 
@@ -56,6 +57,7 @@ class FakeRun(StageConfig):
     data: dict[str, Any]
     train_classifier: dict[str, Any]
     train_segmenter: dict[str, Any]
+    evaluate: EvaluateConfig = EvaluateConfig()
 
 
 def make_run(name: str = "fake", supervision: str = "weak") -> FakeRun:
@@ -267,6 +269,7 @@ def test_page_draws_what_the_segmenter_takes_for_what(artifacts, tmp_path):
     assert "red fox taken for background: 50.00 % of its pixels (920)" in page.text
     assert 'class="on-dark"' in html
     assert 'class="on-light"' in html
+    assert [html.count(f">{axis}</text>") for axis in ("true", "predicted")] == [1, 1]
     del artifacts["evaluate"]
     assert "taken for background" not in build(artifacts, tmp_path / "report.html")[1].text
 
@@ -346,6 +349,21 @@ def test_page_of_a_fully_supervised_run_says_what_is_left_out(artifacts, tmp_pat
     assert page.text.count("skipped") == 3
 
 
+def test_page_says_which_pixel_masks_a_weak_run_has_seen(artifacts, tmp_path):
+    run, manifests = make_run(), make_manifests(artifacts)
+    run.train_segmenter["init"] = "coco"
+    manifests["make_masks"]["content"]["mask_supervision"] = ["t.a", "t.b"]
+    page = Page(build_report(run, artifacts, manifests, None, tmp_path / "r.html").read_text("utf-8"))  # type: ignore[arg-type]
+    assert (
+        "5 training images with image-level labels and the true masks of 2 (make_masks) and a backbone trained on "
+        "COCO's pixel masks, supervision: weak."
+    ) in page.text
+    assert "Starts from" in page.text
+
+    _, page = build(artifacts, tmp_path / "r.html")
+    assert "5 training images with image-level labels, supervision: weak." in page.text
+
+
 def test_page_of_a_run_that_only_prepared_data(artifacts, tmp_path):
     _, page = build({"prepare_data": artifacts["prepare_data"]}, tmp_path / "report.html")
     assert "No stage has reported a number yet." in page.text
@@ -412,6 +430,23 @@ def test_score_images_matches_hand_computation(artifacts):
     assert scores == pytest.approx({f"v.{letter}": expected_miou(letter) for letter in RESULT_COLUMNS})
     assert scores["v.a"] == 1.0
     assert scores["v.e"] == 0.25  # no object found: (0 + 16/32) / 2
+
+
+def test_pictures_carry_the_scores_of_the_masks_that_were_written(artifacts, tmp_path):
+    """With ``predictions: multi_scale`` an image's score is that of its multi-scale mask."""
+    from stages.ops.confusion import read_confusions
+
+    path = artifacts["evaluate"] / "confusions.npz"
+    nothing = confusion_matrix(object_mask(1, TRUTH_COLUMNS), object_mask(1, 0), 3)
+    multi = SparseConfusions.from_matrices(3, [(f"v.{letter}", nothing) for letter in RESULT_COLUMNS])
+    write_confusions(path, read_confusions(path) | {"segmenter_ms": multi})
+    run = make_run().model_copy(update={"evaluate": EvaluateConfig(predictions="multi_scale", scales=(0.5, 1))})
+    single, _ = build(artifacts, tmp_path / "single.html")
+    html, _ = build(artifacts, tmp_path / "multi.html", run)
+    assert "one scale, no CRF (scored as segmenter.miou)" in single
+    assert "mean of scales 0.5, 1, each with its mirror image; no CRF (scored as segmenter.miou_ms)" in html
+    all_wrong = f"{expected_miou('e') * 100:.1f} %"
+    assert html.count(all_wrong) >= len(RESULT_COLUMNS) > single.count(all_wrong)
 
 
 def test_best_and_worst_share_no_image_and_are_in_order(artifacts):
@@ -621,6 +656,14 @@ def test_line_chart_goes_below_zero_where_a_value_does():
     assert texts[0] == "-2"
     assert low[1] == pytest.approx(chart.y_ticks[0].at, abs=0.1)
     assert low[1] > high[1]
+
+
+def test_marks_have_colours_that_no_line_has():
+    lines = {"a": [0.0, 1.0], "b": [1.0, 0.0]}
+    for names, styles in ((["a"], ["mark-0", "mark-1"]), (["a", "b"], ["mark-1", "mark-2"])):
+        chosen = {name: lines[name] for name in names}
+        chart = line_chart("t", x_label="x", y_label="y", x=[0, 1], lines=chosen, marks={"m": 0.5, "n": 1.0})
+        assert [mark.style for mark in chart.marks] == styles  # mark-n is drawn in the colour of line-(n + 1)
 
 
 def test_what_a_method_watches_stands_on_charts_of_its_own():

@@ -30,6 +30,7 @@ from pipeline.store import Store
 from pipeline.yaml_models import load_model
 from stages.contracts import Part
 from stages.errors import ConfigError, DataError, EnvironmentFailure, MissingArtifactError
+from tests.pipeline.here import stages_here
 
 ROOT = Path(__file__).parents[2]
 ITEMS = 11
@@ -597,16 +598,16 @@ TINY = [
 ]
 
 
-@pytest.mark.slow
 def test_attention_and_masks_in_shards_are_those_of_one_build(tmp_path: Path) -> None:
     """Six shards: of four files of attention, so that two are empty, and of eleven masks."""
     config = load_model(RunConfig, find_config("demo"), TINY)
     sharded = load_model(RunConfig, find_config("demo"), [*TINY, "runtime.shards=6"])
     one, many = Store(tmp_path / "one"), Store(tmp_path / "many")
-    run_pipeline(config, one, until="train_classifier")
-    shutil.copytree(one.root, many.root)
-    run_pipeline(config, one, until="make_masks")
-    outcome = run_pipeline(sharded, many, until="make_masks")
+    with stages_here():
+        run_pipeline(config, one, until="train_classifier")
+        shutil.copytree(one.root, many.root)
+        run_pipeline(config, one, until="make_masks")
+        outcome = run_pipeline(sharded, many, until="make_masks")
     assert [stage.state for stage in outcome.stages] == ["cached", "cached", "built", "built"]
     for stage in outcome.stages[2:]:
         assert stage.key is not None

@@ -51,6 +51,24 @@ def test_trainings_are_steps_times_batch_times_crop_area(tmp_path: Path) -> None
     assert other.path == ("deeplabv3", "resnet50", 16, "fp32")
 
 
+def test_rounds_are_trainings_and_labellings(tmp_path: Path) -> None:
+    first = count("train_segmenter", tmp_path)
+    two = ("train_segmenter.rounds=2", "train_segmenter.retraining={scales: [0.5, 1], flip: true}")
+    found = count("train_segmenter", tmp_path, *two)
+    assert (found.count, found.path) == (3 * first.count, first.path)
+    # 1000 images of 200,000 px at 0.25 + 1 of their area, mirrored too, by forward passes: a third of a step
+    assert found.cost == pytest.approx(3 * first.cost + 2 * 1000 * 2.5 * 200_000 / 3)
+    assert found.disk_bytes - first.disk_bytes > 2 * 1000 * (10_000 + 4096), "the masks of both, and weights"
+    squashed = count(
+        "train_segmenter", tmp_path, *two, "train_segmenter.augment={crop_px: 96, scale: [1, 1], resize: squash}"
+    )
+    # shorter side 96, longer 120
+    assert squashed.cost == pytest.approx(3 * first.cost + 2 * 1000 * 2.5 * 96 * 120 / 3)
+    refined = count("train_segmenter", tmp_path, *two, "train_segmenter.retraining.crf={backend: torch}")
+    assert refined.path == (*first.path, "torch")
+    assert count("train_segmenter", tmp_path, *two, data=replace(DATA, mean_px=None)).cost is None
+
+
 def test_attention_is_images_times_pixels_of_their_views(tmp_path: Path) -> None:
     work = count("make_attention", tmp_path)
     # scales 0.5, 1, 1.5: 0.25 + 1 + 2.25 = 3.5, each mirrored too

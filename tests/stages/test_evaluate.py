@@ -22,26 +22,28 @@ from stages.contracts import (
     ImageSet,
     Runtime,
     SilentProgress,
+    open_image_set,
     read_index_mask,
     read_json,
     write_index_mask,
     write_json,
 )
 from stages.data.transforms import IMAGE_MEAN, IMAGE_STD
-from stages.errors import DamagedFileError, DataError
+from stages.errors import DamagedFileError, DataError, EnvironmentFailure
 from stages.evaluate import EvaluateConfig, evaluate
 from stages.make_masks import MakeMasksConfig, make_masks
 from stages.nets.backbones import BackboneConfig
 from stages.nets.segmenters import LargeFovConfig, build_segmenter
 from stages.nets.trained import save_segmenter
 from stages.ops.boundaries import boundary_iou, count_boundaries
-from stages.ops.confusion import mean_iou, read_confusions
+from stages.ops.confusion import confusion_matrix, mean_iou, read_confusions
 from stages.ops.crf import CrfConfig
 from stages.ops.inference import in_fitting_batches, multi_scale_probabilities, network_size, predict_logits
 from stages.prediction import refine_prediction
 
 ONE = Runtime(processes=1, device="cpu", workers=0)
 SINGLE = EvaluateConfig(multi_scale=False)
+SMALL_CRF = CrfConfig(bilateral_sxy_px=20, bilateral_srgb=10, iterations=3)
 
 
 @pytest.fixture
@@ -120,6 +122,10 @@ class World:
             masks=self.masks if weak else None, data_root=self.data, out=self.out, progress=self.progress,
             runtime=runtime, **arguments,
         ).metrics  # fmt: skip
+
+    def truth(self, image_id: str) -> np.ndarray:
+        images = open_image_set(self.images, self.data)
+        return images.read_mask(images.index.record(image_id))
 
     def rewrite_index(self, change: Callable[[dict], None]) -> None:
         index = read_json(self.images / "index.json")
@@ -317,8 +323,7 @@ def test_multi_scale_and_crf_are_scored(
 ) -> None:
     net = use_colours()
     world = World(tmp_path, segmenter)
-    crf = CrfConfig(bilateral_sxy_px=20, bilateral_srgb=10, iterations=3)
-    config = EvaluateConfig(scales=(0.5, 1.0), crf=True, crf_config=crf)
+    config = EvaluateConfig(scales=(0.5, 1.0), crf=True, crf_config=SMALL_CRF)
     metrics = world.evaluate(config, weak=False)
     assert metrics["segmenter.miou"] == 1
     assert 0.6 < metrics["segmenter.miou_ms"] <= 1
@@ -327,16 +332,61 @@ def test_multi_scale_and_crf_are_scored(
     shutil.rmtree(world.out)
     assert world.evaluate(config, weak=False, runtime=Runtime(processes=2, device="cpu")) == metrics
     shutil.rmtree(world.out)
-    torch_crf = config.model_copy(update={"crf_config": crf.model_copy(update={"backend": "torch"})})
+    torch_crf = config.model_copy(update={"crf_config": SMALL_CRF.model_copy(update={"backend": "torch"})})
     assert world.evaluate(torch_crf, weak=False)["segmenter.miou_ms_crf"] == metrics["segmenter.miou_ms_crf"]
 
 
+@pytest.mark.parametrize("kind", ["single", "multi_scale", "multi_scale_crf"])
+def test_the_masks_asked_for_are_written_and_change_no_score(
+    tmp_path: Path, segmenter: Path, see_small: None, kind: str
+) -> None:
+    world = World(tmp_path, segmenter)  # an untrained net: each kind of mask differs from the others
+    single = EvaluateConfig(scales=(0.5, 1.0), crf=True, crf_config=SMALL_CRF)
+    plain = world.evaluate(single, weak=False)
+    counts = read_confusions(world.out / "confusions.npz")
+    shutil.rmtree(world.out)
+    config = EvaluateConfig.model_validate({**single.model_dump(), "predictions": kind})
+    assert world.evaluate(config, weak=False) == plain
+    alike: set[str] = set(counts)
+    for place, image_id in enumerate(counts["segmenter"].ids):
+        written = read_index_mask(world.out / "predictions" / f"{image_id}.png")
+        found = {
+            thing: np.array_equal(confusion_matrix(world.truth(image_id), written, 4), counts[thing].matrix(place))
+            for thing in counts
+        }
+        alike &= {thing for thing, is_same in found.items() if is_same}
+    assert alike == {config.written_score}, "the written masks have these counts, and no other masks do"
+    files = {path.name: path.read_bytes() for path in (world.out / "predictions").iterdir()}
+    shutil.rmtree(world.out)
+
+    def hide_truth(index: dict) -> None:
+        index["splits"] |= {"val": ["v0", "v1"], "test": ["v2"]}
+        for record in index["images"]:
+            record["mask"] = None if record["id"] in ("v1", "v2") else record["mask"]
+
+    world.rewrite_index(hide_truth)
+    world.evaluate(config.model_copy(update={"splits": ("val", "test")}), weak=False)
+    unscored = {path.name: path.read_bytes() for path in (world.out / "predictions").iterdir()}
+    assert unscored == files, "images without a true mask, and those of test, get the same kind"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EvaluateConfig(scales=(0.5, 1.0)),
+        EvaluateConfig(scales=(0.5, 1.0), crf=True, crf_config=SMALL_CRF, predictions="multi_scale_crf"),
+    ],
+    ids=lambda config: config.predictions,
+)
 def test_a_stopped_evaluation_continues_with_the_same_bytes(
-    tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    segmenter: Path,
+    use_colours: Callable[..., ColourNet],
+    monkeypatch: pytest.MonkeyPatch,
+    config: EvaluateConfig,
 ) -> None:
     net = use_colours(confuse=True)
     world = World(tmp_path, segmenter, threshold=0.5)
-    config = EvaluateConfig(scales=(0.5, 1.0))
     whole = world.evaluate(config)
     files = {path: path.read_bytes() for path in world.out.rglob("*.*")}
     shutil.rmtree(world.out)
@@ -400,6 +450,17 @@ def test_a_real_segmenter_is_loaded_and_predicts(tmp_path: Path, segmenter: Path
     assert read_index_mask(world.out / "predictions" / "v0.png").shape == size_of("v0")
 
 
+def test_an_image_that_the_device_does_not_hold_is_named_with_what_helps(
+    tmp_path: Path, segmenter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr("stages.ops.inference.predict_logits", refuse)
+    with pytest.raises(EnvironmentFailure, match=r"cpu does not hold one image of \d+ × \d+ pixels; .*short_side_px"):
+        World(tmp_path, segmenter).evaluate(weak=False)
+
+
 def test_other_classes_are_refused(tmp_path: Path, segmenter: Path) -> None:
     world = World(tmp_path, segmenter)
     world.rewrite_index(lambda index: index["classes"].update(names=["cat", "dog", "cow"]))
@@ -440,6 +501,11 @@ def test_half_of_the_weak_inputs_is_refused(tmp_path: Path, segmenter: Path) -> 
     [
         ({"crf": True, "multi_scale": False}, "needs multi_scale: true"),
         ({"scales": (0.5, 0.09)}, r"scales must lie in 0\.1 … 4"),
+        (
+            {"predictions": "multi_scale", "multi_scale": False},
+            "not made with multi_scale: false; set multi_scale: true",
+        ),
+        ({"predictions": "multi_scale_crf"}, r"not made with crf: false; set crf: true .* or predictions: single"),
         ({"splits": ("val", "val")}, "splits must differ"),
         ({"splits": ("train",)}, "'val' or 'test'"),
     ],
@@ -447,6 +513,18 @@ def test_half_of_the_weak_inputs_is_refused(tmp_path: Path, segmenter: Path) -> 
 def test_wrong_config_is_refused(wrong: dict[str, object], text: str) -> None:
     with pytest.raises(ValidationError, match=text):
         EvaluateConfig.model_validate(wrong)
+
+
+def test_the_words_for_the_masks_and_the_keys_of_earlier_configs() -> None:
+    assert "predictions" not in EvaluateConfig().model_dump(mode="json")
+    assert EvaluateConfig().describe_predictions() == "one scale, no CRF (scored as segmenter.miou)"
+    scales = EvaluateConfig(predictions="multi_scale", scales=(0.5, 1.0))
+    assert scales.model_dump(mode="json")["predictions"] == "multi_scale"
+    text = "mean of scales 0.5, 1, each with its mirror image; no CRF (scored as segmenter.miou_ms)"
+    assert scales.describe_predictions() == text
+    refined = EvaluateConfig(predictions="multi_scale_crf", crf=True, scales=(1.0,), flip=False)
+    text = "mean of scales 1; CRF deeplab_v2_resnet101 (scored as segmenter.miou_ms_crf)"
+    assert refined.describe_predictions() == text
 
 
 def test_no_torch_is_imported() -> None:

@@ -176,6 +176,47 @@ def test_other_files_are_left_alone_and_an_export_is_replaced_only_on_demand(seg
     load_export(*read_export(out))
 
 
+def test_an_export_that_fails_leaves_the_earlier_one_whole(segmenter: Path, copy: Path, monkeypatch):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    other = save_lively_segmenter(copy.parent / "other", seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            export(other, copy, onnx=False, force=True)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    load_export(*read_export(copy))
+    (copy / ".tmp-export").mkdir()
+    (copy / ".tmp-export" / "model.safetensors").write_bytes(b"half of it")  # as a killed export leaves it
+    export(other, copy, onnx=False, force=True)
+    assert {path.name for path in copy.iterdir()} == {"config.json", "model.safetensors"}
+    assert (copy / "model.safetensors").read_bytes() == (other / "segmenter.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("renamed", [0, 1])
+def test_an_export_killed_between_its_renames_is_named(copy: Path, tmp_path: Path, monkeypatch, renamed: int):
+    other = save_lively_segmenter(tmp_path / "other", seed=1)
+    rename, done = Path.replace, []
+
+    def stop(self: Path, target: Path) -> Path:
+        if self.parent.name == ".tmp-export" and not self.name.startswith(".tmp-"):
+            if len(done) == renamed:
+                raise KeyboardInterrupt
+            done.append(target)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export(other, copy, onnx=False, force=True)
+    if renamed:
+        with pytest.raises(DamagedFileError, match="export the model again"):
+            read_export(copy)
+    else:
+        read_export(copy)
+    export(other, copy, onnx=False, force=True)
+    read_export(copy)
+
+
 def test_damaged_tensors_are_named(copy: Path):
     data = bytearray((copy / "model.safetensors").read_bytes())
     data[-1] ^= 1

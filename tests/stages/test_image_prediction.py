@@ -269,6 +269,34 @@ def test_what_is_there_is_kept_and_counted(segmenter: Path, shots: Path, tmp_pat
     assert predict(segmenter, [shots], out, force=True).predicted == 4
 
 
+class Heard(SilentProgress):
+    """Progress as it was reported: task, and how far it came of how much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks: list[list[object]] = []
+        self.values: dict[str, float] = {}
+
+    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
+        self.tasks.append([task, done, total])
+
+    def advance(self, count: int = 1, **values: float) -> None:
+        self.tasks[-1][1] += count  # type: ignore[operator] - the second entry is a number
+        self.values = values
+
+
+def test_looking_at_what_is_there_is_heard_of(segmenter: Path, shots: Path, tmp_path: Path):
+    (shots / "text.jpg").write_text("no image")
+    for done in (0, 4, 2):
+        heard = Heard()
+        if done == 2:
+            (tmp_path / "out" / "1.png").unlink()
+            (tmp_path / "out" / "overlays" / "2.jpg").unlink()
+        predict(segmenter, [shots], tmp_path / "out", progress=heard)
+        assert heard.tasks == [["look at what is there", 5, 5], ["predict", 4, 4]], "one of the five is no image"
+        assert (heard.values.get("images_per_s", 0) > 0) == (done < 4), "four images were there"
+
+
 @pytest.mark.parametrize("change", ["options", "model", "image", "foreign", "damaged"])
 def test_a_file_of_another_origin_is_neither_taken_nor_replaced(
     segmenter: Path, shots: Path, tmp_path: Path, change: str

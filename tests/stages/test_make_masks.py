@@ -1,12 +1,14 @@
 """Pseudo-masks: by hand without refinement, fitted to edges with it; pool, continuing, warnings and errors."""
 
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +153,32 @@ class _Counter(SilentProgress):
 
     def advance(self, count: int = 1, **values: float) -> None:
         self.counted += count
+
+
+def test_masks_that_were_there_do_not_count_for_the_pace(tmp_path: Path) -> None:
+    """They are told with the first new one: the time left begins after it."""
+
+    class Told(SilentProgress):
+        def __init__(self) -> None:
+            super().__init__()
+            self.counts: list[int] = []
+
+        def advance(self, count: int = 1, **values: float) -> None:
+            self.counts.append(count)
+
+    world, config, progress = write_world(tmp_path), MakeMasksConfig(refine="none"), Told()
+    prepared, data, attention = world
+    inputs = {"images": prepared, "attention": attention, "data_root": data, "out": tmp_path / "out", "runtime": ONE}
+    make_masks(config, **inputs, progress=progress)
+    assert progress.counts == [1] * 5
+    for name in ("t3", "t4"):
+        (tmp_path / "out" / "masks" / f"{name}.png").unlink()
+    progress.counts.clear()
+    make_masks(config, **inputs, progress=progress)
+    assert progress.counts == [4, 1]
+    progress.counts.clear()
+    make_masks(config, **inputs, progress=progress)
+    assert progress.counts == [5], "all were there"
 
 
 @pytest.mark.parametrize("count", [2, 7])
@@ -535,6 +563,51 @@ def test_who_is_wanted_does_not_decide_the_batches_of_a_walk(tmp_path: Path) -> 
     np.testing.assert_array_equal(alone["t1"].maps, together["t1"].maps)
     assert batches[:-1] == [4], "all are seen at 32 × 32"
     assert batches[-1] == 4, "its neighbours came along"
+
+
+def _break_features(monkeypatch: pytest.MonkeyPatch, places: Collection[int]) -> None:
+    """Features of the images that come at these places have a cell of NaN."""
+    forward, count = MapWalker._forward, itertools.count()
+
+    def broken(self, inputs):
+        features = forward(self, inputs).clone()
+        if next(count) in places:
+            features[:, 0, 3, 3] = np.nan
+        return features
+
+    monkeypatch.setattr(MapWalker, "_forward", broken)
+
+
+def test_features_of_nan_leave_an_image_background_and_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, data, attention = write_world(tmp_path)
+    inputs = {"images": prepared, "data_root": data, "attention": attention, "runtime": ONE}
+    inputs["classifier"] = _write_classifier(tmp_path / "classifier")
+    config, progress = MakeMasksConfig(refine="random_walk", random_walk=SMALL_WALK), SilentProgress()
+    make_masks(config, **inputs, out=tmp_path / "whole", progress=SilentProgress())
+    _break_features(monkeypatch, (0, 2))
+    make_masks(config, **inputs, out=tmp_path / "out", progress=progress)
+    (warning,) = [text for text in progress.warnings if "NaN" in text]
+    assert warning.startswith("2 images have features that are NaN or infinite")
+    assert "('t0', 't2')" in warning
+    whole, found = _masks(tmp_path / "whole"), _masks(tmp_path / "out")
+    for name in ("t0", "t2"):
+        assert (whole[name] > 0).any()
+        assert not found[name].any()
+    for name in ("t1", "t3", "t4"):
+        np.testing.assert_array_equal(found[name], whole[name])
+
+
+def test_features_of_nothing_but_nan_end_the_walk_before_all_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.walked_maps._ALL_BROKEN", 3)
+    world = write_world(tmp_path)
+    _write_classifier(tmp_path / "classifier")
+    _break_features(monkeypatch, range(5))
+    with pytest.raises(InputError, match=r"found NaN or infinity in the first 3 images that walk; .* train it again"):
+        _walk(tmp_path, world, "out")
 
 
 def test_a_walk_without_a_classifier_or_with_a_wrong_layer_is_refused_before_work(tmp_path: Path) -> None:

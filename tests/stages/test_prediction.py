@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from stages import prediction
+from stages.contracts import ImageRecord
 from stages.ops.crf import CrfConfig
-from stages.prediction import PredictionConfig, refine_prediction, refine_predictions
+from stages.prediction import PredictionConfig, _Context, _refine_on_cuda, refine_prediction, refine_predictions
 
 SMALL = CrfConfig(backend="torch", bilateral_sxy_px=20, bilateral_srgb=10, iterations=3)
 
@@ -53,11 +55,13 @@ def test_on_cuda_the_scored_images_of_a_batch_are_refined_at_once(monkeypatch: p
 
     monkeypatch.setattr(prediction, "refine_predictions", refine)
     config = PredictionConfig(crf=True, crf_config=SMALL)
-    context = cast(Any, SimpleNamespace(config=config, device="cuda:0"))
+    scored = frozenset({"a", "c", "d"})
+    context = _Context(config, cast(Any, None), scored, Path(), Path(), device="cuda:0")
+    records = [ImageRecord(id=name, image=name, size=(2, 2)) for name in "abcd"]
     images = np.zeros((4, 2, 2, 3), np.uint8)
     multi = np.arange(4, dtype=np.float32)[:, None, None, None] * np.ones((1, 3, 2, 2), np.float32)
-    found = prediction._refine_on_cuda(context, images, multi, [True, False, True, True])
-    assert found == {0: 0, 2: 2, 3: 3}
+    assert _refine_on_cuda(context, records, images, multi) == {0: 0, 2: 2, 3: 3}
     assert sizes == [3, 1, 2, 1, 1], "what does not fit goes in halves"
-    context.device = "cpu"
-    assert prediction._refine_on_cuda(context, images, multi, [True] * 4) == {}
+    written = replace(context, masks="multi_scale_crf")
+    assert _refine_on_cuda(written, records, images, multi) == {0: 0, 1: 1, 2: 2, 3: 3}, "its mask is written too"
+    assert _refine_on_cuda(replace(context, device="cpu"), records, images, multi) == {}

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import numpy as np
 import pytest
 
-from stages.contracts import ClassList, SilentProgress, read_index_mask, read_json, write_index_mask
+from stages.contracts import (
+    ClassList,
+    ImageRecord,
+    Runtime,
+    SilentProgress,
+    read_index_mask,
+    read_json,
+    write_index_mask,
+)
 from stages.errors import InputError
 from stages.training import TrainingConfig
 from tests.stages.tiny_segmenters import digests, make_config, run, write_folders
@@ -101,10 +110,10 @@ def test_the_first_training_is_that_of_no_rounds_and_the_result_another(folders,
 PLACES = {
     "first training": ("stages.ops.losses.balanced_segmentation_cross_entropy", 4),
     "between weights and record": ("stages.nets.trained.write_json", 1),
-    "second mask": ("stages.round_masks.write_index_mask", 2),
+    "second mask": ("stages.round_labels.write_index_mask", 2),
     "stats": ("stages.round_masks.write_json", 1),
     "second training": ("stages.ops.losses.balanced_segmentation_cross_entropy", 14),
-    "third mask of round 2": ("stages.round_masks.write_index_mask", 7),
+    "third mask of round 2": ("stages.round_labels.write_index_mask", 7),
     "list of rounds": ("stages.rounds.write_json", 1),
     "cleaning up": ("stages.rounds.remove_checkpoint", 2),
 }
@@ -213,3 +222,43 @@ def test_rounds_are_in_the_key_only_where_there_are_some():
     assert content["retraining"]["crf"]["backend"] == "torch"
     assert content["label_smoothing"] == 0.1, "a round's loss is used, too"
     assert rounds_config(retraining={"crf": {"preset": "irn"}}).resolved("cuda").retraining.crf.backend == "torch"
+
+
+# -- the CRF, and ranks that wait -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", [1, 1, 1, 1, 1]), ("cuda:0", [3, 2])])
+def test_a_gpu_gets_the_images_of_a_batch_at_once(tmp_path, monkeypatch, device, sizes):
+    from stages.ops.crf import CrfConfig
+    from stages.round_labels import LabelledImage, LabellingContext, write_labels
+
+    seen = []
+
+    def refine(images, probabilities, crf, *, device):
+        seen.append(len(images))
+        return [each.argmax(axis=0).astype(np.uint8) for each in probabilities]
+
+    monkeypatch.setattr("stages.round_labels.refine_predictions", refine)
+    image, probabilities = np.zeros((2, 3, 3), np.uint8), np.zeros((2, 2, 3), np.float32)
+    probabilities[1, 0] = 1
+    jobs = [
+        LabelledImage(ImageRecord(id=f"i{number}", image="", size=(2, 3), labels=(number,)), image, probabilities)
+        for number in range(5)
+    ]
+    context = LabellingContext(CrfConfig(backend="torch"), tmp_path, 6, device)
+    assert len(list(write_labels(context, iter([jobs[:3], jobs[3:]]), Runtime()))) == 5
+    assert seen == sizes
+    for number in range(5):
+        assert read_index_mask(tmp_path / f"i{number}.png").tolist() == [[number + 1] * 3, [0] * 3]
+
+
+def test_a_rank_waits_for_the_files_of_the_others(tmp_path):
+    from stages.round_masks import _wait_for
+
+    files = [tmp_path / "first", tmp_path / "second"]
+    files[0].touch()
+    writer = threading.Timer(0.3, files[1].touch)
+    writer.start()
+    _wait_for(files)
+    assert files[1].exists()
+    writer.join()

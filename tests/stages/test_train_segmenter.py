@@ -18,7 +18,7 @@ from stages.contracts import (
     write_index_mask,
 )
 from stages.data.transforms import to_network_input
-from stages.errors import DamagedFileError, DataError, InputError, MissingArtifactError
+from stages.errors import DamagedFileError, DataError, EnvironmentFailure, InputError, MissingArtifactError
 from stages.nets.segmenters import build_segmenter
 from stages.nets.trained import load_segmenter
 from stages.segmenter_objective import match_sizes
@@ -475,6 +475,37 @@ def test_one_image_cannot_be_held_out(folders, tmp_path):
         DataError, match="validation holds out a share of the images with a mask, of which there is only"
     ):
         run(folders, tmp_path, make_config(training=TrainingConfig(steps=1, batch_size=1), **WATCHED))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"short_side_px": 36}, r" of 40 × 48 pixels, seen at 36 × 43, which .* smaller augment\.short_side_px"),
+        ({}, r" of 40 × 48 pixels, which .* set validation: null"),
+    ],
+    ids=["resized", "own size"],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 20 bytes"),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_a_held_out_image_larger_than_memory_is_named_and_no_batch_is_blamed(
+    folders, tmp_path, monkeypatch, error, sizes, named
+):
+    def predict_logits(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("stages.ops.inference.predict_logits", predict_logits)
+    config = make_config(augment={"crop_px": 32, "scale": [0.8, 1.2], **sizes}, **WATCHED)
+    with pytest.raises(
+        EnvironmentFailure, match=r"^cpu is out of memory for the held-out image 'img\d'" + named
+    ) as found:
+        run(folders, tmp_path, config)
+    assert "batch_size" not in str(found.value)
 
 
 # -- keys, passes, scales ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -662,8 +663,11 @@ def test_the_checkpoint_of_a_training_that_was_watched_is_another_one(tmp_path):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 20 bytes"),
+        cv2.error("OpenCV(4.12.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 20 bytes"),
+        MemoryError(),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
     ],
-    ids=["cuda", "cpu"],
+    ids=["cuda", "cpu", "opencv", "numpy", "loader"],
 )
 def test_a_crop_larger_than_memory_is_named_with_its_batch(tmp_path, error):
     def objective(model, batch, info):

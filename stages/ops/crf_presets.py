@@ -52,6 +52,6 @@ PRESETS: dict[CrfPreset, CrfNumbers] = {
 }
 """What the field's codes use, all with 10 iterations.
 
-SEC's training divides the widths by its stride of 12; psa is also SEAM's, irn also AdvCAM's, toco also DuPL's and
-SeCo's, deeplab_v2_resnet101 (from deeplab-pytorch) also CLIP-ES's.
+SEC's training divides the widths by 12 (its cells are 8 px apart); psa is also SEAM's, irn also AdvCAM's, toco also
+DuPL's and SeCo's, deeplab_v2_resnet101 (from deeplab-pytorch) also CLIP-ES's.
 """

@@ -5,7 +5,7 @@ Reads the store: run records, ``evaluate`` artifacts and the index of their ``pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import find_config, load_config
 from pipeline.invocation import write_invocation
 from pipeline.keys import plan_run
-from pipeline.runs import read_runs
+from pipeline.runs import RunRecord, read_runs
 from pipeline.store import MANIFEST
 from stages.contracts import ImageIndex, ImageRecord, open_image_set, read_json
 from stages.errors import ConfigError, DamagedFileError, InputError, MissingArtifactError
@@ -51,8 +51,9 @@ def find_scored_run(word: str, store: Store) -> ScoredRun:
     """Read the evaluation that ``word`` means.
 
     Args:
-        word: A config file or the name of a shipped config; the folder of an ``evaluate`` artifact; or a run id or the
-            key of an ``evaluate`` artifact, or the first digits of either.
+        word: A config file or the name of a shipped config; the folder of an ``evaluate`` artifact; the name of a run
+            (``demo``, ``demo-1f0c23ab``); or a run id or the key of an ``evaluate`` artifact, or the first digits of
+            either.
         store: Where runs and artifacts are; a folder may also lie in another store.
 
     Raises:
@@ -83,10 +84,10 @@ def _find_config(word: str) -> Path | None:
 
 
 def _find_key(word: str, store: Store) -> tuple[str, str]:
-    """Run name, which may be unknown, and key of the evaluation whose run id or key begins with ``word``."""
+    """Run name, which may be unknown, and key of the evaluation that ``word`` names, or whose id or key it begins."""
     records = [record for record in read_runs(store) if STAGE in record.keys]
     begun = [record for record in records if record.run_id.startswith(word) or record.path.stem == word]
-    found = {record.keys[STAGE]: record.name for record in begun}
+    found = {record.keys[STAGE]: record.name for record in begun or _called(word, records, store)}
     stage, _, digits = word.strip("/").rpartition("/")
     names = {record.keys[STAGE]: record.name for record in reversed(records)}
     for other, key in store.folders():
@@ -101,9 +102,19 @@ def _find_key(word: str, store: Store) -> tuple[str, str]:
     if found:
         raise InputError(f"{word} means {len(found)} evaluations; give more digits", sorted(found))
     raise InputError(
-        f"'{word}' is no config, run id, folder or key of an evaluation in {store.location}; "
+        f"'{word}' is no config, run name, run id, folder or key of an evaluation in {store.location}; "
         "`wsss artifacts list` shows what is there"
     )
+
+
+def _called(word: str, records: Sequence[RunRecord], store: Store) -> list[RunRecord]:
+    """The runs whose name, or name and key as in their title, is ``word``, and whose evaluation is there."""
+    named = [record for record in records if word in (record.name, _title(record.name, record.keys[STAGE]))]
+    return [record for record in named if store.lookup(STAGE, record.keys[STAGE]) is not None]
+
+
+def _title(name: str, key: str) -> str:
+    return "-".join(part for part in (name, key[:8]) if part)
 
 
 def _read_key(word: str, name: str, key: str, store: Store, command: str) -> ScoredRun:
@@ -112,8 +123,7 @@ def _read_key(word: str, name: str, key: str, store: Store, command: str) -> Sco
             f"the evaluation of {word} ({STAGE} {key}) is not in {store.location}; build it with: {command}"
         )
     artifact = store.require(STAGE, key)
-    title = "-".join(part for part in (name, key[:8]) if part)
-    return _read_files(word, title, key, artifact.path, _index_in(store, artifact))
+    return _read_files(word, _title(name, key), key, artifact.path, _index_in(store, artifact))
 
 
 def _index_in(store: Store, artifact: Artifact) -> ImageIndex | None:

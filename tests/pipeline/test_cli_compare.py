@@ -77,6 +77,16 @@ def test_the_document(store: Store, wsss_json) -> None:
     assert second > first
 
 
+def test_a_run_is_known_by_its_name(store: Store, wsss_json) -> None:
+    """Also by the title that the table prints; a run whose evaluation is gone does not count."""
+    write_record(store, "20260103-000000-cccccc", "plain", "1c" * 10)
+    assert [run["key"] for run in wsss_json("plain", "better-1b1b1b1b")["runs"]] == [ONE, TWO]
+    write_record(store, "20260104-000000-dddddd", "plain", TWO)
+    error = wsss_json("plain", "better", code=2)["error"]
+    assert "plain means 2 evaluations" in error["message"]
+    assert error["problems"] == [ONE, TWO]
+
+
 def test_localization_alone_is_compared_on_one_list_of_images_only(store: Store, wsss_json) -> None:
     other, third = "9" * 20, "8" * 20
     publish_data(store, other, ids=IDS[:9])
@@ -115,7 +125,7 @@ def test_a_config_means_its_evaluation(store: Store, wsss_json, tmp_path: Path) 
     [
         ((ONE,), 2, "at least two runs, found 1"),
         ((ONE, "1"), 2, "1 means 2 evaluations; give more digits"),
-        ((ONE, "nothing"), 2, "'nothing' is no config, run id, folder or key"),
+        ((ONE, "nothing"), 2, "'nothing' is no config, run name, run id, folder or key"),
         ((ONE, "none.yaml"), 2, "there is no config file none.yaml"),
         ((ONE, PREPARED), 2, "is an artifact of prepare_data; name one of evaluate"),
         ((ONE, "artifacts"), 2, "artifacts is no folder of an evaluate artifact: it has no confusions.npz"),

@@ -55,6 +55,9 @@ _BATCH_PX = 1 << 22
 _LOOK_EVERY_S = 0.2
 """Seconds between two looks for another rank's files."""
 
+_MANY_LOST = 0.1
+"""Share of the images' labels that may have no pixel before it is said that objects die out."""
+
 _LEAST = 1e-12
 """Keeps the sum over an image's labels above zero where the net is sure of another class."""
 
@@ -127,7 +130,9 @@ def make_round_masks(labelling: Labelling, number: int, *, segmenter: Path, prev
         if is_main():
             _wait_for([folder / f"{record.id}.png" for record in labelling.records])
             if not stats.exists():
-                write_json(stats, _compare(labelling.records, previous, folder, number))
+                found = _compare(labelling.records, previous, folder, number)
+                _warn_of_shrinking(labelling, found["num_lost_labels"], number)
+                write_json(stats, found)
         _wait_for([stats])
         wait_for_all()
     return folder
@@ -191,6 +196,17 @@ def _wait_for(files: Sequence[Path]) -> None:
     for path in files:
         while not path.exists():
             time.sleep(_LOOK_EVERY_S)
+
+
+def _warn_of_shrinking(labelling: Labelling, num_lost: int, number: int) -> None:
+    """Say that objects are dying out; each further round would say background where the one before did."""
+    num_labels = sum(len(record.labels or ()) for record in labelling.records)
+    if num_lost > _MANY_LOST * num_labels:
+        labelling.progress.warn(
+            f"round {number}: {num_lost:,} of the {num_labels:,} labels of images have no pixel in the masks that the "
+            "segmenter made; training on them makes objects rarer still. Take loss: balanced_cross_entropy, a longer "
+            "training, or fewer rounds"
+        )
 
 
 def _compare(records: Sequence[ImageRecord], previous: Path, folder: Path, number: int) -> dict[str, Any]:

@@ -125,7 +125,8 @@ def test_stopped_anywhere_it_ends_with_the_same_files(folders, tmp_path, place, 
     import importlib
 
     config = rounds_config(2, retraining={"start": "trained"}, validation={"every_steps": 4, "ratio": 0.5})
-    run(folders, tmp_path / "whole", config)
+    whole, continued = SilentProgress(), SilentProgress()
+    run(folders, tmp_path / "whole", config, progress=whole)
     module, _, name = PLACES[place][0].rpartition(".")
     original, calls = getattr(importlib.import_module(module), name), []
 
@@ -139,10 +140,9 @@ def test_stopped_anywhere_it_ends_with_the_same_files(folders, tmp_path, place, 
         patch.setattr(PLACES[place][0], killing)
         with pytest.raises(KeyboardInterrupt):
             run(folders, tmp_path / "killed", config)
-    progress = SilentProgress()
-    run(folders, tmp_path / "killed", config, progress=progress)
+    run(folders, tmp_path / "killed", config, progress=continued)
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
-    assert progress.warnings == []
+    assert set(continued.warnings) <= set(whole.warnings), "nothing is told that an unstopped call does not tell"
 
 
 def test_a_finished_round_is_not_trained_again(folders, tmp_path, monkeypatch):
@@ -204,6 +204,27 @@ def test_a_segmenter_that_labels_no_object_ends_the_rounds(folders, tmp_path, mo
     monkeypatch.setattr(LargeFov, "forward", background_only)
     with pytest.raises(InputError, match="label the 4 training images for round 1 says background everywhere"):
         run(folders, tmp_path, rounds_config(steps=2))
+
+
+def test_objects_that_die_out_are_told(folders, tmp_path, monkeypatch):
+    """A net that says red everywhere leaves nothing of the two green objects."""
+    import torch
+
+    from stages.nets.largefov import LargeFov
+
+    def red_only(self, images):
+        logits = torch.zeros(len(images), 3, 8, 8)
+        logits[:, 1] = 1 + 0 * self.classifier.bias.sum()
+        logits[:, 2] = -1
+        return logits
+
+    plain, told = SilentProgress(), SilentProgress()
+    run(folders, tmp_path / "plain", rounds_config(), progress=plain)
+    assert not any("have no pixel" in text for text in plain.warnings)
+    monkeypatch.setattr(LargeFov, "forward", red_only)
+    run(folders, tmp_path / "out", rounds_config(steps=2), progress=told)
+    [text] = [text for text in told.warnings if "have no pixel" in text]
+    assert text.startswith("round 1: 2 of the 4 labels of images have no pixel")
 
 
 def test_rounds_are_of_pseudo_masks_without_confidence():

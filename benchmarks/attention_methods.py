@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cells import Bench, Setting, commit, hardware, spread, table
+from cells import Bench, Setting, spread, table
+from provenance import commit, hardware
 
 from stages.contracts import Runtime
 from stages.data.synthetic import SyntheticConfig

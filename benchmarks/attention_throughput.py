@@ -33,8 +33,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import commit, hardware
 from PIL import Image
+from provenance import commit, hardware
 from torch import Tensor
 from torch.nn import functional
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -304,21 +301,6 @@ def _some(ids: Sequence[str], count: int | None) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # What every benchmark of methods prints
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def hardware() -> str:
-    """Processor, or GPU, and its number of cores."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def commit() -> str:
-    """The revision that is measured; empty outside a repository."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
 
 
 def spread(values: Sequence[float], *, scale: float = 100.0, digits: int = 1) -> str:

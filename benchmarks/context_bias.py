@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from attention_methods import SYNTHETIC, quick
-from cells import Bench, commit, hardware, spread, table
+from cells import Bench, spread, table
+from provenance import commit, hardware
 
 from stages.contracts import Runtime, SilentProgress, read_json, write_json
 from stages.data.synthetic import BIASED_LABEL, SyntheticConfig, val_group

@@ -20,9 +20,7 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from provenance import commit, processor
 from turns import measure
 
 from stages.contracts import AttentionRecord
@@ -303,19 +302,13 @@ def report(jobs: Sequence[Job], processes: int, rounds: int) -> dict[str, Any]:
         "images": len(jobs),
         "processes": processes,
         "rounds": rounds,
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "hardware": processor(),
         "commit": commit(),
     }
 
 
 def _ratio(name: str, value: float, target: float) -> dict[str, Any]:
     return {"name": name, "value": round(value, 3), "kind": "speedup", "target": target, "met": value >= target}
-
-
-def commit() -> str:
-    """The revision that is measured; empty outside a repository."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
 
 
 def main() -> None:

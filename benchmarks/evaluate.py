@@ -18,9 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from provenance import commit, processor
 from turns import measure
 
 from stages.contracts import read_index_mask
@@ -149,7 +147,7 @@ def report(pairs: Sequence[Pair], rounds: int, folder: Path) -> dict[str, Any]:
         "bytes_per_image": round(path.stat().st_size / len(pairs), 1),
         "images": len(pairs),
         "rounds": rounds,
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "hardware": processor(),
         "commit": commit(),
     }
 
@@ -162,12 +160,6 @@ def _ratio(name: str, value: float) -> dict[str, Any]:
         "target": TARGET,
         "met": round(value, 2) >= TARGET,
     }
-
-
-def commit() -> str:
-    """The revision that is measured; empty outside a repository."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import commit, hardware
+from provenance import commit, hardware
 
 from pipeline.disk_sizes import attention_bytes, masks_bytes
 from stages.contracts import ImageIndex, Runtime, SilentProgress, read_json, write_json

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from cells import commit, hardware
 from numpy.typing import NDArray
+from provenance import commit, hardware
 
 from pipeline.config import RunConfig, find_config, load_config
 from pipeline.runner import finished_artifacts

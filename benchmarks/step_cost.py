@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import commit, hardware
 from numpy.typing import NDArray
+from provenance import commit, hardware
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils._python_dispatch import TorchDispatchMode

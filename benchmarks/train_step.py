@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import commit, hardware
+from provenance import commit, hardware
 from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn import functional

@@ -210,7 +210,7 @@ class Page(HTMLParser):
 
 
 def build(artifacts: dict[str, Path], out: Path, run: FakeRun | None = None, **options: Any) -> tuple[str, Page]:
-    path = build_report(run or make_run(), artifacts, make_manifests(artifacts), None, out, **options)  # type: ignore[arg-type]
+    path = build_report(run or make_run(), artifacts, make_manifests(artifacts), None, out, **options)
     assert path == out
     html = path.read_text(encoding="utf-8")
     return html, Page(html)
@@ -295,7 +295,7 @@ def test_page_shows_what_each_step_of_the_masks_is_worth_with_pictures(artifacts
         for letter in RESULT_COLUMNS:
             path = step_path(artifacts["make_masks"], number, name, f"t.{letter}")
             write_index_mask(path, object_mask(1, 5 * number))
-    out = build_report(make_run(), artifacts, manifests, None, tmp_path / "report.html")  # type: ignore[arg-type]
+    out = build_report(make_run(), artifacts, manifests, None, tmp_path / "report.html")
     html = out.read_text(encoding="utf-8")
     page = Page(html)
     table = page.text[page.text.index("Masks after") :].split()
@@ -353,7 +353,7 @@ def test_page_says_which_pixel_masks_a_weak_run_has_seen(artifacts, tmp_path):
     run, manifests = make_run(), make_manifests(artifacts)
     run.train_segmenter["init"] = "coco"
     manifests["make_masks"]["content"]["mask_supervision"] = ["t.a", "t.b"]
-    page = Page(build_report(run, artifacts, manifests, None, tmp_path / "r.html").read_text("utf-8"))  # type: ignore[arg-type]
+    page = Page(build_report(run, artifacts, manifests, None, tmp_path / "r.html").read_text("utf-8"))
     assert (
         "5 training images with image-level labels and the true masks of 2 (make_masks) and a backbone trained on "
         "COCO's pixel masks, supervision: weak."

@@ -123,8 +123,9 @@ def train(
 
     Raises:
         InputError: a loss is not finite, the watch sees no point in going on, the data set is empty or a step has too
-            few images for its devices and passes, or ``out`` holds the checkpoint of another training or network.
-        EnvironmentFailure: the device is missing or out of memory.
+            few images for its devices and passes, the first step does not fit into the device's memory, or ``out``
+            holds the checkpoint of another training or network.
+        EnvironmentFailure: the device is missing, or out of memory after steps that fitted.
     """
     from stages.nets.shared_batch_norm import share_batch_norm
     from stages.ops.collectives import copy_from_first
@@ -164,9 +165,10 @@ def _memory_named(loop: _Loop) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         config = loop.config
+        kind = EnvironmentFailure if loop.step else InputError  # what fitted for a step has lost its memory to others
         crop = "" if loop.crop is None else f" with crops of {loop.crop[0]} x {loop.crop[1]} px"
         passes = "" if config.accumulate_steps == 1 else f" in {config.accumulate_steps} passes"
-        raise EnvironmentFailure(
+        raise kind(
             f"{loop.device} is out of memory at batch_size {config.batch_size}{passes}{crop}; raise "
             "training.accumulate_steps (the same batch in several passes), lower training.batch_size or "
             f"augment.crop_px, or use another runtime.device ({str(error).partition(chr(10))[0]})"

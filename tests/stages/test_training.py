@@ -674,8 +674,22 @@ def test_a_crop_larger_than_memory_is_named_with_its_batch(tmp_path, error):
         raise error
 
     reason = r"cpu is out of memory at batch_size 4 in 2 passes with crops of 8 x 8 px; raise training.accumulate_steps"
-    with pytest.raises(EnvironmentFailure, match=reason):
+    with pytest.raises(InputError, match=reason):
         run(tmp_path, objective=objective, config=CONFIG.model_copy(update={"accumulate_steps": 2}))
+
+
+def test_memory_that_runs_out_later_is_the_machines(tmp_path):
+    """Steps of the same size fitted before."""
+    calls = []
+
+    def objective(model, batch, info):
+        calls.append(1)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return squared_error(model, batch, info)
+
+    with pytest.raises(EnvironmentFailure, match="out of memory at batch_size 4"):
+        run(tmp_path, objective=objective)
 
 
 def test_another_runtime_error_is_nobodys_memory(tmp_path):

@@ -17,6 +17,7 @@ The document also has the time per image of the boundary scores, that of the 95 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import tempfile
 import time
@@ -169,10 +170,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--truths", type=Path, help="folder of true masks (.png) to use")
     arguments = parser.parse_args()
-    try:
-        import torchmetrics  # noqa: F401 - only whether the peer is there
-    except ImportError:
-        raise SystemExit("torchmetrics is not installed: there is no peer to measure against") from None
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise SystemExit("torchmetrics is not installed: there is no peer to measure against")
     pairs = find_pairs(arguments.truths, 8 if arguments.quick else 40)
     with tempfile.TemporaryDirectory() as folder:
         document = report(pairs, 3 if arguments.quick else 9, Path(folder))

@@ -13,6 +13,8 @@ from pipeline.invocation import DEFAULT_ARTIFACTS
 from pipeline.output import get_output
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from pipeline.comparison import Comparison, ScoreRow
     from stages.ops.bootstrap import Interval
 
@@ -20,7 +22,7 @@ RunsArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="RUN RUN...",
-        help="A config, a run id, or a key or folder of an evaluate artifact; the first is compared with.",
+        help="A config, a run's name or id, or a key or folder of an evaluate artifact; the first is compared with.",
     ),
 ]
 
@@ -108,7 +110,7 @@ def _show(found: Comparison, *, per_class: bool) -> None:
     console.print("(low … high): 95 % bootstrap interval over the images; ▲ share of resamples in which it is better")
 
 
-def _table(found: Comparison, rows: Sequence[ScoreRow]) -> Any:  # noqa: ANN401 - a rich Table, imported late
+def _table(found: Comparison, rows: Sequence[ScoreRow]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 

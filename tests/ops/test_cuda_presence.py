@@ -74,7 +74,7 @@ class _Nvml:
         return self.failure
 
     def nvmlDeviceGetCount_v2(self, count: object) -> int:
-        count._obj.value = self.count  # type: ignore[attr-defined]
+        count._obj.value = self.count
         return 0
 
     def nvmlShutdown(self) -> None:

@@ -56,7 +56,7 @@ def failed_task() -> dict:
         def body() -> None:
             raise DataError("remove the damaged images", ["a.jpg: truncated"])
 
-        run_as_task("make_masks", body)  # type: ignore[arg-type]
+        run_as_task("make_masks", body)
 
     try:
         failing()

@@ -472,7 +472,7 @@ def test_up_twice_a_killed_worker_and_down(home: Path, monkeypatch: pytest.Monke
         states = [first[name]["state"] for name in ("server", "supervisor")]
         assert [*states, worker["state"], first["pool"]["state"]] == ["started", "started", "started", "created"]
         assert worker["gpu"] is None
-        assert PrefectApi(first["api_url"]).work_pool("wsss")["concurrency_limit"] == 2  # type: ignore[index]
+        assert PrefectApi(first["api_url"]).work_pool("wsss")["concurrency_limit"] == 2
         marked = len(find_marked("WSSS_TEST_HOME", str(home)))
 
         second = wsss(*up)

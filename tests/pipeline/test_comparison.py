@@ -68,7 +68,7 @@ def test_three_runs_are_each_compared_with_the_first() -> None:
     assert better is not None
     assert worse is not None
     assert (better.better_ratio, worse.better_ratio) == (1, 0)
-    assert better.value == pytest.approx(row.values[1] - row.values[0])  # type: ignore[operator] - no score is None here
+    assert better.value == pytest.approx(row.values[1] - row.values[0])
 
 
 def test_what_a_run_does_not_have_is_left_open() -> None:
@@ -98,7 +98,7 @@ def test_training_scores_stand_on_the_common_images() -> None:
     """GAIN_ext leaves out the images whose masks it was trained on; what is known of other images only is left out."""
     all_images, some = counts(0.6), counts(0.6).select(IDS[5:])
     one, two = scored_run("a", {"masks": all_images}), scored_run("b", {"masks": some})
-    one.metrics["masks.coverage"] = two.metrics["masks.coverage"] = 0.9  # type: ignore[index] - Mapping, a dict here
+    one.metrics["masks.coverage"] = two.metrics["masks.coverage"] = 0.9
     found = compare_runs([one, two])
     row = find(found.rows, "masks.miou")
     assert row.num_images == len(IDS) - 5
@@ -181,8 +181,8 @@ def test_one_run_is_no_comparison() -> None:
 def test_cells_in_words() -> None:
     runs = [scored_run(str(right), {"segmenter": counts(right, seed=3)}) for right in (0.5, 0.8)]
     row = find(compare_runs(runs).rows, "segmenter.miou")
-    low, value, high = row.intervals[0].low, row.values[0], row.intervals[0].high  # type: ignore[union-attr] - neither is None here
-    assert value_text(row, 0) == f"{value * 100:.1f} % ({low * 100:.1f} … {high * 100:.1f})"  # type: ignore[operator] - no score is None here
+    low, value, high = row.intervals[0].low, row.values[0], row.intervals[0].high
+    assert value_text(row, 0) == f"{value * 100:.1f} % ({low * 100:.1f} … {high * 100:.1f})"
     assert difference_text(row, 0) == ""
     assert difference_text(row, 1).endswith("▲ 100 %")
     same = find(compare_runs([runs[0], runs[0]]).rows, "segmenter.miou")

@@ -39,7 +39,7 @@ def make(*, is_terminal: bool = False) -> tuple[ConsoleListener, Clock, io.Strin
 
 def outcome(stage: str, state: str = "built", seconds: float = 71.3, **metrics: float) -> StageOutcome:
     named = {name.replace("__", "."): value for name, value in metrics.items()}
-    return StageOutcome(stage, "k" * 20, Path("artifacts"), state, seconds, named)  # type: ignore[arg-type]
+    return StageOutcome(stage, "k" * 20, Path("artifacts"), state, seconds, named)
 
 
 def test_time_left_counts_only_the_units_of_this_process():
@@ -150,7 +150,7 @@ def test_progress_of_this_process_reaches_the_listener():
 def test_plan_says_what_is_built_and_what_is_there():
     console = Console(file=(file := io.StringIO()), width=120)
     stages = [
-        StageStatus(stage, state, None, None)  # type: ignore[arg-type]
+        StageStatus(stage, state, None, None)
         for stage, state in (("a", "cached"), ("b", "cached"), ("c", "partial"), ("d", "skipped"), ("e", "damaged"))
     ]
     print_plan(console, stages, forced=9)

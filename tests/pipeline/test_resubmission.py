@@ -127,7 +127,7 @@ class FakeApi:
 
 
 def watch(api: FakeApi) -> Resubmitter:
-    return Resubmitter(api, "wsss", logging.getLogger("test"))  # type: ignore[arg-type]
+    return Resubmitter(api, "wsss", logging.getLogger("test"))
 
 
 def test_a_crashed_run_goes_back_into_its_queue_once():

@@ -33,7 +33,7 @@ def finished(store: Store, factor: float, name: str = "fake") -> Plan:
 
 
 def removed(store: Store, **options: object) -> list[str]:
-    found = prune(store, dry_run=False, **options)  # type: ignore[arg-type]
+    found = prune(store, dry_run=False, **options)
     assert not any(removal.path.exists() for removal in found)
     return sorted(removal.path.relative_to(store.root).as_posix() for removal in found)
 

@@ -276,7 +276,7 @@ def test_val_may_have_masks_for_some_images_and_test_for_none(
 
     world.rewrite_index(change)
     said: list[str] = []
-    world.progress.info = said.append  # type: ignore[method-assign]
+    world.progress.info = said.append
     metrics = world.evaluate(EvaluateConfig(splits=("val", "test")), weak=False)
     assert metrics["segmenter.iou"] == {"background": 1.0, "cat": 1.0}
     assert sorted(path.stem for path in (world.out / "predictions").iterdir()) == sorted(VAL)
@@ -398,7 +398,7 @@ def test_a_stopped_evaluation_continues_with_the_same_bytes(
         if sum(counted) == len(TRAIN) + 3:
             raise KeyboardInterrupt
 
-    world.progress.advance = stop_after_the_first_batch  # type: ignore[method-assign]
+    world.progress.advance = stop_after_the_first_batch
     with pytest.raises(KeyboardInterrupt):
         world.evaluate(config)
     kept = sorted(path.name for path in (world.out / "partial").iterdir())
@@ -406,7 +406,7 @@ def test_a_stopped_evaluation_continues_with_the_same_bytes(
         "segmenter-00000.npz", "training-00000.npz", "training-00000.sweep.json", "training-00001.npz",
         "training-00001.sweep.json",
     ]  # fmt: skip
-    world.progress.advance = advance  # type: ignore[method-assign]
+    world.progress.advance = advance
     net.seen.clear()
     monkeypatch.setattr("stages.scoring.upsample_maps", lambda _: pytest.fail("a finished shard is scored again"))
     assert world.evaluate(config) == whole

@@ -281,7 +281,7 @@ class Heard(SilentProgress):
         self.tasks.append([task, done, total])
 
     def advance(self, count: int = 1, **values: float) -> None:
-        self.tasks[-1][1] += count  # type: ignore[operator] - the second entry is a number
+        self.tasks[-1][1] += count
         self.values = values
 
 

@@ -71,7 +71,7 @@ def write_step(made: Path, number: int, name: str, masks: Mapping[str, np.ndarra
 def miou_of(masks: Mapping[str, np.ndarray], unsure: str = "background") -> float:
     truths = cut(0)
     pairs = [(truths[image_id], mask) for image_id, mask in masks.items()]
-    return mean_iou(sum(confusion_matrix(truth, mask, 4, unsure=unsure) for truth, mask in pairs))  # type: ignore[arg-type]
+    return mean_iou(sum(confusion_matrix(truth, mask, 4, unsure=unsure) for truth, mask in pairs))
 
 
 def test_every_step_is_scored_from_its_own_files(world: World, tmp_path: Path) -> None:

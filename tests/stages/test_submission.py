@@ -111,7 +111,7 @@ def test_an_archive_has_the_masks_and_nothing_that_changes(tmp_path: Path) -> No
             (0, 0, 0, "", "", 0o644, True)
         }
         for info, (image_id, path) in zip(members, made[::-1], strict=True):
-            with Image.open(archive.extractfile(info)) as image:  # type: ignore[arg-type]
+            with Image.open(archive.extractfile(info)) as image:
                 assert image.mode == "P"
                 assert bytes(image.getpalette() or ()) == voc_palette().tobytes()
                 assert np.asarray(image).shape == SIZES[image_id]
@@ -128,7 +128,7 @@ def test_some_classes_become_vocs_values_by_name(tmp_path: Path) -> None:
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
         name = f"{result_folder('comp5')}/2008_000006.png"
         assert name == "results/VOC2012/Segmentation/comp5_test_cls/2008_000006.png"
-        with Image.open(archive.extractfile(name)) as image:  # type: ignore[arg-type]
+        with Image.open(archive.extractfile(name)) as image:
             np.testing.assert_array_equal(np.asarray(image), values[read_index_mask(tmp_path / "2008_000006.png")])
 
 

@@ -60,7 +60,7 @@ def run(config: MakeMasksConfig, world: World, out: Path, **others: object):
     progress = SilentProgress()
     return make_masks(
         config, images=prepared, attention=attention, data_root=data, out=out, progress=progress, runtime=ONE,
-        **others,  # type: ignore[arg-type]
+        **others,
     )  # fmt: skip
 
 

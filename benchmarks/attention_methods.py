@@ -27,14 +27,14 @@ from cells import Bench, Setting, spread, table
 from provenance import commit, hardware
 
 from stages.contracts import Runtime
-from stages.data.synthetic import SyntheticConfig
+from stages.data.adapters.synthetic import SyntheticConfig
+from stages.data.adapters.voc import VocConfig
 from stages.data.transforms import AugmentConfig
-from stages.data.voc import VocConfig
 from stages.errors import InputError
 from stages.make_attention import MakeAttentionConfig
 from stages.methods import METHODS, MethodConfig
-from stages.nets.backbones import BackboneConfig
-from stages.training import TrainingConfig
+from stages.nets.backbones.config import BackboneConfig
+from stages.training.loop import TrainingConfig
 
 
 @dataclass(frozen=True)

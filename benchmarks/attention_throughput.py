@@ -51,8 +51,8 @@ from stages.data.transforms import IMAGE_MEAN, IMAGE_STD
 from stages.make_attention import MakeAttentionConfig, make_attention
 from stages.make_masks import MakeMasksConfig, make_masks
 from stages.methods.cam import CamConfig
-from stages.methods.trained import ClassifierDescription, build_classifier, load_classifier, save_classifier
-from stages.nets.backbones import BackboneConfig
+from stages.methods.classifier_files import ClassifierDescription, build_classifier, load_classifier, save_classifier
+from stages.nets.backbones.config import BackboneConfig
 from stages.nets.classifier import Classifier
 
 SIZES = ((375, 500), (500, 375), (333, 500), (375, 500), (500, 334), (375, 500), (281, 500), (375, 500))

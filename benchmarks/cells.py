@@ -36,12 +36,12 @@ from stages.make_attention import MakeAttentionConfig, make_attention
 from stages.methods import MethodConfig
 from stages.methods.cam import CamConfig
 from stages.methods.gradcam import GradCamConfig
-from stages.nets.backbones import BackboneConfig
-from stages.ops.confusion import ThresholdSweep, mean_iou
+from stages.nets.backbones.config import BackboneConfig
+from stages.ops.metrics.confusion import ThresholdSweep, mean_iou
 from stages.ops.seeds import cut_byte, strongest_map, to_class_indices, upsample_maps
 from stages.prepare_data import PrepareDataConfig, prepare_data
 from stages.train_classifier import TrainClassifierConfig, train_classifier
-from stages.training import TrainingConfig
+from stages.training.loop import TrainingConfig
 
 TIMED_STEPS = 24
 """Training steps that a method's cost is measured over."""

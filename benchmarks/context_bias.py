@@ -24,10 +24,10 @@ from cells import Bench, spread, table
 from provenance import commit, hardware
 
 from stages.contracts import Runtime, SilentProgress, read_json, write_json
-from stages.data.synthetic import BIASED_LABEL, SyntheticConfig, val_group
+from stages.data.adapters.synthetic import BIASED_LABEL, SyntheticConfig, val_group
 from stages.methods import METHODS, MethodConfig
-from stages.methods.scoring import predict_logits
-from stages.methods.trained import load_classifier
+from stages.methods.classifier_files import load_classifier
+from stages.scoring.label_scores import predict_logits
 
 DATA = SyntheticConfig(context_bias=1.0, num_val=600)
 SETTING = replace(SYNTHETIC, name="context_bias", data=DATA)

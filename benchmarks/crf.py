@@ -36,9 +36,16 @@ from turns import measure
 from stages.contracts import AttentionRecord
 from stages.errors import ConfigError
 from stages.make_masks import MakeMasksConfig, refine_mask
-from stages.ops.confusion import confusion_matrix, mean_iou
-from stages.ops.crf import CrfConfig, dense_crf, label_unary, open_crf_batch, probability_unary, resolve_crf_backend
-from stages.ops.cuda_presence import has_cuda
+from stages.ops.crf.cuda_presence import has_cuda
+from stages.ops.crf.dense_crf import (
+    CrfConfig,
+    dense_crf,
+    label_unary,
+    open_crf_batch,
+    probability_unary,
+    resolve_crf_backend,
+)
+from stages.ops.metrics.confusion import confusion_matrix, mean_iou
 from stages.ops.pool import map_ordered, num_processes
 from stages.ops.seeds import (
     ConfidentThresholds,
@@ -213,7 +220,7 @@ def miou(jobs: Sequence[Job], masks: Sequence[NDArray[np.uint8]]) -> dict[str, f
 
 def mean_steps(jobs: Sequence[Job]) -> dict[str, float]:
     """Mean-field steps of ten that the early stop leaves, in the mean over images and both labellings."""
-    from stages.ops.crf_native import PydenseCrf
+    from stages.ops.crf.native import PydenseCrf
 
     thresholds = ConfidentThresholds()
     found: dict[str, float] = {}

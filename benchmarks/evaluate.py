@@ -31,9 +31,9 @@ from provenance import commit, processor
 from turns import measure
 
 from stages.contracts import read_index_mask
-from stages.ops.bootstrap import NUM_RESAMPLES, interval, mean_over_classes, resample_iou
-from stages.ops.boundaries import count_boundaries
-from stages.ops.confusion import SparseConfusions, confusion_matrix, iou, write_confusions
+from stages.ops.metrics.bootstrap import NUM_RESAMPLES, interval, mean_over_classes, resample_iou
+from stages.ops.metrics.boundaries import count_boundaries
+from stages.ops.metrics.confusion import SparseConfusions, confusion_matrix, iou, write_confusions
 
 NUM_CLASSES = 21
 SIZE = (375, 500)

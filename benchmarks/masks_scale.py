@@ -33,15 +33,15 @@ from typing import Any
 import torch
 from provenance import commit, hardware
 
-from pipeline.disk_sizes import attention_bytes, masks_bytes
+from pipeline.engine.disk_sizes import attention_bytes, masks_bytes
 from stages.contracts import ImageIndex, Runtime, SilentProgress, read_json, write_json
-from stages.data.synthetic import SyntheticConfig
+from stages.data.adapters.synthetic import SyntheticConfig
 from stages.make_attention import MakeAttentionConfig, make_attention
 from stages.make_masks import MakeMasksConfig, make_masks
 from stages.methods.cam import CamConfig
-from stages.methods.trained import ClassifierDescription, build_classifier, save_classifier
-from stages.nets.backbones import BackboneConfig
-from stages.ops.crf import CrfConfig
+from stages.methods.classifier_files import ClassifierDescription, build_classifier, save_classifier
+from stages.nets.backbones.config import BackboneConfig
+from stages.ops.crf.dense_crf import CrfConfig
 from stages.prepare_data import PrepareDataConfig, prepare_data
 
 COUNTS, QUICK_COUNTS = (1000, 2000, 4000), (40, 80, 160)

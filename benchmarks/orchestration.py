@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.prefect_environment import set_private
-from pipeline.provenance import describe_machine
+from pipeline.flows.environment import set_private
+from pipeline.store.provenance import describe_machine
 from stages.contracts import read_json
 
 CONFIG = """
@@ -165,7 +165,7 @@ def _submit(deployment: str, parameters: dict[str, Any]) -> None:
 
 
 def _wsss(folder: Path, *words: str, environment: dict[str, str] | None = None) -> None:
-    command = [sys.executable, "-P", "-m", "pipeline.cli", *words]
+    command = [sys.executable, "-P", "-m", "pipeline.cli.main", *words]
     done = subprocess.run(
         command, cwd=folder, env=environment or dict(os.environ), capture_output=True, text=True, check=False
     )

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from provenance import commit, hardware
 
-from pipeline.config import RunConfig, find_config, load_config
-from pipeline.runner import finished_artifacts
-from pipeline.store import open_store
+from pipeline.config.run_config import RunConfig, find_config, load_config
+from pipeline.engine.run import finished_artifacts
+from pipeline.store.artifacts import open_store
 from stages.contracts import (
     BACKGROUND_INDEX,
     IGNORE_INDEX,
@@ -40,10 +40,10 @@ from stages.contracts import (
 )
 from stages.data.splits import hash_half
 from stages.make_masks import MakeMasksConfig, refine_mask
+from stages.masks.walked_maps import MapWalker
 from stages.ops.competition import settle_classes
-from stages.ops.confusion import confusion_matrix, mean_iou
+from stages.ops.metrics.confusion import confusion_matrix, mean_iou
 from stages.ops.pool import map_ordered, num_processes
-from stages.walked_maps import MapWalker
 
 THRESHOLDS = (0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.25)
 QUICK_THRESHOLDS = (0.05, 0.1, 0.2)

@@ -39,17 +39,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from stages.devices import deterministic
 from stages.methods.adl import AdlConfig
 from stages.methods.base import Method
 from stages.methods.cam import CamConfig
 from stages.methods.gain import GainConfig
 from stages.methods.gradcam import ChannelWeights, GradCamConfig, grad_cam
-from stages.nets.backbone_builders import build_backbone
-from stages.nets.backbones import OUTPUT_STRIDES, BackboneConfig, BackboneName, HeadName
+from stages.nets.backbones.builders import build_backbone
+from stages.nets.backbones.config import OUTPUT_STRIDES, BackboneConfig, BackboneName, HeadName
 from stages.nets.classifier import Classifier
 from stages.nets.layers import find_layer
-from stages.ops.gradcam import label_pairs
+from stages.ops.devices import deterministic
+from stages.ops.gradient_maps import label_pairs
 from stages.ops.step import StepInfo
 
 NUM_CLASSES = 20

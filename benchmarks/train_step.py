@@ -2,10 +2,10 @@
 
 Both train equal copies of the network from the same start, by the same SGD groups and poly schedule, with a
 cross-entropy over the pixels of the crop.  The bare loop is what one writes by hand: forward, loss, backward, step; its
-images lie on the device already, as floats, and it reads no loss.  Ours is ``stages.training``'s loop with everything
-that it does at a step: bytes to the device and normalised, seeds, schedule, the check and record of the loss,
-deterministic kernels, progress; only the reading and cropping of images is left out, as a batch that is ready.  Before
-anything is timed both take the same steps and must agree in their losses.
+images lie on the device already, as floats, and it reads no loss.  Ours is ``stages.training.loop``'s loop with
+everything that it does at a step: bytes to the device and normalised, seeds, schedule, the check and record of the
+loss, deterministic kernels, progress; only the reading and cropping of images is left out, as a batch that is ready.
+Before anything is timed both take the same steps and must agree in their losses.
 
 The loops take turns, step by step, every second round in reverse; a ratio is the median of the rounds' ratios.
 
@@ -35,12 +35,13 @@ from torch.nn import functional
 
 from stages.contracts import IGNORE_INDEX, SilentProgress
 from stages.data.transforms import to_network_input
-from stages.devices import deterministic
-from stages.nets.largefov import Segmenter
-from stages.nets.segmenters import SegmenterConfig, build_segmenter
-from stages.segmenter_objective import LossConfig, SegmenterObjective
-from stages.training import _Loop, _place
-from stages.training_config import TrainingConfig
+from stages.nets.segmenters.build import build_segmenter
+from stages.nets.segmenters.config import SegmenterConfig
+from stages.nets.segmenters.largefov import Segmenter
+from stages.ops.devices import deterministic
+from stages.training.config import TrainingConfig
+from stages.training.loop import _Loop, _place
+from stages.training.segmenter_objective import LossConfig, SegmenterObjective
 
 NUM_CLASSES = 21
 TARGET = 1.05

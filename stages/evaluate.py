@@ -22,20 +22,20 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from stages.attention_windows import read_views
 from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageResult, open_image_set, write_json
 from stages.errors import DamagedFileError
 from stages.growing import GrowingConfig
-from stages.intervals import boundary_metrics, interval_metrics, is_boundary
-from stages.localization import LocalizationConfig, score_localization
-from stages.mask_steps import has_steps
-from stages.nets.trained import read_segmenter_record
-from stages.ops.confusion import SparseConfusions, iou, mean_iou, pixel_accuracy, write_confusions
+from stages.masks.attention_windows import read_views
+from stages.masks.refinement_config import RefinementConfig
+from stages.masks.steps import has_steps
+from stages.masks.threshold_choice import with_chosen_threshold
+from stages.nets.segmenters.files import read_segmenter_record
+from stages.ops.metrics.confusion import SparseConfusions, iou, mean_iou, pixel_accuracy, write_confusions
 from stages.ops.pool import num_processes
-from stages.prediction import SCORE_SUFFIXES, MaskKind, PredictionConfig, predict_images
-from stages.refinement_config import RefinementConfig
-from stages.scoring import ScoringContext, collect_training, score_training
-from stages.threshold_choice import with_chosen_threshold
+from stages.scoring.intervals import boundary_metrics, interval_metrics, is_boundary
+from stages.scoring.localization_scores import LocalizationConfig, score_localization
+from stages.scoring.mask_scores import ScoringContext, collect_training, score_training
+from stages.scoring.prediction import SCORE_SUFFIXES, MaskKind, PredictionConfig, predict_images
 
 VERSION = 3
 

@@ -20,14 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.attention_windows import (
-    AttentionConfig,
-    Window,
-    WindowAttention,
-    check_classes,
-    training_windows,
-    write_views,
-)
 from stages.contracts import (
     AttentionRecord,
     ImageRecord,
@@ -41,9 +33,17 @@ from stages.contracts import (
     write_attention_shard,
 )
 from stages.errors import DamagedFileError, InputError
-from stages.map_census import MapCensus
-from stages.rate import ImageRate
-from stages.writing import explain_full_disk
+from stages.masks.attention_windows import (
+    AttentionConfig,
+    Window,
+    WindowAttention,
+    check_classes,
+    training_windows,
+    write_views,
+)
+from stages.masks.map_census import MapCensus
+from stages.masks.writing import explain_full_disk
+from stages.ops.rate import ImageRate
 
 VERSION = 2
 """Raise when equal inputs give other bytes than before."""

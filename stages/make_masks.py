@@ -4,9 +4,10 @@ Reads: attention shards, images, the image index, for a random walk the trained 
 of ``sweep``, which it records.  Where ``make_attention`` kept no maps it makes them by the classifier, as it goes.
 Writes: ``masks/<id>.png`` (palette PNG of class indices at the image's size, 255 = unsure) and ``stats.json`` (areas
 before and after refinement; the threshold that ``sweep`` chose); with ``soft`` also ``confidence/<id>.png``; of the
-images that ``evaluate`` will score also the masks between the steps (``stages.mask_steps``); without stored maps also
-``stats/`` (``stages.window_masks``).  An image whose PNG is there is not done again, so a stopped stage continues.
-The refinements are those of ``stages.refinements``, the work on an image is in ``stages.mask_building``.
+images that ``evaluate`` will score also the masks between the steps (``stages.masks.steps``); without stored maps also
+``stats/`` (``stages.masks.window_masks``).  An image whose PNG is there is not done again, so a stopped stage
+continues. The refinements are those of ``stages.masks.refinements``, the work on an image is in
+``stages.masks.building``.
 Source: the CRF on hard labels is irn's (Ahn, Cho and Kwak, CVPR 2019); the one on maps PSA's (Ahn and Kwak, CVPR 2018).
 """
 
@@ -18,22 +19,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.attention_windows import AttentionConfig, WindowAttention, check_classes, read_views
 from stages.contracts import ImageSet, Part, Progress, Runtime, StageResult, open_image_set
 from stages.errors import ConfigError, DamagedFileError
-from stages.mask_building import Context, make_and_measure, make_only
-from stages.mask_jobs import run_jobs, stored_jobs, walk_jobs
-from stages.mask_totals import mask_metrics, warn_if_objects_vanish, write_stats
-from stages.ops.crf import resolve_crf_backend
+from stages.masks.attention_windows import AttentionConfig, WindowAttention, check_classes, read_views
+from stages.masks.building import Context, make_and_measure, make_only
+from stages.masks.jobs import run_jobs, stored_jobs, walk_jobs
+from stages.masks.refinement_config import WALK, RefinementConfig
+from stages.masks.refinements import refine_mask
+from stages.masks.threshold_choice import ThresholdChoice, choose_threshold, with_threshold
+from stages.masks.totals import mask_metrics, warn_if_objects_vanish, write_stats
+from stages.masks.window_masks import Measured, make_window_masks
+from stages.masks.writing import BackgroundWriter, explain_full_disk
+from stages.ops.crf.dense_crf import resolve_crf_backend
 from stages.ops.pool import num_processes
-from stages.refinement_config import WALK, RefinementConfig
-from stages.refinements import refine_mask
-from stages.threshold_choice import ThresholdChoice, choose_threshold, with_threshold
-from stages.window_masks import Measured, make_window_masks
-from stages.writing import BackgroundWriter, explain_full_disk
 
 if TYPE_CHECKING:
-    from stages.walked_maps import MapWalker
+    from stages.masks.walked_maps import MapWalker
 
 __all__ = ["MakeMasksConfig", "make_masks", "refine_mask"]
 
@@ -238,7 +239,7 @@ def _open_walker(
     """The classifier, where maps walk over its features."""
     if not config.walks or classifier is None:
         return None
-    from stages.walked_maps import MapWalker
+    from stages.masks.walked_maps import MapWalker
 
     return MapWalker(config.random_walk, classifier=classifier, images=images, progress=progress, runtime=runtime)
 
@@ -253,7 +254,7 @@ def _torch_device(config: MakeMasksConfig, runtime: Runtime) -> str | None:
     is_native = "crf" in chain and resolve_crf_backend(config.crf.backend, runtime.device) != "torch"
     if not chain or is_native:
         return None
-    from stages.devices import resolve_device
+    from stages.ops.devices import resolve_device
 
     device = resolve_device(runtime)
     return str(device) if "crf" in chain or device.type != "cpu" else None

@@ -13,13 +13,14 @@ from pathlib import Path
 from pydantic import Field
 
 from stages.contracts import ImageIndex, ImageRecord, Progress, Runtime, StageConfig, StageResult, write_json
+from stages.data.adapters.synthetic import SyntheticConfig
+from stages.data.adapters.synthetic_images import generate_synthetic
 from stages.data.boxes import clip_boxes, clipped_warning
 from stages.data.check import CheckedImage, check_any_object, check_images, palette_warnings
 from stages.data.config import DataConfig
 from stages.data.listing import list_data
 from stages.data.records import PROBLEMS_SHOWN, DataListing
 from stages.data.splits import hold_out, some
-from stages.data.synthetic import SyntheticConfig, generate_synthetic
 from stages.errors import DataError
 
 VERSION = 1

@@ -32,13 +32,13 @@ from stages.contracts import (
     write_json,
 )
 from stages.data.transforms import AugmentConfig, Augmenter
-from stages.distributed import is_main
 from stages.errors import DataError
 from stages.methods import MethodConfigUnion
-from stages.methods.trained import ClassifierDescription, build_classifier, check_head, save_classifier
-from stages.nets.backbones import BackboneConfig, HeadName
-from stages.ops.multilabel import multi_hot
-from stages.training import TrainingConfig, remove_checkpoint, sample_seed, seed_initial_weights, train
+from stages.methods.classifier_files import ClassifierDescription, build_classifier, check_head, save_classifier
+from stages.nets.backbones.config import BackboneConfig, HeadName
+from stages.ops.metrics.multilabel import multi_hot
+from stages.training.distributed import is_main
+from stages.training.loop import TrainingConfig, remove_checkpoint, sample_seed, seed_initial_weights, train
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -111,7 +111,7 @@ def train_classifier(
         WeightsError: the weights to start from cannot be had or do not fit.
         InputError: the loss is no longer finite.
     """
-    from stages.methods.scoring import score_classifier
+    from stages.scoring.label_scores import score_classifier
 
     runtime = runtime or Runtime()
     image_set = open_image_set(images, data_root)

@@ -5,10 +5,10 @@ Reads: the images of split ``train`` and ``masks/<id>.png`` of ``make_masks`` (c
 confidence`` also ``confidence/<id>.png`` (0 … 255 = sure); with ``init: classifier`` the trained classifier.
 Writes: segmenter.safetensors, segmenter.json (net and classes), history.json (loss curve); with ``validation`` also
 validation.json (curve, held-out images) and best.safetensors or last.safetensors, whichever is not the segmenter; with
-``rounds`` also rounds.json and ``rounds/<n>/`` (``stages.rounds``).
+``rounds`` also rounds.json and ``rounds/<n>/`` (``stages.training.rounds``).
 A run that was stopped continues at its last checkpoint and ends with the same bytes.
 Under torchrun every rank trains, and the main one alone writes.
-The losses are in ``stages.segmenter_objective``.
+The losses are in ``stages.training.segmenter_objective``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stages.collapse import warn_of_collapse
 from stages.contracts import (
     ImageRecord,
     ImageSet,
@@ -31,22 +30,24 @@ from stages.contracts import (
     write_json,
 )
 from stages.data.transforms import AugmentConfig, Augmenter
-from stages.distributed import is_main
 from stages.errors import DataError, MissingArtifactError
-from stages.masked_images import MaskedImages, check_class_list, confidence_folder, supervised_records
-from stages.nets.segmenters import Init, LargeFovConfig, SegmenterConfig, build_segmenter, init_problems
-from stages.nets.trained import WEIGHTS_FILE, save_segmenter
+from stages.nets.segmenters.build import build_segmenter
+from stages.nets.segmenters.config import Init, LargeFovConfig, SegmenterConfig, init_problems
+from stages.nets.segmenters.files import WEIGHTS_FILE, save_segmenter
 from stages.nets.weights import load_weights, save_weights
-from stages.round_masks import Labelling, RetrainingConfig
-from stages.rounds import Training, train_in_rounds
-from stages.segmenter_objective import LossConfig, LossName, SegmenterObjective
-from stages.training import TrainingConfig, remove_checkpoint, seed_initial_weights, train
-from stages.validation import HeldOutImages, ValidationConfig, choose_held_out
+from stages.training.collapse import warn_of_collapse
+from stages.training.distributed import is_main
+from stages.training.loop import TrainingConfig, remove_checkpoint, seed_initial_weights, train
+from stages.training.masked_images import MaskedImages, check_class_list, confidence_folder, supervised_records
+from stages.training.round_masks import Labelling, RetrainingConfig
+from stages.training.rounds import Training, train_in_rounds
+from stages.training.segmenter_objective import LossConfig, LossName, SegmenterObjective
+from stages.training.validation import HeldOutImages, ValidationConfig, choose_held_out
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.nets.largefov import Segmenter
+    from stages.nets.segmenters.largefov import Segmenter
 
 VERSION = 1
 """Raise when equal inputs give other bytes than before."""
@@ -325,7 +326,7 @@ def _build_seeded(course: _Course) -> Segmenter:
 def _read_classifier_backbone(classifier: Path | None) -> dict[str, Tensor]:
     import torch
 
-    from stages.methods.trained import load_classifier
+    from stages.methods.classifier_files import load_classifier
 
     if classifier is None:
         raise MissingArtifactError("init: classifier needs the folder of train_classifier; run train_classifier first")

@@ -22,9 +22,9 @@ print(sorted(name for name in {HEAVY!r} if name in sys.modules))
 """
 
 CASES = {
-    "a config is read": "from pipeline.config import load_config; load_config(Path('configs/demo.yaml'))",
+    "a config is read": "from pipeline.config.run_config import load_config; load_config(Path('configs/demo.yaml'))",
     "a wrong config is refused": """
-from pipeline.config import load_config
+from pipeline.config.run_config import load_config
 from stages.errors import ConfigError
 try:
     load_config(Path('configs/demo.yaml'), ['make_masks.thresold=0.3', 'seed=x'])
@@ -35,11 +35,11 @@ else:
 """,
     "keys are computed": """
 import tempfile
-from pipeline.config import load_config
-from pipeline.keys import plan_run
+from pipeline.config.run_config import load_config
+from pipeline.engine.plan import plan_run
 plan_run(load_config(Path('configs/demo.yaml')), Path(tempfile.mkdtemp()) / 'digests.json')
 """,
-    "the runner and the child are imported": "import pipeline.runner, pipeline.runs, pipeline.child",
+    "the engine is imported": "import pipeline.engine.run, pipeline.engine.records, pipeline.engine.child",
 }
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import RunConfig, load_config, shipped_configs
+from pipeline.config.run_config import RunConfig, load_config, shipped_configs
 from stages.methods import build_method
-from stages.nets.backbone_builders import build_plain_backbone
-from stages.nets.backbones import BackboneConfig, HeadName
+from stages.nets.backbones.builders import build_plain_backbone
+from stages.nets.backbones.config import BackboneConfig, HeadName
 from stages.nets.classifier import Classifier
-from stages.nets.segmenters import build_segmenter
+from stages.nets.segmenters.build import build_segmenter
 from stages.ops.losses import segmentation_cross_entropy
 from stages.ops.step import StepInfo
 

@@ -7,11 +7,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stages.data.cub import CubConfig
-from stages.data.custom import CustomConfig
-from stages.data.imagenet import ImageNetConfig
-from stages.data.synthetic import SyntheticConfig
-from stages.data.voc import VocConfig
+from stages.data.adapters.cub import CubConfig
+from stages.data.adapters.custom import CustomConfig
+from stages.data.adapters.imagenet import ImageNetConfig
+from stages.data.adapters.synthetic import SyntheticConfig
+from stages.data.adapters.voc import VocConfig
 
 DataConfig = Annotated[
     VocConfig | CustomConfig | SyntheticConfig | CubConfig | ImageNetConfig, Field(discriminator="format")

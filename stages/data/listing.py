@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from stages.contracts import write_atomic
+from stages.data.adapters.cub import CubConfig, scan_cub
+from stages.data.adapters.custom import CustomConfig, scan_custom
+from stages.data.adapters.imagenet import ImageNetConfig, scan_imagenet
+from stages.data.adapters.synthetic import GENERATOR_VERSION, SyntheticConfig, scan_synthetic
+from stages.data.adapters.voc import VocConfig, scan_voc
 from stages.data.config import DataConfig
-from stages.data.cub import CubConfig, scan_cub
-from stages.data.custom import CustomConfig, scan_custom
-from stages.data.imagenet import ImageNetConfig, scan_imagenet
 from stages.data.records import PROBLEMS_SHOWN, DataListing, ListedImage, Scan
 from stages.data.splits import some
-from stages.data.synthetic import GENERATOR_VERSION, SyntheticConfig, scan_synthetic
-from stages.data.voc import VocConfig, scan_voc
 from stages.errors import DataError
 
 __all__ = ["DataListing", "ListedImage", "digest_data", "list_data", "scan_data"]

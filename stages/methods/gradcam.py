@@ -84,7 +84,7 @@ class Evidence(NamedTuple):
 class GradCam:
     """Plain classification training; attention is Grad-CAM of the present classes.
 
-    Differs: the gradient is summed over the cells instead of averaged (``stages.ops.gradcam``).
+    Differs: the gradient is summed over the cells instead of averaged (``stages.ops.gradient_maps``).
     """
 
     def __init__(self, config: GradCamOptions) -> None:
@@ -152,7 +152,7 @@ def grad_cam(
         layer: Layer of the backbone; None for its output.
         channel_weights: See ``GradCamConfig``.
     """
-    from stages.ops.gradcam import scatter_maps
+    from stages.ops.gradient_maps import scatter_maps
 
     found = find_evidence(classifier, images, labels, layer=layer, channel_weights=channel_weights, cut=True)
     return scatter_maps(found.maps, found.image, found.label, (labels.shape[0], labels.shape[1])).detach()
@@ -179,7 +179,7 @@ def find_evidence(
         second_order: Whether a loss of the maps also differentiates the channel weights.
         cut: Keep no graph before the layer: for maps that are looked at, not trained.
     """
-    from stages.ops.gradcam import gradient_weights, label_pairs, linear_weights, weighted_maps
+    from stages.ops.gradient_maps import gradient_weights, label_pairs, linear_weights, weighted_maps
 
     output, features = _forward(classifier, images, layer, cut=cut)
     image, label = label_pairs(labels)

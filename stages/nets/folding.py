@@ -19,8 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 def fold_batch_norm(network: nn.Module) -> int:
     """Fold each BatchNorm into the convolution that stands right before it among the children of one module.
 
-    In the networks of ``stages.nets.backbones`` what stands next is also called next.  BatchNorm layers that do more
-    (timm's, which contain the activation), or that stand elsewhere, stay as they are.
+    In the networks of ``stages.nets.backbones.config`` what stands next is also called next.  BatchNorm layers that do
+    more (timm's, which contain the activation), or that stand elsewhere, stay as they are.
 
     Args:
         network: In evaluation mode; its convolutions change, its folded BatchNorm layers become ``Identity``.

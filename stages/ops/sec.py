@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX
-from stages.ops.crf import CrfConfig, open_crf_batch, probability_unary
+from stages.ops.crf.dense_crf import CrfConfig, open_crf_batch, probability_unary
 
 PROBABILITY_FLOOR = 1e-4
 """No probability falls below it, so that no logarithm is large.  Source: the code, ``min_prob``."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = str(Path(__file__).parent)
+HERE = str(Path(__file__).parent / "engine")
 if HERE not in sys.path:
     sys.path.append(HERE)
 
@@ -20,4 +20,4 @@ def _children_find_the_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _auto_means_the_same_crf_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with a CUDA device ``auto`` means torch, and keys and warnings say so."""
-    monkeypatch.setattr("stages.ops.crf.has_cuda", lambda: False)
+    monkeypatch.setattr("stages.ops.crf.dense_crf.has_cuda", lambda: False)

@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
-from tiny_masks import CLASSES, COLOURS, TRAIN, VAL, size_of, truth_of, write_world
 from torch import Tensor, nn
 
-import stages.prediction
+import stages.scoring.prediction
 from stages.contracts import (
     ClassList,
     ImageIndex,
@@ -32,14 +31,16 @@ from stages.data.transforms import IMAGE_MEAN, IMAGE_STD
 from stages.errors import DamagedFileError, DataError, EnvironmentFailure
 from stages.evaluate import EvaluateConfig, evaluate
 from stages.make_masks import MakeMasksConfig, make_masks
-from stages.nets.backbones import BackboneConfig
-from stages.nets.segmenters import LargeFovConfig, build_segmenter
-from stages.nets.trained import save_segmenter
-from stages.ops.boundaries import boundary_iou, count_boundaries
-from stages.ops.confusion import confusion_matrix, mean_iou, read_confusions
-from stages.ops.crf import CrfConfig
-from stages.ops.inference import in_fitting_batches, multi_scale_probabilities, network_size, predict_logits
-from stages.prediction import refine_prediction
+from stages.nets.backbones.config import BackboneConfig
+from stages.nets.segmenters.build import build_segmenter
+from stages.nets.segmenters.config import LargeFovConfig
+from stages.nets.segmenters.files import save_segmenter
+from stages.ops.crf.dense_crf import CrfConfig
+from stages.ops.metrics.boundaries import boundary_iou, count_boundaries
+from stages.ops.metrics.confusion import confusion_matrix, mean_iou, read_confusions
+from stages.ops.multi_scale import in_fitting_batches, multi_scale_probabilities, network_size, predict_logits
+from stages.scoring.prediction import refine_prediction
+from tests.stages.tiny_masks import CLASSES, COLOURS, TRAIN, VAL, size_of, truth_of, write_world
 
 ONE = Runtime(processes=1, device="cpu", workers=0)
 SINGLE = EvaluateConfig(multi_scale=False)
@@ -49,7 +50,7 @@ SMALL_CRF = CrfConfig(bilateral_sxy_px=20, bilateral_srgb=10, iterations=3)
 @pytest.fixture
 def see_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a network see the tiny images at their own sizes."""
-    monkeypatch.setattr("stages.ops.inference.LEAST_INPUT_PX", 8)
+    monkeypatch.setattr("stages.ops.multi_scale.LEAST_INPUT_PX", 8)
 
 
 class ColourNet(nn.Module):
@@ -96,7 +97,7 @@ def use_colours(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ColourNet]:
 
     def use(*, confuse: bool = False) -> ColourNet:
         net = ColourNet(confuse=confuse)
-        monkeypatch.setattr(stages.prediction, "load_segmenter", lambda folder, device: net)
+        monkeypatch.setattr(stages.scoring.prediction, "load_segmenter", lambda folder, device: net)
         return net
 
     return use
@@ -408,7 +409,9 @@ def test_a_stopped_evaluation_continues_with_the_same_bytes(
     ]  # fmt: skip
     world.progress.advance = advance
     net.seen.clear()
-    monkeypatch.setattr("stages.scoring.upsample_maps", lambda _: pytest.fail("a finished shard is scored again"))
+    monkeypatch.setattr(
+        "stages.scoring.mask_scores.upsample_maps", lambda _: pytest.fail("a finished shard is scored again")
+    )
     assert world.evaluate(config) == whole
     assert {path: path.read_bytes() for path in world.out.rglob("*.*")} == files
     assert {shape[0] for shape in net.seen} == {1}, "only the batch that was not finished"
@@ -456,7 +459,7 @@ def test_an_image_that_the_device_does_not_hold_is_named_with_what_helps(
     def refuse(*_: object, **__: object) -> Tensor:
         raise torch.OutOfMemoryError("too much")
 
-    monkeypatch.setattr("stages.ops.inference.predict_logits", refuse)
+    monkeypatch.setattr("stages.ops.multi_scale.predict_logits", refuse)
     with pytest.raises(EnvironmentFailure, match=r"cpu does not hold one image of \d+ × \d+ pixels; .*short_side_px"):
         World(tmp_path, segmenter).evaluate(weak=False)
 
@@ -607,7 +610,7 @@ def test_large_images_go_through_the_network_alone(
     assert max(shape[0] for shape in net.seen) > 1
     shutil.rmtree(world.out)
     net.seen.clear()
-    monkeypatch.setattr(stages.prediction, "_BATCH_PX", 10)
+    monkeypatch.setattr(stages.scoring.prediction, "_BATCH_PX", 10)
     assert world.evaluate(weak=False) == together
     assert (world.out / "confusions.npz").read_bytes() == counts
     assert {shape[0] for shape in net.seen} == {1}

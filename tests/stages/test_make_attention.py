@@ -16,7 +16,7 @@ from stages.contracts import (
 )
 from stages.errors import DataError, InputError
 from stages.make_attention import MakeAttentionConfig, make_attention
-from tests.methods.tiny_data import LABELS, SIZES, write_tiny_classifier, write_tiny_data
+from tests.stages.methods.tiny_data import LABELS, SIZES, write_tiny_classifier, write_tiny_data
 
 CONFIG = MakeAttentionConfig(scales=(0.5, 1.0), shard_images=2)
 RUNTIME = Runtime(device="cpu", workers=1, threads=1)

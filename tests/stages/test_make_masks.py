@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 from scipy import ndimage
-from tiny_masks import CLASSES, COLOURS, TRAIN, attention_of, size_of, truth_of, write_world
 
 from stages.contracts import (
     AttentionRecord,
@@ -35,14 +34,15 @@ from stages.contracts import (
 )
 from stages.errors import ConfigError, DamagedFileError, DataError, EnvironmentFailure, InputError
 from stages.make_masks import MakeMasksConfig, make_masks, refine_mask
-from stages.ops.crf import CrfConfig, dense_crf
+from stages.masks.refinements import refine_masks
+from stages.masks.walked_maps import MapWalker
+from stages.ops.crf.dense_crf import CrfConfig, dense_crf
 from stages.ops.par import ParBatch, ParConfig
 from stages.ops.pool import map_ordered, num_processes
 from stages.ops.random_walk import RandomWalkConfig, walk_maps
+from stages.ops.rate import ImageRate
 from stages.ops.seeds import ConfidentThresholds, SweepConfig, map_probabilities, upsample_maps
-from stages.rate import ImageRate
-from stages.refinements import refine_masks
-from stages.walked_maps import MapWalker
+from tests.stages.tiny_masks import CLASSES, COLOURS, TRAIN, attention_of, size_of, truth_of, write_world
 
 ONE = Runtime(processes=1, device="cpu")
 SMALL_CRF = CrfConfig(bilateral_sxy_px=20, bilateral_srgb=10, gaussian_sxy_px=1, gaussian_weight=1, iterations=5)
@@ -344,7 +344,7 @@ def test_a_killed_worker_is_an_environment_failure() -> None:
 def test_images_per_second_begin_with_the_first_finished_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the processes and a compiler take before the first image is in no rate; nor are batches long ago."""
     ends = iter([100.0, 100.0, 102.0, *range(200, 400)])
-    monkeypatch.setattr("stages.rate.monotonic", lambda: next(ends))
+    monkeypatch.setattr("stages.ops.rate.monotonic", lambda: next(ends))
     rate = ImageRate()
     assert rate.add(1) == {}
     assert rate.add(1) == {}
@@ -469,8 +469,8 @@ def _write_classifier(folder: Path) -> Path:
     import torch
 
     from stages.methods.cam import CamConfig
-    from stages.methods.trained import ClassifierDescription, build_classifier, save_classifier
-    from stages.nets.backbones import BackboneConfig
+    from stages.methods.classifier_files import ClassifierDescription, build_classifier, save_classifier
+    from stages.nets.backbones.config import BackboneConfig
 
     torch.manual_seed(1)
     classes = ClassList(names=CLASSES)
@@ -500,7 +500,7 @@ def test_maps_walk_over_the_features_of_the_classifier(tmp_path: Path) -> None:
     import torch
 
     from stages.data.transforms import to_network_input
-    from stages.methods.trained import load_classifier
+    from stages.methods.classifier_files import load_classifier
 
     prepared, data, _ = write_world(tmp_path)
     images = open_image_set(prepared, data)
@@ -602,7 +602,7 @@ def test_features_of_nan_leave_an_image_background_and_are_counted(
 def test_features_of_nothing_but_nan_end_the_walk_before_all_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.walked_maps._ALL_BROKEN", 3)
+    monkeypatch.setattr("stages.masks.walked_maps._ALL_BROKEN", 3)
     world = write_world(tmp_path)
     _write_classifier(tmp_path / "classifier")
     _break_features(monkeypatch, range(5))

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from stages.contracts import SilentProgress, open_image_set, read_index_mask, write_index_mask
-from stages.data.custom import CustomConfig
-from stages.data.synthetic import SyntheticConfig, generate_synthetic
+from stages.data.adapters.custom import CustomConfig
+from stages.data.adapters.synthetic import SyntheticConfig
+from stages.data.adapters.synthetic_images import generate_synthetic
 from stages.errors import DataError
 from stages.prepare_data import PrepareDataConfig, prepare_data
 

@@ -9,14 +9,14 @@ from stages.contracts import Runtime, SilentProgress, open_image_set, read_json,
 from stages.data.transforms import AugmentConfig, Augmenter
 from stages.errors import DataError, WeightsError
 from stages.methods.cam import Cam, CamConfig
+from stages.methods.classifier_files import load_classifier
 from stages.methods.gradcam import GradCamConfig
-from stages.methods.scoring import predict_logits
-from stages.methods.trained import load_classifier
-from stages.nets.backbones import BackboneConfig
+from stages.nets.backbones.config import BackboneConfig
 from stages.nets.weights import read_tensors
+from stages.scoring.label_scores import predict_logits
 from stages.train_classifier import LabelledImages, TrainClassifierConfig, train_classifier
-from stages.training import TrainingConfig
-from tests.methods.tiny_data import LABELS, SIZES, write_tiny_data
+from stages.training.loop import TrainingConfig
+from tests.stages.methods.tiny_data import LABELS, SIZES, write_tiny_data
 
 RUNTIME = Runtime(device="cpu", workers=0, threads=1, checkpoint_every_s=0)
 

@@ -19,11 +19,11 @@ from stages.contracts import (
 )
 from stages.data.transforms import to_network_input
 from stages.errors import DamagedFileError, DataError, EnvironmentFailure, InputError, MissingArtifactError
-from stages.nets.segmenters import build_segmenter
-from stages.nets.trained import load_segmenter
-from stages.segmenter_objective import match_sizes
-from stages.soft_masks import write_confidence
-from stages.training import TrainingConfig
+from stages.masks.soft_masks import write_confidence
+from stages.nets.segmenters.build import build_segmenter
+from stages.nets.segmenters.files import load_segmenter
+from stages.training.loop import TrainingConfig
+from stages.training.segmenter_objective import match_sizes
 from tests.stages.tiny_segmenters import NAMES, SIZE, digests, make_config, run, write_folders
 
 
@@ -116,8 +116,8 @@ def test_another_seed_or_loss_gives_another_net(folders, tmp_path):
 
 def test_the_classifier_gives_its_backbone(folders, tmp_path):
     from stages.methods.cam import CamConfig
-    from stages.methods.trained import ClassifierDescription, build_classifier, save_classifier
-    from stages.nets.backbones import BackboneConfig
+    from stages.methods.classifier_files import ClassifierDescription, build_classifier, save_classifier
+    from stages.nets.backbones.config import BackboneConfig
 
     torch.manual_seed(0)
     description = ClassifierDescription(
@@ -256,7 +256,7 @@ def test_masks_without_objects_are_warned_of(folders, tmp_path):
 
 
 def test_a_collapsed_net_is_warned_of(folders, tmp_path, monkeypatch):
-    from stages.nets.largefov import LargeFov
+    from stages.nets.segmenters.largefov import LargeFov
 
     def background_only(self, images):
         logits = torch.zeros(len(images), 3, 8, 8)
@@ -415,7 +415,7 @@ def background_only(self, images):
 
 
 def test_a_net_that_stays_at_background_is_stopped_with_the_reason(folders, tmp_path, monkeypatch):
-    from stages.nets.largefov import LargeFov
+    from stages.nets.segmenters.largefov import LargeFov
 
     monkeypatch.setattr(LargeFov, "forward", background_only)
     watched = {"every_steps": 2, "ratio": 0.5, "collapse_after": 2}
@@ -428,7 +428,7 @@ def test_a_net_that_stays_at_background_is_stopped_with_the_reason(folders, tmp_
 
 
 def test_masks_without_objects_are_no_collapse(folders, tmp_path, monkeypatch):
-    from stages.nets.largefov import LargeFov
+    from stages.nets.segmenters.largefov import LargeFov
 
     monkeypatch.setattr(LargeFov, "forward", background_only)
     for path in (folders[1] / "masks").iterdir():
@@ -499,7 +499,7 @@ def test_a_held_out_image_larger_than_memory_is_named_and_no_batch_is_blamed(
     def predict_logits(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("stages.ops.inference.predict_logits", predict_logits)
+    monkeypatch.setattr("stages.ops.multi_scale.predict_logits", predict_logits)
     config = make_config(augment={"crop_px": 32, "scale": [0.8, 1.2], **sizes}, **WATCHED)
     with pytest.raises(
         EnvironmentFailure, match=r"^cpu is out of memory for the held-out image 'img\d'" + named
@@ -531,7 +531,7 @@ def test_each_pass_of_a_pooled_net_needs_two_images():
 @pytest.mark.parametrize("resolution", ["pixels", "cells"])
 def test_every_scale_of_deeplab_v2_has_a_loss(folders, tmp_path, resolution):
     from stages.ops.losses import segmentation_cross_entropy
-    from stages.segmenter_objective import LossConfig, SegmenterObjective
+    from stages.training.segmenter_objective import LossConfig, SegmenterObjective
 
     torch.manual_seed(0)
     config = make_config(net={"name": "deeplabv2", "backbone": {"name": "small"}})

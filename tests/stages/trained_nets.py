@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stages.nets.deeplab_v2 import DeepLabV2
-from stages.nets.segmenters import LargeFovConfig, SegmenterConfig, build_segmenter
-from stages.nets.trained import save_segmenter
+from stages.nets.segmenters.build import build_segmenter
+from stages.nets.segmenters.config import LargeFovConfig, SegmenterConfig
+from stages.nets.segmenters.deeplab_v2 import DeepLabV2
+from stages.nets.segmenters.files import save_segmenter
 
 CLASSES = ("auk", "bee")
 SMALL = LargeFovConfig.model_validate({"backbone": {"name": "small"}})

@@ -1,0 +1,131 @@
+"""``wsss compare``: the scores of finished runs side by side, with what is sure of their differences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli.options import ArtifactsOption, JsonOption
+from pipeline.cli.output import get_output
+from pipeline.engine.invocation import DEFAULT_ARTIFACTS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pipeline.report.comparison import Comparison, ScoreRow
+    from stages.ops.metrics.bootstrap import Interval
+
+RunsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN RUN...",
+        help="A config, a run's name or id, or a key or folder of an evaluate artifact; the first is compared with.",
+    ),
+]
+
+
+def compare(
+    context: typer.Context,
+    runs: RunsArgument,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Show every class too.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write a page of HTML.")] = None,
+    artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare finished runs: scores, differences to the first, and 95 % intervals over the images."""
+    from pipeline.report.comparison import compare_runs
+    from pipeline.report.scored_runs import find_scored_run
+    from pipeline.store.artifacts import open_store
+    from stages.errors import InputError
+
+    output = get_output(context)
+    output.document = {"runs": list(runs), "metrics": [], "classes": [], "notes": [], "page": None}
+    if len(runs) < 2:
+        raise InputError(f"a comparison needs at least two runs, found {len(runs)}: wsss compare RUN RUN...")
+    store = open_store(artifacts)
+    found = compare_runs([find_scored_run(word, store) for word in runs])
+    output.document = describe(found) | {"page": out}
+    if out is not None:
+        from pipeline.report.comparison_page import write_page
+
+        write_page(found, out)
+    if not output.is_json:
+        _show(found, per_class=per_class)
+        if out is not None:
+            output.say(f"\npage: {out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe(found: Comparison) -> dict[str, Any]:
+    """The JSON document: fractions, null for what a run does not have."""
+    return {
+        "runs": [{"run": run.word, "title": run.title, "key": run.key, "path": run.path} for run in found.runs],
+        "metrics": [_describe_row(row) for row in found.rows],
+        "classes": [{"class": row.class_name, **_describe_row(row)} for row in found.class_rows],
+        "notes": list(found.notes),
+    }
+
+
+def _describe_row(row: ScoreRow) -> dict[str, Any]:
+    differences = [
+        None if found is None else {"value": found.value, **_limits(found.interval), "better_ratio": found.better_ratio}
+        for found in row.differences
+    ]
+    values = [
+        None if value is None else {"value": value, **_limits(limits)}
+        for value, limits in zip(row.values, row.intervals, strict=True)
+    ]
+    return {"metric": row.metric, "images": row.num_images, "values": values, "differences": differences}
+
+
+def _limits(found: Interval | None) -> dict[str, float | None]:
+    return {"low": found.low if found else None, "high": found.high if found else None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For people
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _show(found: Comparison, *, per_class: bool) -> None:
+    from pipeline.cli.console import make_console
+
+    console = make_console(is_json=False)
+    for number, run in enumerate(found.runs):
+        console.print(f"{number + 1}  {run.title}  {run.word}", markup=False)
+    console.print(_table(found, found.rows))
+    if per_class:
+        for metric in dict.fromkeys(row.metric for row in found.class_rows):
+            rows = [row for row in found.class_rows if row.metric == metric]
+            console.print(_table(found, rows))
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False)
+    console.print("(low … high): 95 % bootstrap interval over the images; ▲ share of resamples in which it is better")
+
+
+def _table(found: Comparison, rows: Sequence[ScoreRow]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.report.comparison_text import difference_text, label_text, value_text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(escape(label_text(rows[0])) if rows and rows[0].class_name else "score")
+    table.add_column("images", justify="right")
+    for number, run in enumerate(found.runs):
+        table.add_column(escape(f"{number + 1} {run.title}"))
+    for row in rows:
+        cells = []
+        for place in range(len(row.values)):
+            lines = [value_text(row, place), difference_text(row, place)]
+            cells.append("\n".join(line for line in lines if line))
+        label = row.class_name or label_text(row)
+        table.add_row(escape(label), "" if row.num_images is None else f"{row.num_images}", *cells)
+    return table

@@ -1,0 +1,123 @@
+"""``wsss data``: make, fetch, convert and check data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cli.options import ConfigArgument, JsonOption, OverridesOption
+from pipeline.cli.output import get_output
+from pipeline.cli.progress import shown_progress
+
+data_app = typer.Typer(help="Make, fetch, convert and check data sets.", no_args_is_help=True, rich_markup_mode=None)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")]
+
+
+@data_app.command()
+def synthetic(
+    context: typer.Context,
+    folder: Folder,
+    num_train: Annotated[int | None, typer.Option(help="Training images.")] = None,
+    num_val: Annotated[int | None, typer.Option(help="Validation images.")] = None,
+    size_px: Annotated[int | None, typer.Option(help="Height and width in pixels.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Foreground classes.")] = None,
+    max_objects: Annotated[int | None, typer.Option(help="Most objects in one image.")] = None,
+    head_ratio: Annotated[float | None, typer.Option(help="Size of the vivid head.")] = None,
+    body_contrast: Annotated[float | None, typer.Option(help="Strength of the body's class texture.")] = None,
+    context_bias: Annotated[float | None, typer.Option(help="Share of one class that has its own background.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed gives another data set of the same kind.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the embedded data set "heads and bodies" in VOC layout; the same options give the same bytes."""
+    options = {
+        "num_train": num_train,
+        "num_val": num_val,
+        "size_px": size_px,
+        "num_classes": num_classes,
+        "max_objects": max_objects,
+        "head_ratio": head_ratio,
+        "body_contrast": body_contrast,
+        "context_bias": context_bias,
+        "seed": seed,
+    }
+    config = _synthetic_config({name: value for name, value in options.items() if value is not None})
+    from stages.data.adapters.synthetic_images import generate_synthetic
+
+    generate_synthetic(config, folder)
+    output = get_output(context)
+    output.document = {"folder": folder, "num_train": config.num_train, "num_val": config.num_val}
+    if not output.is_json:
+        output.say(f"{config.num_train} training and {config.num_val} validation images in {folder}")
+
+
+def _synthetic_config(options: dict[str, Any]) -> Any:  # noqa: ANN401 - SyntheticConfig is imported late
+    from pydantic import ValidationError
+
+    from pipeline.config.model_errors import explain
+    from stages.data.adapters.synthetic import SyntheticConfig
+    from stages.errors import ConfigError
+
+    try:
+        return SyntheticConfig(**options)
+    except ValidationError as error:
+        problems = [
+            f"{'--' + str(path[0]).replace('_', '-') + ': ' if path else ''}{text}"
+            for path, text in explain(error, SyntheticConfig, options)
+        ]
+        raise ConfigError("the options of the data set are wrong", problems) from error
+
+
+@data_app.command()
+def voc(context: typer.Context, folder: Folder, as_json: JsonOption = False) -> None:
+    """Download PASCAL VOC 2012 and SBD into DIR, or say what to fetch by hand."""
+    from stages.data.download import fetch_voc
+
+    output = get_output(context)
+    with shown_progress(output, "data voc") as progress:
+        root = fetch_voc(folder, progress)
+    output.document = {"root": root}
+    if not output.is_json:
+        output.say(f"PASCAL VOC 2012 with trainaug is in {root}; use it with --set data.root={root}")
+
+
+@data_app.command()
+def sbd(
+    context: typer.Context,
+    sbd_folder: Annotated[Path, typer.Argument(metavar="SBD", help="SBD's folder with cls/*.mat.")],
+    voc_folder: Annotated[Path, typer.Argument(metavar="VOC2012", help="The folder that has JPEGImages.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Convert SBD's .mat masks into VOC2012/SegmentationClassAug and write trainaug.txt."""
+    from stages.data.sbd import convert_sbd
+
+    output = get_output(context)
+    with shown_progress(output, "data sbd") as progress:
+        num_images = convert_sbd(sbd_folder, voc_folder, progress)
+    output.document = {"folder": voc_folder, "num_images": num_images}
+    if not output.is_json:
+        output.say(f"trainaug: {num_images} images in {voc_folder}")
+
+
+@data_app.command()
+def check(
+    context: typer.Context, config: ConfigArgument, overrides: OverridesOption = None, as_json: JsonOption = False
+) -> None:
+    """Check lists, labels, every image and every mask of a config's data set; all problems at once."""
+    from pipeline.config.run_config import find_config, load_config
+    from stages.data.check import check_data
+    from stages.errors import DataError
+
+    run = load_config(find_config(config), overrides or [])
+    output = get_output(context)
+    output.document = {"config": config, "problems": [], "warnings": []}
+    with shown_progress(output, "data check") as progress:
+        problems = check_data(run.data, progress, processes=run.runtime.processes)
+    output.document |= {"problems": problems, "warnings": progress.warnings}
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise DataError(f"{count} in the data set of {config}", problems)
+    if not output.is_json:
+        output.say(f"the data set of {config} is fine")

@@ -1,0 +1,240 @@
+"""The test server's archive of a run: from cached predictions to one checked file.
+
+Reads the artifacts of ``prepare_data`` and ``evaluate``; writes one tar.gz, atomically and only if it passes the check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.engine.run import finished_artifacts
+from stages.contracts import ImageRecord, open_image_set, write_atomic
+from stages.data.adapters.voc import VOC_CLASSES, VocConfig
+from stages.data.splits import some
+from stages.errors import ConfigError, DamagedFileError, DataError, InputError, MissingArtifactError
+from stages.scoring.submission.archive import Competition, build_archive, voc_values
+from stages.scoring.submission.check import check_archive, check_stream
+from stages.scoring.submission.findings import Findings
+from stages.scoring.submission.reference import Expected, ImageFolder, read_test_list
+
+if TYPE_CHECKING:
+    from pipeline.config.run_config import RunConfig
+    from pipeline.engine.plan import Plan
+    from pipeline.store.artifacts import Store
+
+SUFFIXES = (".tar.gz", ".tgz")
+"""What the file may be called."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """An archive that was written."""
+
+    path: Path
+    competition: Competition
+    masks: str
+    """Which masks were packed, in words."""
+    num_masks: int
+    num_bytes: int
+    sha256: str
+    warnings: tuple[str, ...]
+
+
+def archive_command(run: RunConfig, invocation: str = "CONFIG") -> str | None:
+    """The command that makes the archive of ``run``; None for one that predicts no images of VOC's test list."""
+    if not isinstance(run.data, VocConfig) or "test" not in run.evaluate.splits or not run.evaluate.segmentation:
+        return None
+    return f"wsss submission {invocation} --out {shlex.quote(f'{run.name}.tar.gz')}"
+
+
+def find_predictions(run: RunConfig, store: Store, invocation: str) -> tuple[Path, Expected]:
+    """The folder of a run's cached predictions, and the test images that it must hold; builds nothing.
+
+    Args:
+        run: The run's config.
+        store: Where its artifacts are.
+        invocation: Config and options as the user wrote them, for the command in an error.
+
+    Raises:
+        InputError: the data is not VOC's.
+        MissingArtifactError: the test images have not been predicted; the command that does is in the message.
+    """
+    _require_test_split(run, _require_voc(run), invocation)
+    plan, found = finished_artifacts(run, store)
+    if not {"prepare_data", "evaluate"} <= set(found):
+        raise MissingArtifactError(
+            f"the test images have not been predicted yet; predict them with: wsss run {invocation}"
+        )
+    folder = store.require("evaluate", plan.keys["evaluate"]).path / "predictions"
+    return folder, _expected(_test_records(plan, store))
+
+
+def submit_run(run: RunConfig, store: Store, invocation: str, out: Path, *, competition: Competition) -> Submission:
+    """Write the archive of the predictions that the store holds; the other words are those of the next two functions.
+
+    Raises:
+        DamagedFileError: they do not read back as ``evaluate`` wrote them; the command that makes them anew is named.
+    """
+    _check_name(out)
+    folder, expected = find_predictions(run, store, invocation)
+    try:
+        masks = run.evaluate.describe_predictions()
+        return make_submission(run, folder, expected, out, competition=competition, masks=masks)
+    except DataError as error:
+        command = f"wsss run {invocation} --force evaluate"
+        text = f"the cached predictions are damaged: {error.message}; make them anew with: {command}"
+        raise DamagedFileError(text, error.problems) from error
+
+
+def make_submission(
+    run: RunConfig,
+    predictions: Path,
+    expected: Expected,
+    out: Path,
+    *,
+    competition: Competition,
+    masks: str | None = None,
+) -> Submission:
+    """Write the archive of ``predictions``, once it has passed the check.
+
+    Args:
+        run: The run whose class indices they have.
+        predictions: Folder with ``<id>.png`` of every test image; what else is in it is left out.
+        expected: The test images.
+        out: The file to write.
+        competition: Names the folder inside.
+        masks: What the masks are, in words; default where they lie.
+
+    Raises:
+        InputError: ``out`` has another ending, the data is not VOC's, or a prediction is missing or wrong.
+    """
+    _check_name(out)
+    config = _require_voc(run)
+    files = _prediction_files(predictions, expected)
+    data = build_archive(files, voc_values(config.class_names), competition)
+    found = check_stream(io.BytesIO(data), out.name, replace(expected, competition=competition))
+    found.raise_problems(out, "; it was not written")
+    write_atomic(out, data)
+    warnings = (*found.warnings, *_warnings(config, competition))
+    digest = hashlib.sha256(data).hexdigest()
+    return Submission(out, competition, masks or f"those of {predictions}", len(files), len(data), digest, warnings)
+
+
+def check_submission(file: Path, expected: Expected, competition: Competition | None = None) -> Findings:
+    """Check anybody's archive; problems are in what is returned.
+
+    Args:
+        file: The archive.
+        expected: The list and sizes that it should fit.
+        competition: The one it should be for; None takes either.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    if not file.is_file():
+        raise DataError(f"expected an archive, found no file {file}; correct the path")
+    return check_archive(file, replace(expected, competition=competition))
+
+
+def expected_of_run(run: RunConfig, store: Store, invocation: str) -> Expected:
+    """The test images of a run with their sizes, as ``prepare_data`` found them.
+
+    Raises:
+        InputError: the data is not VOC's, or names no test list.
+        MissingArtifactError: ``prepare_data`` has not run.
+    """
+    if _require_voc(run).test_list is None:
+        raise ConfigError("data.test_list is null, so there is nothing to compare with; set data.test_list=test")
+    plan, found = finished_artifacts(run, store)
+    if "prepare_data" not in found:
+        command = f"wsss run {invocation} --until prepare_data"
+        raise MissingArtifactError(f"the images have not been indexed yet; index them with: {command}")
+    return _expected(_test_records(plan, store))
+
+
+def expected_of_files(image_list: Path | None, images: Path | None) -> Expected:
+    """A list and a folder of images, each where given."""
+    return Expected(
+        ids=None if image_list is None else read_test_list(image_list),
+        size_of=None if images is None else ImageFolder(images).size_of,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_name(out: Path) -> None:
+    if not out.name.endswith(SUFFIXES):
+        raise InputError(f"--out {out}: expected a name that ends in {' or '.join(SUFFIXES)}; the server takes these")
+
+
+def _require_voc(run: RunConfig) -> VocConfig:
+    if not isinstance(run.data, VocConfig):
+        raise ConfigError(
+            f"data.format is {run.data.format}: the archive is for PASCAL VOC 2012's test server and its 20 classes; "
+            "it needs data.format=voc (all of VOC's classes, or some by their names)"
+        )
+    return run.data
+
+
+def _require_test_split(run: RunConfig, data: VocConfig, invocation: str) -> None:
+    if not run.evaluate.segmentation:
+        raise ConfigError("evaluate.segmentation is false: this run predicts no masks, so there is nothing to send")
+    if data.test_list is not None and "test" in run.evaluate.splits:
+        return
+    splits = [*run.evaluate.splits, *({"test"} - {*run.evaluate.splits})]
+    more = [f"evaluate.splits=[{','.join(splits)}]", *(["data.test_list=test"] if data.test_list is None else [])]
+    command = " ".join(["wsss run", invocation, *(f"--set {shlex.quote(override)}" for override in more)])
+    costs = "; the list is part of the data, so that all stages are made again" if data.test_list is None else ""
+    raise MissingArtifactError(
+        f"this run predicts no test images (evaluate.splits has no test{costs}); predict them with: {command}"
+    )
+
+
+def _test_records(plan: Plan, store: Store) -> Sequence[ImageRecord]:
+    prepared = store.require("prepare_data", plan.keys["prepare_data"])
+    return open_image_set(prepared.path, plan.data.root).index.split("test")
+
+
+def _prediction_files(folder: Path, expected: Expected) -> list[tuple[str, Path]]:
+    """Image id and file of every expected image; without a list, of every PNG in ``folder``.
+
+    Raises:
+        DataError: there is no such folder, or images have no prediction in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"expected a folder of predictions, found no folder {folder}; correct the path")
+    there = {file.stem: file for file in sorted(folder.glob("*.png"))}
+    wanted = tuple(there) if expected.ids is None else tuple(expected.ids)
+    missing = [image_id for image_id in wanted if image_id not in there]
+    if missing:
+        raise DataError(f"{folder} has no prediction of {len(missing):,} of {len(wanted):,} images: {some(missing)}")
+    return [(image_id, there[image_id]) for image_id in wanted]
+
+
+def _expected(records: Sequence[ImageRecord]) -> Expected:
+    sizes = {record.id: record.size for record in records}
+    return Expected(ids=tuple(sizes), size_of=sizes.get)
+
+
+def _warnings(data: VocConfig, competition: Competition) -> list[str]:
+    warnings: list[str] = []
+    absent = len(VOC_CLASSES) - len(data.class_names)
+    if absent:
+        warnings.append(
+            f"the run knows {len(data.class_names)} of VOC's {len(VOC_CLASSES)} classes: the others score 0"
+        )
+    if competition == "comp5":
+        warnings.append(
+            "comp5 is for methods trained on VOC's own trainval images alone: ImageNet weights, or trainaug with SBD's "
+            "images, make it comp6"
+        )
+    return warnings

@@ -1,0 +1,112 @@
+"""Find the trained segmenter of a config in the store, for commands that only use it.
+
+Reads the config, the data set's lists and the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engine.invocation import write_invocation
+from stages.contracts import open_image_set
+from stages.errors import ConfigError, DataError, MissingArtifactError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipeline.config.run_config import RunConfig
+    from pipeline.engine.plan import Plan
+    from pipeline.store.artifacts import Artifact, Store
+    from stages.scoring.prediction import PredictionConfig
+
+STAGE = "train_segmenter"
+
+
+@dataclass(frozen=True)
+class FoundSegmenter:
+    """A config with the artifact of its segmenter."""
+
+    run: RunConfig
+    plan: Plan
+    store: Store
+    artifact: Artifact
+
+    @property
+    def prediction(self) -> PredictionConfig:
+        """How the config looks at whole images: that part of its evaluate section."""
+        from stages.scoring.prediction import PredictionConfig
+
+        values = {name: getattr(self.run.evaluate, name) for name in PredictionConfig.model_fields}
+        return PredictionConfig.model_validate(values)
+
+    def sample_image(self) -> NDArray[np.uint8] | None:
+        """An image of the data set, RGB (H, W, 3); None where it is not here any more."""
+        key = self.plan.keys["prepare_data"]
+        if self.store.lookup("prepare_data", key) is None:
+            return None
+        prepared = self.store.require("prepare_data", key)
+        images = open_image_set(prepared.path, self.plan.data.root)
+        records = images.index.split("val") or images.index.images
+        try:
+            return images.read_image(records[0])
+        except DataError:
+            return None
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the segmenter comes from, as JSON: key, commit, config, labels, initial weights, measured scores."""
+        content, run = self.artifact.content, self.artifact.run
+        lineage = [self.store.lookup(name, self.plan.keys[name]) for name in self.plan.upstream(STAGE)]
+        supervised = set(self.artifact.mask_supervision)
+        supervised.update(*(found.mask_supervision for found in lineage if found is not None))
+        evaluation = self.store.lookup("evaluate", self.plan.keys["evaluate"]) if "evaluate" in self.plan.keys else None
+        scores = {} if evaluation is None else evaluation.metrics
+        return {
+            "run": self.run.name,
+            "key": self.artifact.key,
+            "commit": run.get("revision"),
+            "trained": run.get("started"),
+            "packages": run.get("packages", {}),
+            "seed": self.run.seed,
+            "supervision": self.run.train_segmenter.supervision,
+            "mask_supervision": sorted(supervised),
+            "init": self.run.train_segmenter.init,
+            "initial_weights": content.get("weights"),
+            "metrics": {name: value for name, value in scores.items() if name.startswith("segmenter.")},
+        }
+
+
+def find_segmenter(config: str, overrides: Sequence[str] | None, artifacts: str, *, doing: str) -> FoundSegmenter:
+    """The trained segmenter of ``config``; its files are here, also where the store is elsewhere.
+
+    Args:
+        config: File or name, as on the command line.
+        overrides: ``--set``.
+        artifacts: Root of the store.
+        doing: The command, for the message.
+
+    Raises:
+        ConfigError: the config trains no segmenter.
+        MissingArtifactError: it is not in the store; the command that makes it is in the message.
+    """
+    from pipeline.config.run_config import find_config, load_config
+    from pipeline.engine.plan import plan_run
+    from pipeline.store.artifacts import open_store
+
+    run = load_config(find_config(config), overrides or [])
+    if not run.evaluate.segmentation:
+        raise ConfigError(f"{config} trains no segmenter (evaluate.segmentation: false); {doing} needs one")
+    store = open_store(artifacts)
+    plan = plan_run(run, store.digest_cache)
+    key = plan.keys[STAGE]
+    damage: list[str] = []
+    if store.lookup(STAGE, key, damaged=damage.append) is None:
+        found = f"is damaged ({damage[0]})" if damage else "is not in the store"
+        invocation = write_invocation(config, overrides, artifacts)
+        raise MissingArtifactError(
+            f"{doing} needs the trained segmenter {key}, which {found}; make it with: wsss run {invocation} "
+            f"--until {STAGE}"
+        )
+    return FoundSegmenter(run, plan, store, store.require(STAGE, key))

@@ -1,0 +1,82 @@
+"""Cache keys: one hash per stage over everything that decides its result, and nothing else.
+
+key = sha256(stage name, VERSION, config as sorted JSON, keys of its inputs, and per stage: data digest, seed, weights,
+the CRF backend that really runs).  Device, processes, threads and every absolute path stay out.
+Reads the data set's lists and a cache of file digests; writes that cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.engine.stage_table import STAGES, TABLE, DataState, StageSpec, StageTable
+
+__all__ = ["STAGES", "Plan", "key_content", "plan_run", "stage_key"]
+
+_KEY_LENGTH = 20
+"""Hex digits of a key: 80 bits tell apart far more artifacts than a disk holds."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages that a run needs, with the key of each."""
+
+    run: Any
+    table: StageTable
+    data: DataState
+    keys: Mapping[str, str]
+    """Key by stage, in order, for the stages that are needed."""
+    contents: Mapping[str, Mapping[str, Any]]
+    """What each key is the hash of."""
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Stages that this run has no use for (``supervision: full`` needs no masks made)."""
+        return tuple(name for name in self.table.names if name not in self.keys)
+
+    def inputs(self, stage: str) -> tuple[str, ...]:
+        """The stages whose artifacts ``stage`` reads."""
+        return self.table.spec(stage).inputs(self.run)
+
+    def upstream(self, stage: str) -> tuple[str, ...]:
+        """All stages that ``stage`` rests on, without itself, in order."""
+        return self.table.needed(self.run, stage)[:-1]
+
+
+def plan_run(run: Any, cache_file: Path, table: StageTable = TABLE, *, last: str | None = None) -> Plan:  # noqa: ANN401 - the table's run type
+    """Check the run's inputs and compute the keys of the stages it needs.
+
+    Args:
+        run: The config.
+        cache_file: Where digests of the data set's files are kept between calls.
+        table: The stages.
+        last: The stage that the plan is for; default the last of the table.
+
+    Raises:
+        InputError: config, data or weights cannot give a result; all problems at once.
+    """
+    data = table.read_data(run, cache_file)
+    keys: dict[str, str] = {}
+    contents: dict[str, Mapping[str, Any]] = {}
+    for name in table.needed(run, last):
+        spec = table.spec(name)
+        contents[name] = key_content(spec, run, data, {stage: keys[stage] for stage in spec.inputs(run)})
+        keys[name] = stage_key(contents[name])
+    return Plan(run, table, data, keys, contents)
+
+
+def key_content(spec: StageSpec, run: Any, data: DataState, input_keys: Mapping[str, str]) -> dict[str, Any]:  # noqa: ANN401 - the table's run type
+    """Everything that decides the result of ``spec``, as JSON."""
+    parts = spec.key_parts(run, data)
+    return {"stage": spec.name, "version": spec.version, "inputs": dict(input_keys), **parts}
+
+
+def stage_key(content: Mapping[str, Any]) -> str:
+    """The hash of ``content``: equal content, in whatever order, gives an equal key."""
+    text = json.dumps(content, sort_keys=True, allow_nan=False, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]

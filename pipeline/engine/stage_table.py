@@ -1,0 +1,315 @@
+"""What the stages are, as data: their order, what each reads, what enters its key, and how it is called.
+
+Nothing is read or written here.  Tests bring tables of their own; ``TABLE`` is the real one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline.config.model_errors import did_you_mean
+from pipeline.config.network_check import check_networks, needs_check
+from pipeline.config.preflight import config_warnings, preflight
+from pipeline.config.run_config import RunConfig
+from stages.contracts import Progress, StageResult, open_image_set
+from stages.data.config import DataConfig
+from stages.data.listing import DataListing, digest_data
+from stages.data.subsets import sweep_key_content
+from stages.errors import ConfigError
+from stages.evaluate import EvaluateConfig
+from stages.make_masks import MakeMasksConfig
+from stages.methods.classifier_files import START
+from stages.nets.segmenters.config import pretrained_name
+from stages.nets.weights import weights_identity
+from stages.ops.crf.dense_crf import CrfConfig
+
+
+@dataclass(frozen=True)
+class DataState:
+    """What a run knows of its data before the first stage."""
+
+    digest: str
+    """Changes whenever a list, a label or a byte of an image or mask does; independent of where the data lies."""
+    root: Path | None = None
+    """Folder of the user's data; None where prepare_data generates it."""
+    listing: DataListing | None = None
+    """The data set's lists; no key rests on them but through the digest."""
+    warnings: tuple[str, ...] = ()
+    """What a run should say before its first stage, beside what prepare_data says."""
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """What one call of a stage is made of, beside ``out``, ``progress`` and ``runtime``."""
+
+    run: Any
+    inputs: Mapping[str, Path]
+    """Artifact folder by the name of the stage that made it; only this stage's inputs."""
+    data_root: Path | None
+    exclude: frozenset[str]
+    """Training images whose true masks were used by any stage before this one."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage."""
+
+    name: str
+    inputs: Callable[[Any], tuple[str, ...]]
+    """Run config to the stages whose artifacts this one reads."""
+    key_parts: Callable[[Any, DataState], Mapping[str, Any]]
+    """Everything but name, version and inputs that decides the result, as JSON."""
+    arguments: Callable[[StageCall], Mapping[str, Any]]
+    """Keyword arguments; ``config`` among them."""
+    package: str = "stages"
+    shard_units: Callable[[StageCall], int] | None = None
+    """How many images (or other units) the stage works through one by one, for those that take ``part`` and so can be
+    made in shards; None for the others."""
+    in_parts: Callable[[Any], bool] = lambda run: True
+    """Run config to whether parts of the stage are any work."""
+
+    @property
+    def version(self) -> int:
+        """The stage module's VERSION."""
+        return int(importlib.import_module(f"{self.package}.{self.name}").VERSION)
+
+    def function(self) -> Callable[..., StageResult]:
+        """The stage's function; its module has the stage's name."""
+        return getattr(importlib.import_module(f"{self.package}.{self.name}"), self.name)
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """The stages of a run in order; the last one is what the run is for."""
+
+    location: str
+    """``module:NAME`` of this table, so that a child process finds it."""
+    run_type: type[BaseModel]
+    read_data: Callable[[Any, Path], DataState]
+    """Check the run's inputs and digest its data; the path is a cache of file digests."""
+    specs: tuple[StageSpec, ...]
+    needs_check: Callable[[Any, Collection[str]], bool] = lambda run, stages: False
+    """Whether ``check`` is worth a process before ``stages`` are built."""
+    check: Callable[[Any, Progress], None] = lambda run, progress: None
+    """What can only be found out with torch, and should be before the first training; runs in a child."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The stages in order."""
+        return tuple(spec.name for spec in self.specs)
+
+    def spec(self, name: str) -> StageSpec:
+        """The stage called ``name``.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for spec in self.specs:
+            if spec.name == name:
+                return spec
+        guess = did_you_mean(name, self.names)
+        raise ConfigError(f"there is no stage '{name}'{guess}  Stages: {', '.join(self.names)}")
+
+    def needed(self, run: Any, last: str | None = None) -> tuple[str, ...]:  # noqa: ANN401 - a run of this table's type
+        """The stages that ``last`` (default: the last stage) rests on, itself included, in order."""
+        wanted = {last or self.names[-1]}
+        for spec in reversed(self.specs):
+            if spec.name in wanted:
+                wanted.update(spec.inputs(run))
+        return tuple(name for name in self.names if name in wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_data(run: RunConfig, cache_file: Path) -> DataState:
+    listing = preflight(run)
+    warnings = config_warnings(run)
+    digest = digest_data(listing, run.data, cache_file, warn=warnings.append)
+    return DataState(digest=digest, root=listing.root, listing=listing, warnings=tuple(warnings))
+
+
+def _is_weak(run: RunConfig) -> bool:
+    return run.train_segmenter.supervision == "weak"
+
+
+def _mask_inputs(run: RunConfig) -> tuple[str, ...]:
+    """Maps walk over the features of the classifier that made them, and come from it where they are not kept."""
+    classifier = ("train_classifier",) if run.make_masks.walks or not run.make_attention.keep_maps else ()
+    return ("prepare_data", *classifier, "make_attention")
+
+
+def _segmenter_inputs(run: RunConfig) -> tuple[str, ...]:
+    from_classifier = ("train_classifier",) if run.train_segmenter.init == "classifier" else ()
+    return ("prepare_data", *from_classifier, *(("make_masks",) if _is_weak(run) else ()))
+
+
+def _evaluate_inputs(run: RunConfig) -> tuple[str, ...]:
+    classifier = ("train_classifier",) if run.evaluate.localization is not None else ()
+    if not run.evaluate.segmentation:
+        return ("prepare_data", *classifier)
+    masks = ("make_attention", "make_masks") if _is_weak(run) else ()
+    return ("prepare_data", *classifier, *masks, "train_segmenter")
+
+
+def _json(config: BaseModel) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def data_key_parts(config: DataConfig) -> dict[str, Any]:
+    """``config`` without its paths: where the data lies changes nothing, what it holds is in the digest."""
+    paths = {name for name in type(config).model_fields if isinstance(getattr(config, name), Path)}
+    return {name: value for name, value in _json(config).items() if name not in paths and value is not None}
+
+
+def _crf(config: CrfConfig, run: RunConfig, *, is_used: bool) -> dict[str, Any] | None:
+    """The CRF's numbers with the backend that really runs; None where none runs."""
+    return config.key_content(run.runtime.device) if is_used else None
+
+
+def _mask_config(run: RunConfig) -> MakeMasksConfig:
+    """The section with the CRF backend of the key by name: the stage must not find another one."""
+    config = run.make_masks
+    crf = config.crf.resolved(run.runtime.device) if "crf" in config.chain else config.crf
+    return config.model_copy(update={"crf": crf})
+
+
+def _evaluate_config(run: RunConfig) -> EvaluateConfig:
+    """The same of ``evaluate``."""
+    config = run.evaluate
+    crf = config.crf_config.resolved(run.runtime.device) if config.crf else config.crf_config
+    return config.model_copy(update={"crf_config": crf})
+
+
+def _mask_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
+    config = run.make_masks
+    sweep = {} if config.sweep is None else {"sweep": sweep_key_content(config.sweep)}
+    return {"config": config.key_content() | sweep | {"crf": _crf(config.crf, run, is_used="crf" in config.chain)}}
+
+
+def _evaluate_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
+    config = run.evaluate
+    return {"config": _json(config) | {"crf_config": _crf(config.crf_config, run, is_used=config.crf)}}
+
+
+def _weights(name: str | None, weights: Mapping[str, Path]) -> str | None:
+    return None if name is None else weights_identity(name, weights)
+
+
+def _classifier_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
+    backbone = run.train_classifier.backbone
+    is_public = backbone.pretrained and START not in run.weights
+    weights = _weights(backbone.name if is_public else None, run.weights)
+    config = _json(run.train_classifier) | {"method": run.train_classifier.method.key_content()}
+    if config["head"] == "gap":
+        del config["head"]  # the keys of the time when there was no other stay valid
+    start = {"start": _weights(START, run.weights)} if START in run.weights else {}
+    return {"config": config, "seed": run.seed, "weights": weights, **start}
+
+
+def _segmenter_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
+    config = run.train_segmenter
+    weights = _weights(pretrained_name(config.net, config.init), run.weights)
+    return {"config": config.key_content(run.runtime.device), "seed": run.seed, "weights": weights}
+
+
+def _common(call: StageCall) -> dict[str, Any]:
+    return {"images": call.inputs["prepare_data"], "data_root": call.data_root}
+
+
+def _training(call: StageCall) -> dict[str, Any]:
+    return _common(call) | {"weights": call.run.weights, "seed": call.run.seed}
+
+
+def _num_training_images(call: StageCall) -> int:
+    return len(open_image_set(call.inputs["prepare_data"], call.data_root).index.splits.get("train", ()))
+
+
+def _optional(call: StageCall, names: Iterable[tuple[str, str]]) -> dict[str, Path | None]:
+    """Argument name to the artifact of the stage beside it, None where this run has none."""
+    return {argument: call.inputs.get(stage) for argument, stage in names}
+
+
+TABLE = StageTable(
+    location="pipeline.engine.stage_table:TABLE",
+    run_type=RunConfig,
+    read_data=_read_data,
+    needs_check=needs_check,
+    check=check_networks,
+    specs=(
+        StageSpec(
+            name="prepare_data",
+            inputs=lambda run: (),
+            key_parts=lambda run, data: {
+                "config": _json(run.prepare_data),
+                "data": data_key_parts(run.data),
+                "digest": data.digest,
+            },
+            arguments=lambda call: {"config": call.run.prepare_data, "data": call.run.data},
+        ),
+        StageSpec(
+            name="train_classifier",
+            inputs=lambda run: ("prepare_data",),
+            key_parts=_classifier_parts,
+            arguments=lambda call: {"config": call.run.train_classifier, **_training(call)},
+        ),
+        StageSpec(
+            name="make_attention",
+            inputs=lambda run: ("prepare_data", "train_classifier"),
+            key_parts=lambda run, data: {"config": run.make_attention.key_content()},
+            arguments=lambda call: {
+                "config": call.run.make_attention,
+                "classifier": call.inputs["train_classifier"],
+                **_common(call),
+            },
+            shard_units=_num_training_images,
+            in_parts=lambda run: run.make_attention.keep_maps,
+        ),
+        StageSpec(
+            name="make_masks",
+            inputs=_mask_inputs,
+            key_parts=_mask_parts,
+            arguments=lambda call: {
+                "config": _mask_config(call.run),
+                "attention": call.inputs["make_attention"],
+                **_optional(call, [("classifier", "train_classifier")]),
+                **_common(call),
+            },
+            shard_units=_num_training_images,
+        ),
+        StageSpec(
+            name="train_segmenter",
+            inputs=_segmenter_inputs,
+            key_parts=_segmenter_parts,
+            arguments=lambda call: {
+                "config": call.run.train_segmenter.resolved(call.run.runtime.device),
+                **_optional(call, [("masks", "make_masks"), ("classifier", "train_classifier")]),
+                **_training(call),
+            },
+        ),
+        StageSpec(
+            name="evaluate",
+            inputs=_evaluate_inputs,
+            key_parts=_evaluate_parts,
+            arguments=lambda call: {
+                "config": _evaluate_config(call.run),
+                **_optional(call, [("segmenter", "train_segmenter"), ("classifier", "train_classifier")]),
+                **_optional(call, [("attention", "make_attention"), ("masks", "make_masks")]),
+                "masks_config": call.run.make_masks if "make_masks" in call.inputs else None,
+                "exclude": call.exclude,
+                **_common(call),
+            },
+        ),
+    ),
+)
+
+STAGES: tuple[str, ...] = TABLE.names
+"""The six stages in order."""

@@ -1,0 +1,115 @@
+"""One Prefect task run per stage, named as the stage, whose state says whether it was built, cached or skipped.
+
+The task only looks: the stage's body runs in a child process through the same ``runner.ensure`` as without Prefect, and
+the store is the only cache.  Prefect is imported here and in ``flows`` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+from uuid import UUID
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from pipeline.engine.countdown import Pace
+from pipeline.engine.outcomes import Listener, StageOutcome
+from pipeline.report.tables import describe_value, format_seconds
+from stages.errors import WsssError
+
+PROGRESS_EVERY_S = 2.0
+"""Least time between two updates of a progress artifact; one costs about 14 ms."""
+
+
+def run_as_task(stage: str, body: Callable[[], StageOutcome]) -> StageOutcome:
+    """Run ``body`` in a task run called ``stage``.
+
+    Args:
+        stage: Name of the task and of its run.
+        body: Brings the stage's artifact into being.
+
+    Returns:
+        What ``body`` returned.
+
+    Raises:
+        WsssError: what ``body`` raised; the task run's message is its text.
+    """
+    named = _run_stage.with_options(name=stage, task_run_name=stage)
+    return cast(StageOutcome, named(body, return_state=True).result())
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def _run_stage(body: Callable[[], StageOutcome]) -> State[StageOutcome]:
+    try:
+        return to_state(body())
+    except WsssError as error:
+        # a deliberate error's first line says what to do; raised, it would stand behind Prefect's own words
+        return Failed(message=str(error), data=error)
+
+
+def to_state(outcome: StageOutcome) -> State[StageOutcome]:
+    """``outcome`` as a state that Prefect's UI shows: Cached, Skipped, Resumed, or plain Completed."""
+    name = {"cached": "Cached", "skipped": "Skipped", "resumed": "Resumed"}.get(outcome.state)
+    message = "not needed by this config" if outcome.path is None else str(outcome.path)
+    return Completed(name=name, message=message, data=outcome) if name else Completed(message=message, data=outcome)
+
+
+class PrefectListener:
+    """Relays a run to the logger of the task run and a progress artifact, and to another listener."""
+
+    def __init__(self, inner: Listener, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Relay to ``inner`` too."""
+        self._inner, self._clock = inner, clock
+        self._stage = ""
+        self._pace = Pace()
+        self._artifact: UUID | None = None
+        self._updated = 0.0
+
+    def stage_started(self, stage: str, key: str) -> None:
+        """Begin to follow ``stage``."""
+        self._stage, self._pace = stage, Pace()
+        self._artifact, self._updated = None, self._clock()
+        _logger().info("%s: key %s", stage, key)
+        self._inner.stage_started(stage, key)
+
+    def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
+        """Show progress and the time left, on the artifact at most every two seconds."""
+        self._inner.progress(task, total, done, unit, values)
+        now = self._clock()
+        left_s = self._pace.left_s(task, total, done, now)
+        if now - self._updated >= PROGRESS_EVERY_S and total > 0:
+            self._updated = now
+            left = "" if left_s is None else f", {format_seconds(left_s)} left"
+            numbers = "".join(f", {describe_value(name, value)}" for name, value in values.items())
+            self._show(100.0 * done / total, f"{task}: {done}/{total} {unit}{left}{numbers}")
+
+    def _show(self, percent: float, text: str) -> None:
+        with contextlib.suppress(Exception):  # a server that hiccups must not end a training
+            if self._artifact is None:
+                key = self._stage.replace("_", "-")
+                self._artifact = cast(UUID, create_progress_artifact(percent, key=key, description=text))
+            else:
+                update_progress_artifact(self._artifact, percent, description=text)
+
+    def log(self, level: str, text: str) -> None:
+        """Log a line of the child."""
+        write = {"warning": _logger().warning, "error": _logger().error}.get(level, _logger().info)
+        write("%s", text)
+        self._inner.log(level, text)
+
+    def stage_finished(self, outcome: StageOutcome) -> None:
+        """Log how a stage ended."""
+        if self._artifact is not None and outcome.state in ("built", "resumed"):
+            self._show(100.0, outcome.state)
+        _logger().info("%s: %s in %.1f s %s", outcome.stage, outcome.state, outcome.seconds, dict(outcome.metrics))
+        self._inner.stage_finished(outcome)
+
+
+def _logger() -> Any:  # noqa: ANN401 - a LoggerAdapter of a type that Prefect does not name
+    return get_run_logger()

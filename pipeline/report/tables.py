@@ -1,0 +1,331 @@
+"""Put a run's numbers into rows for the report: what each number is called, how it is written and what it means.
+
+Reads manifests and confusion counts that the caller loaded; writes nothing.
+Shapes: C classes with background.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Literal
+
+import numpy as np
+
+from stages.contracts import ClassList
+from stages.ops.metrics.boundaries import TRIMAP_WIDTHS_PX
+from stages.ops.metrics.confusion import SparseConfusions, iou
+
+STAGE_MEANINGS: dict[str, str] = {
+    "prepare_data": "indexes and checks the images",
+    "train_classifier": "learns the image-level labels",
+    "make_attention": "shows where the classifier looks",
+    "make_masks": "turns attention into pseudo-masks",
+    "train_segmenter": "learns the masks",
+    "evaluate": "compares with true masks",
+}
+"""Every stage in the order of the road, with what it does."""
+
+Unit = Literal["percent", "number", "count", "bytes"]
+
+
+@dataclass(frozen=True)
+class MetricText:
+    """How one metric is shown."""
+
+    group: str
+    label: str
+    meaning: str
+    unit: Unit = "percent"
+
+
+def _outline_texts(prefix: str, group: str) -> dict[str, MetricText]:
+    """The scores of a segmenter's outlines."""
+    meaning = "Like mIoU, of the pixels within 2 % of the image's diagonal of a mask's outline: how well shapes fit."
+    texts = {
+        f"{prefix}.boundary_iou": MetricText(group, "boundary IoU", meaning),
+        f"{prefix}.boundary_iou_ms": MetricText(group, "boundary IoU, multi-scale", "The same of those masks."),
+        f"{prefix}.boundary_iou_ms_crf": MetricText(group, "boundary IoU, multi-scale + CRF", "The same of those."),
+    }
+    for width in TRIMAP_WIDTHS_PX:
+        meaning = f"mIoU of the pixels within {width} px of an outline of the truth."
+        texts[f"{prefix}.trimap_miou_{width}px"] = MetricText(group, f"trimap mIoU, {width} px", meaning)
+    return texts
+
+
+METRICS: dict[str, MetricText] = {
+    "data.num_train": MetricText("Data", "Training images", "Images with image-level labels.", "count"),
+    "data.num_val": MetricText("Data", "Validation images", "Images that only scores look at.", "count"),
+    "data.num_test": MetricText(
+        "Data", "Test images", "Images that are predicted, and scored if they have masks.", "count"
+    ),
+    "data.num_skipped": MetricText("Data", "Skipped images", "Unreadable images that were left out.", "count"),
+    "classifier.map": MetricText("Classifier", "mAP", "Mean average precision of the predicted image-level labels."),
+    "classifier.label_accuracy": MetricText(
+        "Classifier", "label accuracy", "Share of all (image, class) answers, present or absent, that are right."
+    ),
+    "localization.top1_loc": MetricText(
+        "Localisation",
+        "Top-1 Loc",
+        "The classifier's first answer and the box of the label's attention are both right.",
+    ),
+    "localization.gt_known_loc": MetricText(
+        "Localisation", "GT-known Loc", "The box of the true label's attention, cut at the configured threshold, fits."
+    ),
+    "localization.top1_clas": MetricText("Localisation", "Top-1 Clas", "The classifier's first answer is the label."),
+    "localization.max_box_acc": MetricText(
+        "Localisation",
+        "MaxBoxAcc",
+        "GT-known Loc at the best threshold, which is chosen on the very images it is scored on.",
+    ),
+    "localization.max_box_acc_threshold": MetricText(
+        "Localisation", "threshold of MaxBoxAcc", "That best threshold, as a fraction of each map's maximum.", "number"
+    ),
+    "localization.max_box_acc_v2": MetricText(
+        "Localisation", "MaxBoxAccV2", "The best of all boxes counts; mean over several overlaps, each at its best."
+    ),
+    "localization.pxap": MetricText(
+        "Localisation", "PxAP", "Area under precision and recall of the attention's pixels over all thresholds."
+    ),
+    "attention.miou": MetricText(
+        "Attention", "mIoU", "Attention maps cut at the configured threshold, on training images with a true mask."
+    ),
+    "attention.miou_oracle": MetricText(
+        "Attention",
+        "mIoU, oracle",
+        "The same at the best threshold, which is chosen on the very masks it is scored on: a limit, not a result.",
+    ),
+    "attention.threshold_oracle": MetricText(
+        "Attention", "threshold, oracle", "That best threshold, as a fraction of each map's maximum.", "number"
+    ),
+    "attention.bytes_per_image": MetricText("Attention", "stored", "Disk space of one image's maps.", "bytes"),
+    "masks.threshold": MetricText(
+        "Pseudo-masks",
+        "chosen threshold",
+        "The best one on the images of make_masks.sweep, which count in no score.",
+        "number",
+    ),
+    "masks.miou_before_crf": MetricText(
+        "Pseudo-masks", "mIoU before refinement", "Masks as cut from the attention maps."
+    ),
+    "masks.miou": MetricText(
+        "Pseudo-masks", "mIoU", "The masks that the segmenter learns; unsure pixels count as background."
+    ),
+    "masks.miou_labelled": MetricText("Pseudo-masks", "mIoU, sure pixels", "The same with unsure pixels dropped."),
+    "masks.coverage": MetricText("Pseudo-masks", "coverage", "Share of the scored pixels that the masks are sure of."),
+    "masks.foreground_ratio_before_crf": MetricText(
+        "Pseudo-masks", "foreground before refinement", "Share of the pixels marked as an object before refinement."
+    ),
+    "masks.foreground_ratio": MetricText(
+        "Pseudo-masks", "foreground", "Share of the pixels marked as an object; far below the line above is a bad sign."
+    ),
+    "segmenter.miou": MetricText("Segmenter", "mIoU", "Validation images at one scale, no CRF: the number to compare."),
+    "segmenter.miou_ms": MetricText("Segmenter", "mIoU, multi-scale", "Several scales and mirrored images averaged."),
+    "segmenter.miou_ms_crf": MetricText("Segmenter", "mIoU, multi-scale + CRF", "The same, refined by the dense CRF."),
+    "segmenter.pixel_accuracy": MetricText(
+        "Segmenter", "pixel accuracy", "Share of the pixels that are right; background makes it look good."
+    ),
+    **_outline_texts("segmenter", "Segmenter"),
+    "segmenter_test.miou": MetricText(
+        "Segmenter on test", "mIoU", "Test images with a true mask, at one scale, no CRF."
+    ),
+    "segmenter_test.miou_ms": MetricText("Segmenter on test", "mIoU, multi-scale", "As on the validation images."),
+    "segmenter_test.miou_ms_crf": MetricText(
+        "Segmenter on test", "mIoU, multi-scale + CRF", "As on the validation images."
+    ),
+    "segmenter_test.pixel_accuracy": MetricText("Segmenter on test", "pixel accuracy", "As on the validation images."),
+    **_outline_texts("segmenter_test", "Segmenter on test"),
+}
+"""Known metrics in the order of the table; others follow under their own names."""
+
+THINGS: dict[str, str] = {
+    "attention": "Attention",
+    "masks_before_crf": "Before refinement",
+    "masks_after_random_walk": "After random walk",
+    "masks_after_par": "After PAR",
+    "masks_after_crf": "After CRF",
+    "masks": "Pseudo-masks",
+    "masks_labelled": "Sure pixels",
+    "segmenter": "Segmenter",
+    "segmenter_ms": "Multi-scale",
+    "segmenter_ms_crf": "Multi-scale + CRF",
+    "segmenter_test": "Test",
+    "segmenter_test_ms": "Test, multi-scale",
+    "segmenter_test_ms_crf": "Test, multi-scale + CRF",
+}
+"""Column titles of what ``evaluate`` counts confusions of."""
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One line of the table of numbers."""
+
+    name: str
+    group: str
+    label: str
+    text: str
+    meaning: str
+    bar: float | None
+    """Percent, 0 to 100; None where the number is no share."""
+    interval: str = ""
+    """``41.0 … 45.2``: its 95 % interval over images, where it has one."""
+
+
+def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
+    """The flat metrics as rows: known ones in their order, then the others; dictionaries are left to other tables.
+
+    The limits of an interval, ``<name>_low`` and ``<name>_high``, stand in the row of their metric.
+    """
+    numbers = {name: value for name, value in metrics.items() if _is_number(value)}
+    limits = {f"{name}_{end}" for name in numbers for end in ("low", "high")}
+    known = [_metric_row(name, METRICS[name], numbers) for name in METRICS if name in numbers]
+    others = [
+        _metric_row(name, MetricText("Other", name, "", "number"), numbers)
+        for name in sorted(numbers)
+        if name not in METRICS and name not in limits
+    ]
+    return known + others
+
+
+def _metric_row(name: str, text: MetricText, numbers: Mapping[str, float]) -> MetricRow:
+    value = numbers[name]
+    bar = min(max(value * 100.0, 0.0), 100.0) if text.unit == "percent" and math.isfinite(value) else None
+    row = MetricRow(name, text.group, text.label, format_value(value, text.unit), text.meaning, bar)
+    low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
+    if low is None or high is None:
+        return row
+    return replace(row, interval=f"{low * 100:.1f} … {high * 100:.1f}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """IoU of every class for every thing scored; percent, None where the class never occurs."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, int, tuple[float | None, ...]], ...]
+    """(class name, class index, one IoU for each column)."""
+    means: tuple[float | None, ...]
+    num_images: tuple[int, ...]
+
+
+def class_table(confusions: Mapping[str, SparseConfusions], classes: ClassList) -> ClassTable:
+    """Per-class IoU out of the counts, background first."""
+    others = sorted(thing for thing in set(confusions) - set(THINGS) if not thing.endswith("_labelled"))
+    things = [thing for thing in THINGS if thing in confusions] + others
+    scores = [_percent(iou(confusions[thing].total())) for thing in things]
+    rows = tuple(
+        (name, class_index, tuple(column[class_index] for column in scores))
+        for class_index, name in enumerate(classes.names_with_background)
+    )
+    present = [[value for value in column if value is not None] for column in scores]
+    return ClassTable(
+        columns=tuple(THINGS.get(thing, thing) for thing in things),
+        rows=rows,
+        means=tuple(sum(values) / len(values) if values else None for values in present),
+        num_images=tuple(len(confusions[thing].ids) for thing in things),
+    )
+
+
+def _percent(values: np.ndarray) -> list[float | None]:
+    return [float(value) * 100.0 if math.isfinite(value) else None for value in values]
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One line of the table of stages."""
+
+    name: str
+    meaning: str
+    state: str
+    key: str
+    seconds: str
+    size: str
+    started: str
+    warnings: tuple[str, ...]
+
+
+def stage_rows(manifests: Mapping[str, Mapping[str, Any]], states: Mapping[str, str]) -> list[StageRow]:
+    """Every stage of the road, also those that this run skipped."""
+    return [
+        _stage_row(name, meaning, manifests.get(name), states.get(name)) for name, meaning in STAGE_MEANINGS.items()
+    ]
+
+
+def _stage_row(name: str, meaning: str, manifest: Mapping[str, Any] | None, state: str | None) -> StageRow:
+    if manifest is None:
+        return StageRow(name, meaning, state or "skipped", "", "–", "–", "–", ())
+    content, run = manifest["content"], manifest["run"]
+    size = sum(entry["size"] for entry in content.get("files", {}).values())
+    return StageRow(
+        name=name,
+        meaning=meaning,
+        state=state or "in the store",
+        key=content["key"],
+        seconds=format_seconds(run.get("seconds")),
+        size=format_value(size, "bytes"),
+        started=format_time(run.get("started")),
+        warnings=tuple(run.get("warnings", ())),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def format_value(value: float, unit: Unit) -> str:
+    """``0.4312`` as 43.1 %, 0.431, 0 or 0 B by unit; "–" for what is not finite."""
+    if not math.isfinite(value):
+        return "–"
+    if unit == "percent":
+        return f"{value * 100:.1f} %"
+    if unit == "count":
+        return f"{value:,.0f}"
+    if unit == "bytes":
+        return _format_bytes(value)
+    return f"{value:.3g}"
+
+
+def _format_bytes(value: float) -> str:
+    names: Sequence[str] = ("B", "kB", "MB", "GB", "TB")
+    step = 0
+    while value >= 999.5 and step < len(names) - 1:
+        value, step = value / 1000, step + 1
+    return f"{value:.0f} {names[step]}" if step == 0 or value >= 99.5 else f"{value:.1f} {names[step]}"
+
+
+def describe_value(name: str, value: float) -> str:
+    """A number that is shown beside progress: ``loss 0.1235``, ``3.1 images/s`` for ``images_per_s``."""
+    unit = name.removesuffix("_per_s")
+    return f"{name} {value:.4g}" if unit == name else f"{value:.2g} {unit}/s" if value < 10 else f"{value:.0f} {unit}/s"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """``0.4 s``, ``12 s``, ``3 min 05 s``, ``2 h 14 min``; "–" for None."""
+    if seconds is None:
+        return "–"
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_time(started: object) -> str:
+    """An ISO time or a Unix time as ``2026-11-20 12:05 UTC``; anything else as it is."""
+    from datetime import UTC
+
+    if isinstance(started, int | float):
+        return datetime.fromtimestamp(started, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
+    try:
+        moment = datetime.fromisoformat(str(started))
+    except ValueError:
+        return str(started)
+    return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".strip()

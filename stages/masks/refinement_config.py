@@ -1,0 +1,108 @@
+"""Which refinements fit a pseudo-mask to its image, in which order and with which numbers.
+
+Reads and writes no file, and needs no torch: what the refinements do is in ``stages.masks.refinements``.  A new one is
+one file in ``stages.ops``, its name and its section here, and its line in ``stages.masks.refinements.REFINEMENTS``: see
+``docs/refinements.md``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from pydantic import Field, field_validator
+
+from stages.ops.crf.dense_crf import CrfConfig
+from stages.ops.par import ParConfig
+from stages.ops.random_walk import RandomWalkConfig
+from stages.ops.seeds import SeedConfig
+
+RefinementName = Literal["crf", "par", "random_walk"]
+
+WALK = "random_walk"
+"""The refinement that works on the maps' own grid and needs the trained classifier."""
+
+_NAMES: tuple[str, ...] = get_args(RefinementName)
+
+
+class RefinementConfig(SeedConfig):
+    """The threshold rule, and what fits its masks to the image."""
+
+    refine: Literal["none", "crf", "par", "random_walk"] | tuple[RefinementName, ...] = "crf"
+    """none, the name of a refinement, or a list of them, applied in this order (``[random_walk, par, crf]``)."""
+    crf: CrfConfig = CrfConfig(preset="irn")
+    """Numbers of the CRF."""
+    par: ParConfig = ParConfig()
+    """Numbers of the pixel-adaptive refinement."""
+    random_walk: RandomWalkConfig = RandomWalkConfig()
+    """Numbers of the random walk."""
+    unary: Literal["labels", "maps"] = "labels"
+    """What a CRF starts from, wherever it stands in the chain: the labels that there are before it (of the threshold
+    rule, or the most probable ones) with a confidence, or probabilities (the rescaled maps, or as they come)."""
+    label_confidence: float = Field(default=0.7, gt=0.5, lt=1)
+    """Probability that a label which a CRF starts from is right (``unary: labels``, and always with ``confident``)."""
+
+    @field_validator("refine", mode="before")
+    @classmethod
+    def _check_refine(cls, value: object) -> object:
+        """A list of one is its name, so that equal work has equal keys."""
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not names:
+            raise ValueError(f"expected none, or one or a list of {', '.join(_NAMES)}")
+        if names == ["none"]:
+            return "none"
+        problem = _chain_problem(names)
+        if problem is not None:
+            raise ValueError(problem)
+        return names[0] if len(names) == 1 else tuple(names)
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """The refinements in order, none at all for ``none``."""
+        if isinstance(self.refine, str):
+            return () if self.refine == "none" else (self.refine,)
+        return self.refine
+
+    @property
+    def walks(self) -> bool:
+        """Whether the trained classifier is needed."""
+        return WALK in self.chain
+
+    @property
+    def pixel_chain(self) -> tuple[str, ...]:
+        """The refinements of pixels, in order."""
+        return tuple(name for name in self.chain if name != WALK)
+
+    def key_content(self) -> dict[str, Any]:
+        """What decides the masks, as JSON; the numbers of a refinement that is not in the chain do not.
+
+        ``sweep`` and ``crf`` are left to the caller, who knows their files and the device.
+        """
+        unused = {name for name in ("par", WALK) if name not in self.chain}
+        return {name: value for name, value in super().key_content().items() if name not in unused}
+
+
+def _chain_problem(names: Sequence[object]) -> str | None:
+    """What is wrong with a list of refinements."""
+    for name in names:
+        if name == "none":
+            return "none stands alone; leave it out of the list"
+        if name not in _NAMES:
+            return _unknown(name)
+    repeated = sorted({str(name) for name in names if names.count(name) > 1})
+    if repeated:
+        return f"a refinement may stand once, found {repeated[0]} again; drop the repeated one"
+    if WALK in names[1:]:
+        return f"{WALK} works on the coarse maps, before any pixel is refined; put it first: [{WALK}, …]"
+    return None
+
+
+def _unknown(name: object) -> str:
+    """That there is no such refinement, and the nearest that there is."""
+    expected = f"expected none, or one or a list of {', '.join(_NAMES)}"
+    if not isinstance(name, str):
+        return f"a refinement is a name, not {name!r}; {expected}"
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), _NAMES, n=1, cutoff=0.5)
+    guess = f"; did you mean '{near[0]}'?" if near else ";"
+    return f"there is no refinement '{name}'{guess} {expected}"

@@ -1,0 +1,227 @@
+"""DeepLab-LargeFOV on any of our backbones, and what all segmenters have in common.
+
+Network code; reads VGG16's weight file where fc6 and fc7 start at its own, writes nothing.
+Shapes: B images, C classes with background, D feature channels, H W pixels, h w cells.
+Source: Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs", 2015;
+layer numbers as in the SEC release (Kolesnikov and Lampert, "Seed, Expand and Constrain", ECCV 2016).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.contracts import Progress
+from stages.errors import WeightsError
+from stages.nets.backbones.builders import Backbone, build_plain_backbone
+from stages.nets.segmenters.config import LargeFovConfig
+from stages.nets.weights import WeightsReport, fetch_weights, read_tensors
+
+
+class Segmenter(nn.Module):
+    """A network that scores C classes per cell; ``trunk`` is the part that pretrained weights go into."""
+
+    num_classes: int
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The backbone or encoder, with the plain network's tensor names."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C, h, w) of normalised images (B, 3, H, W); the caller resizes them to (H, W)."""
+        raise NotImplementedError
+
+    def training_logits(self, images: Tensor) -> list[Tensor]:
+        """Logits (B, C, h, w) that each have a loss in training, the whole image's first; mostly one."""
+        return [self(images)]
+
+    def parameter_groups(self, head_lr_factor: float = 10.0) -> list[dict[str, Any]]:
+        """All parameters for the optimiser, each once: the trunk at factor 1, the head faster.
+
+        Args:
+            head_lr_factor: The head's learning rate as a multiple of the trunk's.
+
+        Returns:
+            Dicts with ``params`` and ``lr_factor``.
+        """
+        return parameter_groups(self, self.trunk, head_lr_factor)
+
+
+def parameter_groups(module: nn.Module, trunk: nn.Module, head_lr_factor: float) -> list[dict[str, Any]]:
+    """Parameters of ``trunk`` at factor 1, the others of ``module`` at ``head_lr_factor``; none twice."""
+    trunk_ids = {id(parameter) for parameter in trunk.parameters()}
+    head = [parameter for parameter in module.parameters() if id(parameter) not in trunk_ids]
+    return [
+        {"params": list(trunk.parameters()), "lr_factor": 1.0},
+        {"params": head, "lr_factor": head_lr_factor},
+    ]
+
+
+class LargeFov(Segmenter):
+    """backbone → fc6 (3×3, dilated) → [fc7 (1×1)] → classifier (1×1); ReLU and dropout behind fc6 and fc7."""
+
+    def __init__(self, config: LargeFovConfig, num_classes: int) -> None:
+        """Build the net at a random start.
+
+        Args:
+            config: Backbone and head.
+            num_classes: C.
+        """
+        super().__init__()
+        self.num_classes = num_classes
+        self.backbone = build_plain_backbone(config.backbone)
+        if config.backbone.name == "vgg16":
+            widen_vgg_pools(self.backbone)
+            self.pool5 = vgg_pool5()
+        else:
+            self.pool5 = nn.Identity()
+        self.fc6 = _stage(config, self.backbone.num_channels, kernel_size=3, dilation=config.dilation)
+        self.fc7 = _stage(config, config.channels, kernel_size=1) if config.fc7 else nn.Identity()
+        self.is_decimated = config.fc_init == "decimated"
+        self.align_corners = config.align_corners
+        self.classifier = nn.Conv2d(config.channels, num_classes, kernel_size=1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type] - a Conv2d made with a bias has one
+
+    @property
+    def trunk(self) -> Backbone:
+        """The backbone."""
+        return self.backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C, h, w) at the backbone's stride."""
+        logits = self.classifier(self.fc7(self.fc6(self.pool5(self.backbone(images)))))
+        return move_to_centres(logits, images.shape[-2:], self.backbone.output_stride) if self.align_corners else logits
+
+    def parameter_groups(self, head_lr_factor: float = 10.0) -> list[dict[str, Any]]:
+        """As every segmenter's; decimated fc6 and fc7 are no new layers and learn as fast as the backbone."""
+        if not self.is_decimated:
+            return super().parameter_groups(head_lr_factor)
+        plain = nn.ModuleList([self.backbone, self.fc6, self.fc7])
+        return parameter_groups(self, plain, head_lr_factor)
+
+
+def _stage(config: LargeFovConfig, in_channels: int, *, kernel_size: int, dilation: int = 1) -> nn.Sequential:
+    """Convolution, [BatchNorm], ReLU, dropout of whole channels' cells; the convolution starts at He's scale."""
+    conv = nn.Conv2d(
+        in_channels,
+        config.channels,
+        kernel_size,
+        padding=dilation * (kernel_size // 2),
+        dilation=dilation,
+        bias=not config.batch_norm,
+    )
+    nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    norm = [nn.BatchNorm2d(config.channels)] if config.batch_norm else []
+    return nn.Sequential(conv, *norm, nn.ReLU(inplace=True), nn.Dropout(config.dropout))
+
+
+def widen_vgg_pools(backbone: Backbone) -> None:
+    """Make VGG's 2×2 pools 3×3 with padding 1, as DeepLab does: 321 px give 161, 81 and 41 cells."""
+    for layer in backbone.modules():
+        if isinstance(layer, nn.MaxPool2d):
+            layer.kernel_size, layer.padding = 3, layer.dilation
+
+
+def move_to_centres(logits: Tensor, size: Sequence[int], stride: int) -> Tensor:
+    """Scores at the centres of the cells, where everybody takes them to be, from those at pixels 0, stride, 2·stride ….
+
+    Bilinear in between; float32 also under autocast.  Written as two products of matrices, whose gradient is exact to
+    the bit and which every format of exported networks knows.
+
+    Args:
+        logits: (B, C, h, w).
+        size: (H, W) of the images in pixels.
+        stride: Pixels between two cells.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        rows, columns = (
+            _weights_at_centres(cells, pixels, stride, logits.device)
+            for cells, pixels in zip(logits.shape[-2:], size, strict=True)
+        )
+        return rows @ logits.float() @ columns.T
+
+
+def _weights_at_centres(cells: int, pixels: int, stride: int, device: torch.device) -> Tensor:
+    """How much each of n cells counts at each centre (n, n); rows sum to 1."""
+    numbers = torch.arange(cells, dtype=torch.float32, device=device)
+    centres = ((numbers + 0.5) * (pixels / cells) - 0.5) / stride
+    return (1 - (centres.clamp(0, cells - 1)[:, None] - numbers).abs()).clamp(min=0)
+
+
+def vgg_pool5() -> nn.Sequential:
+    """DeepLab's pool5 and pool5a: a 3×3 maximum, then a 3×3 mean, both at stride 1 and the same size.
+
+    Differs: at the rim the mean is that of the cells that are there; Caffe counts its padding as zeros.
+    """
+    return nn.Sequential(
+        nn.MaxPool2d(3, stride=1, padding=1), nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fc6 and fc7 of VGG16
+# ---------------------------------------------------------------------------------------------------------------------
+
+FC_NAMES = {"fc6": "classifier.0", "fc7": "classifier.3"}
+"""Torchvision's names of VGG16's fully connected layers."""
+
+FC_STEP = 3
+"""Of fc6's 7 × 7 cells each third is kept; at stride 8 instead of 32 those lie 3 × 4 = 12 cells apart: dilation 12."""
+
+
+def load_decimated(segmenter: LargeFov, path: Path | None = None, *, progress: Progress | None = None) -> WeightsReport:
+    """Start fc6 and fc7 at every so many channels and cells of VGG16's own fully connected layers.
+
+    fc6 (4096, 512 · 7 · 7) becomes (channels, 512, 3, 3), fc7 (4096, 4096) becomes (channels, channels, 1, 1); kept are
+    output channel 0, n, 2n … for n = 4096 / channels, in fc7 those of its input too, and rows and columns 0, 3 and 6.
+
+    Args:
+        segmenter: On vgg16, without BatchNorm in the head.
+        path: The user's file of the whole vgg16 of torchvision; None fetches the public one.
+        progress: Counts the download.
+
+    Returns:
+        What was used, by the file's names.
+
+    Raises:
+        WeightsError: no file, not readable, or its fully connected layers are not there or not VGG16's.
+
+    Source:
+        Chen et al., 2015, §3.1 (fc6 subsampled to 3 × 3, 1,024 channels).
+    """
+    file = fetch_weights("vgg16", path, progress=progress)
+    tensors = read_tensors(file)
+    layers = {"fc6": segmenter.fc6[0]}
+    if isinstance(segmenter.fc7, nn.Sequential):
+        layers["fc7"] = segmenter.fc7[0]
+    used = []
+    for name, conv in layers.items():
+        weight, bias = (tensors.get(f"{FC_NAMES[name]}.{kind}") for kind in ("weight", "bias"))
+        sides = (4096, 512 * 7 * 7) if name == "fc6" else (4096, 4096)
+        if weight is None or bias is None or weight.shape != sides:
+            found = "there is none" if weight is None or bias is None else f"found {tuple(weight.shape)}"
+            raise WeightsError(
+                f"vgg16 from {file.name}: fc_init: decimated needs {FC_NAMES[name]} of {sides}, {found}; give the "
+                "whole vgg16 file of torchvision, or write net.fc_init: random"
+            )
+        _copy_decimated(conv, weight, bias, is_spatial=name == "fc6")
+        used += [f"{FC_NAMES[name]}.weight", f"{FC_NAMES[name]}.bias"]
+    return WeightsReport(f"{' and '.join(layers)} decimated from {file.name}", tuple(used), (), ())
+
+
+def _copy_decimated(conv: nn.Module, weight: Tensor, bias: Tensor, *, is_spatial: bool) -> None:
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    step = len(weight) // conv.out_channels
+    kernel = weight.view(len(weight), -1, 7, 7) if is_spatial else weight.view(*weight.shape, 1, 1)
+    kernel = kernel[::step, :, ::FC_STEP, ::FC_STEP] if is_spatial else kernel[::step, ::step]
+    conv.weight.data.copy_(kernel)
+    conv.bias.data.copy_(bias[::step])

@@ -1,0 +1,195 @@
+"""Looks at held-out training images while the segmenter trains: curve, best weights, a stop where it has collapsed.
+
+Reads the held-out images with the masks that training would have used; writes nothing itself.
+A weakly supervised run has no true masks of training images, and val decides nothing: the images are a share of the
+training images, chosen by hash and not trained on, and what is measured on them is agreement with their pseudo-masks
+(``supervision: full``: with their true masks).
+Shapes: C classes with background, H W image pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from stages.contracts import BACKGROUND_INDEX, ImageRecord, Progress, SilentProgress, StageConfig
+from stages.data.splits import hash_share
+from stages.data.transforms import to_network_input
+from stages.errors import EnvironmentFailure, InputError, is_out_of_memory
+from stages.ops.metrics.confusion import confusion_matrix, mean_iou, pixel_accuracy
+from stages.training.distributed import is_main, own_slice
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    ReadPair = Callable[[ImageRecord], tuple[NDArray[np.uint8], NDArray[np.uint8]]]
+
+
+class ValidationConfig(StageConfig):
+    """When and on what the segmenter is looked at while it trains."""
+
+    every_steps: int = Field(gt=0, le=100_000_000)
+    """Steps between two looks; the last step is looked at, too."""
+    ratio: float = Field(default=0.05, gt=0, le=0.5)
+    """Share of the training images that is held out: chosen by hash of their ids, not trained on."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights are delivered: those of the last step, or of the look with the highest mIoU; the others are written
+    beside them."""
+    collapse_after: int | None = Field(default=5, ge=1, le=10_000)
+    """Stop after so many looks in a row at a net that says background everywhere; null never stops."""
+
+
+def choose_held_out(config: ValidationConfig, records: Sequence[ImageRecord]) -> frozenset[str]:
+    """The ids of the images that are held out: a share by hash, never all."""
+    return frozenset(hash_share((record.id for record in records), config.ratio, "segmenter validation"))
+
+
+class HeldOutImages:
+    """The watch of a segmenter's training (``stages.training.loop.Watch``)."""
+
+    def __init__(
+        self,
+        config: ValidationConfig,
+        records: Sequence[ImageRecord],
+        read: ReadPair,
+        *,
+        num_classes: int,
+        short_side_px: int | None,
+        progress: Progress,
+    ) -> None:
+        """Know the images; none is read before the first look.
+
+        Args:
+            config: When to look, and what to make of it.
+            records: The held-out images.
+            read: Gives an image, uint8 (H, W, 3), and its mask, uint8 (H, W).
+            num_classes: C.
+            short_side_px: Shorter side at which the net sees an image; None for its own size.
+            progress: Told each look.
+        """
+        self.config, self.records, self.read = config, records, read
+        self.num_classes, self.short_side_px = num_classes, short_side_px
+        self.progress = progress if is_main() else SilentProgress()
+        self.curve: list[dict[str, float]] = []
+        """Each look: step, miou and pixel_accuracy, and the predicted and masked foreground as fractions of the
+        labelled pixels; all 0 where nothing was labelled."""
+        self.best: dict[str, Tensor] | None = None
+        self.best_step = 0
+        self.num_collapsed = 0
+
+    @property
+    def identity(self) -> str:
+        """The options and the images."""
+        return self.config.model_dump_json() + " ".join(record.id for record in self.records)
+
+    @property
+    def every_steps(self) -> int:
+        """Steps between two looks."""
+        return self.config.every_steps
+
+    def look(self, model: nn.Module, step: int) -> None:
+        """Measure ``model`` after ``step`` steps.
+
+        Raises:
+            InputError: it has said background everywhere for ``collapse_after`` looks.
+            EnvironmentFailure: the device's memory does not hold one image beside the training.
+        """
+        matrix = self._count(model)
+        found = {
+            "step": step,
+            "miou": float(np.nan_to_num(mean_iou(matrix))),
+            "pixel_accuracy": float(np.nan_to_num(pixel_accuracy(matrix))),
+            "predicted_foreground": _foreground_share(matrix.sum(axis=0)),
+            "masked_foreground": _foreground_share(matrix.sum(axis=1)),
+        }
+        self.curve.append(found)
+        self.progress.info(f"step {step}: mIoU {found['miou']:.1%} on {len(self.records)} held-out images")
+        if self.best is None or found["miou"] > max(entry["miou"] for entry in self.curve[:-1]):
+            self.best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+            self.best_step = step
+        self._check_collapse(found)
+
+    def _check_collapse(self, found: Mapping[str, float]) -> None:
+        is_collapsed = found["predicted_foreground"] == 0 and found["masked_foreground"] > 0
+        self.num_collapsed = self.num_collapsed + 1 if is_collapsed else 0
+        if self.config.collapse_after is not None and self.num_collapsed >= self.config.collapse_after:
+            raise InputError(
+                f"stopped at step {found['step']:.0f}: the segmenter says background everywhere on "
+                f"{len(self.records)} held-out images, at {self.num_collapsed} looks in a row, where their masks have "
+                f"{found['masked_foreground']:.1%} of objects; lower training.learning_rate, use loss: "
+                "balanced_cross_entropy, look at the pseudo-masks, or raise validation.collapse_after"
+            )
+
+    def _count(self, model: nn.Module) -> NDArray[np.int64]:
+        """Confusion of all held-out images, this rank's share of the work done here."""
+        import torch
+
+        from stages.ops.collectives import sum_over_devices
+
+        device = next(model.parameters()).device
+        counts = np.zeros((self.num_classes, self.num_classes), np.int64)
+        model.eval()
+        try:
+            with torch.inference_mode():
+                for record in own_slice(self.records):
+                    image, mask = self.read(record)
+                    counts += confusion_matrix(mask, self._predict(model, record, image, device), self.num_classes)
+        finally:
+            model.train()
+        return sum_over_devices(torch.from_numpy(counts).to(device)).cpu().numpy()
+
+    def _predict(
+        self, model: nn.Module, record: ImageRecord, image: NDArray[np.uint8], device: torch.device
+    ) -> NDArray[np.uint8]:
+        import torch
+
+        from stages.ops.multi_scale import predict_logits
+
+        try:
+            batch = to_network_input(torch.from_numpy(image[None]), device)
+            logits = predict_logits(model, batch, short_side_px=self.short_side_px)
+            return logits.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._explain_memory(record, image, device, error) from error
+
+    def _explain_memory(
+        self, record: ImageRecord, image: NDArray[np.uint8], device: torch.device, error: RuntimeError
+    ) -> EnvironmentFailure:
+        from stages.ops.multi_scale import network_size
+
+        size = (image.shape[0], image.shape[1])
+        seen = network_size(size, self.short_side_px)
+        at = "" if seen == size else f", seen at {seen[0]} × {seen[1]}"
+        return EnvironmentFailure(
+            f"{device} is out of memory for the held-out image '{record.id}' of {size[0]} × {size[1]} pixels{at}, "
+            "which validation predicts whole beside the training; set a smaller augment.short_side_px (with resize: "
+            "squash augment.crop_px), set validation: null, or use another runtime.device "
+            f"({str(error).partition(chr(10))[0]})"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Curve, best weights and looks at a collapsed net."""
+        return {
+            "curve": self.curve,
+            "best": self.best,
+            "best_step": self.best_step,
+            "num_collapsed": self.num_collapsed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.curve, self.best = list(state["curve"]), state["best"]
+        self.best_step, self.num_collapsed = state["best_step"], state["num_collapsed"]
+
+
+def _foreground_share(counts: NDArray[np.int64]) -> float:
+    """The share of ``counts`` (C,) that is not background; 0 of none."""
+    total = int(counts.sum())
+    return 1 - int(counts[BACKGROUND_INDEX]) / total if total else 0.0

@@ -1,0 +1,262 @@
+"""The YAML loader: every problem at once, each with path, found value, what is allowed, and the nearest spelling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import Field, model_validator
+
+from pipeline.config.run_config import find_config, load_config
+from pipeline.config.yaml_models import load_model
+from stages.contracts import StageConfig
+from stages.errors import ConfigError
+
+
+class Crf(StageConfig):
+    iterations: int = Field(default=10, ge=0)
+    weight: float = Field(default=4.0, gt=0)
+
+
+class Masks(StageConfig):
+    threshold: float = Field(ge=0, le=1)
+    """Fraction of each map's maximum."""
+    refine: Literal["none", "crf"] = "crf"
+    crf: Crf = Crf()
+
+
+class Voc(StageConfig):
+    format: Literal["voc"]
+    root: Path
+    """The folder that holds JPEGImages."""
+    classes: tuple[str, ...] | None = None
+
+
+class Custom(StageConfig):
+    format: Literal["custom"]
+    root: Path
+    labels: Path | None = None
+    bias: bool | float = False
+    pair: tuple[int, int] = (1, 2)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        return {"pair": (3, 4), **values}
+
+    @model_validator(mode="after")
+    def _check(self) -> Custom:
+        if self.labels == self.root:
+            raise ValueError("labels must be a file inside root; write labels: labels.csv")
+        return self
+
+
+class Small(StageConfig):
+    """A run in miniature."""
+
+    name: str
+    seed: int = 0
+    flip: bool = True
+    data: Annotated[Voc | Custom, Field(discriminator="format")]
+    make_masks: Masks
+    weights: dict[str, Path] = Field(default_factory=dict)
+
+
+GOOD = """\
+name: demo
+data:
+  format: voc
+  root: VOC2012
+make_masks:
+  threshold: 0.3
+  crf:
+    weight: 1e-4
+"""
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> Small:
+    path = tmp_path / "demo.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_model(Small, path, overrides)
+
+
+def problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, *overrides)
+    folder = f"{tmp_path}/"
+    return [line.replace(folder, "") for line in caught.value.problems or (caught.value.message,)]
+
+
+def test_good_file_loads_with_scientific_floats(tmp_path: Path) -> None:
+    run = load(tmp_path, GOOD)
+    assert run.make_masks.crf == Crf(iterations=10, weight=1e-4)
+    assert run.data == Voc(format="voc", root=Path("VOC2012"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("1E3", 1e3), ("+.5", 0.5), ("5e-1", 0.5), ("2", 2.0), ("-3e2", -300.0)]
+)
+def test_floats_are_read_as_a_person_means_them(tmp_path: Path, text: str, value: float) -> None:
+    if value < 0:
+        assert f"found {value}" in problems(tmp_path, GOOD, f"make_masks.crf.weight={text}")[0]
+    else:
+        assert load(tmp_path, GOOD, f"make_masks.crf.weight={text}").make_masks.crf.weight == value
+
+
+def test_all_problems_come_at_once_with_path_found_allowed_and_line(tmp_path: Path) -> None:
+    text = """\
+name: demo
+sede: 3
+data:
+  format: voc
+make_masks:
+  threshold: 1.5
+  refine: crff
+  crf:
+    iteration: 5
+    weight: heavy
+"""
+    assert problems(tmp_path, text) == [
+        "data.root: missing; The folder that holds JPEGImages.  (demo.yaml:4)",
+        "make_masks.threshold: expected less than or equal to 1, found 1.5  (demo.yaml:6)",
+        "make_masks.refine: expected one of none, crf, found 'crff'; did you mean 'crf'?  (demo.yaml:7)",
+        "make_masks.crf.weight: expected a number, found 'heavy'  (demo.yaml:10)",
+        "make_masks.crf.iteration: unknown key; did you mean 'iterations'? Allowed here: iterations, weight"
+        "  (demo.yaml:9)",
+        "sede: unknown key; did you mean 'seed'? Allowed here: name, seed, flip, data, make_masks, weights"
+        "  (demo.yaml:2)",
+    ]
+
+
+def test_headline_counts_the_problems(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"demo\.yaml is not a valid config: 2 problems"):
+        load(tmp_path, GOOD, "seed=x", "flip=3")
+
+
+def test_key_of_another_section_is_found(tmp_path: Path) -> None:
+    found = problems(tmp_path, GOOD + "threshold: 0.2\n")
+    assert found[0].startswith("threshold: unknown key; did you mean 'make_masks.threshold'? Allowed here: name")
+
+
+def test_duplicate_keys_are_refused_with_both_lines(tmp_path: Path) -> None:
+    text = GOOD.replace("  crf:\n", "  crf: {iterations: 1}\n  threshold: 0.4\n  crf:\n")
+    assert problems(tmp_path, text) == [
+        "make_masks.threshold: written twice, first on line 6; keep one  (demo.yaml:8)",
+        "make_masks.crf: written twice, first on line 7; keep one  (demo.yaml:9)",
+    ]
+
+
+def test_merge_keys_are_no_duplicates(tmp_path: Path) -> None:
+    text = GOOD.replace("  threshold: 0.3\n", "  <<: {threshold: 0.1, refine: none}\n  threshold: 0.3\n")
+    masks = load(tmp_path, text).make_masks
+    assert (masks.threshold, masks.refine) == (0.3, "none")
+
+
+@pytest.mark.parametrize(
+    ("format_line", "expected"),
+    [
+        ("format: vok", "data.format: expected one of voc, custom, found 'vok'; did you mean 'voc'?  (demo.yaml:3)"),
+        ("root: .", "data.format: missing; expected one of voc, custom  (demo.yaml:3)"),
+    ],
+)
+def test_union_is_explained_by_its_discriminator(tmp_path: Path, format_line: str, expected: str) -> None:
+    assert problems(tmp_path, f"name: x\ndata:\n  {format_line}\nmake_masks: {{threshold: 0}}\n") == [expected]
+
+
+def test_unknown_key_in_a_union_offers_the_keys_of_the_chosen_member(tmp_path: Path) -> None:
+    found = problems(tmp_path, GOOD, "data.label=x")
+    assert found == ["data.label: unknown key; remove it. Allowed here: format, root, classes  (--set data.label=x)"]
+    found = problems(tmp_path, GOOD, "data.format=custom", "data.lables=x")
+    assert "did you mean 'labels'? Allowed here: format, root, labels, bias, pair" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed='5'", "seed: expected a number, found '5'"),
+        ("seed=true", "seed: expected a number, found true"),
+        ("seed=1.5", "seed: expected a whole number, found 1.5"),
+        ("flip=1", "flip: expected true or false, found 1"),
+        ("name=3", "name: expected text, found 3"),
+        ("make_masks.threshold=.nan", "make_masks.threshold: expected a finite number, found nan"),
+        ("make_masks.crf.weight=.inf", "make_masks.crf.weight: expected a finite number, found inf"),
+        ("make_masks.crf=5", "make_masks.crf: expected a section, found 5"),
+        ("data.classes=cat", "data.classes: expected a list, found 'cat'"),
+        ("data.classes=[cat, 3]", "data.classes[1]: expected text, found 3"),
+        ("weights.vgg16=", "weights.vgg16: expected a path, found nothing (null)"),
+    ],
+)
+def test_wrong_values_name_path_and_value(tmp_path: Path, override: str, expected: str) -> None:
+    assert f"{expected}  (--set {override})" in problems(tmp_path, GOOD, override)
+
+
+def test_validators_before_and_after_work_on_lists_and_whole_models(tmp_path: Path) -> None:
+    custom = "name: x\ndata: {format: custom, root: d, pair: [5, 6], bias: 0.5}\nmake_masks: {threshold: 0}\n"
+    data = load(tmp_path, custom).data
+    assert isinstance(data, Custom)
+    assert (data.pair, data.bias) == ((5, 6), 0.5)
+    found = problems(tmp_path, custom, "data.labels=d")
+    assert found == ["data: labels must be a file inside root; write labels: labels.csv  (demo.yaml:2)"]
+
+
+def test_overrides_make_sections_and_win_in_order(tmp_path: Path) -> None:
+    text = GOOD.replace("  crf:\n    weight: 1e-4\n", "")
+    run = load(tmp_path, text, "make_masks.crf.iterations=5", "weights.vgg16=a/b.pth", "seed=1", "seed=2")
+    assert (run.make_masks.crf.iterations, run.weights, run.seed) == (5, {"vgg16": Path("a/b.pth")}, 2)
+
+
+def test_a_malformed_override_hides_no_other_problem(tmp_path: Path) -> None:
+    found = problems(tmp_path, GOOD, "seed", "a..b=3", "make_masks.treshold=1")
+    assert [line.partition(":")[0] for line in found] == ["--set seed", "--set a..b=3", "make_masks.treshold"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed", "--set seed: expected dotted.path=value"),
+        ("a..b=3", "--set a..b=3: expected dotted.path=value"),
+        ("name.x=3", "--set name.x=3: name is the value 'demo', not a section"),
+        ("seed=[1", "--set seed=[1: not valid YAML"),
+        ("name=\x07", "--set name=\x07: not valid YAML: unacceptable character #x0007"),
+    ],
+)
+def test_malformed_overrides(tmp_path: Path, override: str, expected: str) -> None:
+    assert problems(tmp_path, GOOD, override)[0].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "expected 'key: value' lines at the top level, found an empty file"),
+        ("- a\n", "expected 'key: value' lines at the top level, found list at the top level"),
+        ("name: [1\nseed: 2\n", "demo.yaml:2: not valid YAML"),
+        ("a: &a [*a]\n", "an anchor contains itself"),
+        ("name: !!python/name:os.system x\n", "not valid YAML: could not determine a constructor"),
+        ("? [a]\n: 1\n", "expected text as a key"),
+        ("1: 2\n", "1: expected text as a key, found 1; quote it"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in "\n".join(problems(tmp_path, text))
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not readable as UTF-8 text"):
+        load_model(Small, tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not readable as UTF-8 text"):
+        load_model(Small, tmp_path / "binary.yaml")
+
+
+def test_dates_stay_text(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD, "name=2024-01-01").name == "2024-01-01"
+
+
+def test_an_option_of_another_method_names_its_owners() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(find_config("demo"), ["train_classifier.method={name: adl, am_mode: joint}"])
+    assert caught.value.problems[0].startswith(
+        "train_classifier.method.am_mode: unknown key; it is an option of gain, gain_ext: remove it. "
+        "Allowed here: name, layers, gamma, drop_rate"
+    )

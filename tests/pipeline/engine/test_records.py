@@ -1,0 +1,199 @@
+"""Run records keep what runs need; pruning removes the rest, and nothing by default."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+from fake_stages.table import TABLE, FakeRun
+
+from pipeline.engine.plan import Plan, plan_run
+from pipeline.engine.records import RunRecord, prune, read_runs
+from pipeline.engine.shards import place_order, shards_of
+from pipeline.store.artifacts import Store
+from stages.errors import DamagedFileError, DataError
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "artifacts")
+
+
+def finished(store: Store, factor: float, name: str = "fake") -> Plan:
+    """A run whose three artifacts are in the store."""
+    plan = plan_run(FakeRun.model_validate({"name": name, "combine": {"factor": factor}}), store.digest_cache, TABLE)
+    with RunRecord.open(store, plan):
+        for stage, key in plan.keys.items():
+            if store.lookup(stage, key) is None:
+                work, _ = store.work_dir(stage, key)
+                (work / "x.txt").write_text("12345")
+                store.publish(stage, key, content={"mask_supervision": []}, run={})
+    return plan
+
+
+def removed(store: Store, **options: object) -> list[str]:
+    found = prune(store, dry_run=False, **options)
+    assert not any(removal.path.exists() for removal in found)
+    return sorted(removal.path.relative_to(store.root).as_posix() for removal in found)
+
+
+def test_same_artifacts_under_the_same_name_are_one_record(store: Store) -> None:
+    for _ in range(3):
+        finished(store, 1.0)
+    finished(store, 2.0)
+    finished(store, 1.0, "other")
+    records = read_runs(store)
+    assert sorted((record.name, record.state) for record in records) == [("fake", "done")] * 2 + [("other", "done")]
+    assert records[0].config["combine"] == {"factor": 1.0, "is_used": True}
+
+
+def test_records_say_how_the_run_ended(store: Store) -> None:
+    plan = plan_run(FakeRun(), store.digest_cache, TABLE)
+    with RunRecord.open(store, plan):
+        assert [found.state for found in read_runs(store)] == ["running"]
+    assert [found.state for found in read_runs(store)] == ["done"]
+    with pytest.raises(DataError), RunRecord.open(store, plan):
+        raise DataError("no")
+    assert read_runs(store)[0].state == "failed"
+    with pytest.raises(KeyboardInterrupt), RunRecord.open(store, plan) as record:
+        raise KeyboardInterrupt
+    assert {found.run_id: found.state for found in read_runs(store)}[record.run_id] == "interrupted"
+
+
+def test_prune_keeps_what_runs_need_and_only_says_by_default(store: Store) -> None:
+    plan = finished(store, 1.0)
+    orphan, _ = store.work_dir("collect", "f" * 20)
+    (orphan / "x").write_text("123")
+    store.work_dir("finish", plan.keys["finish"])  # unfinished work of a kept run stays
+    aside = store.set_aside("combine", plan.keys["combine"])
+    expected = sorted([aside.relative_to(store.root).as_posix(), f"collect/.work-{'f' * 20}"])
+    said = prune(store)
+    assert sorted(removal.path.relative_to(store.root).as_posix() for removal in said) == expected
+    assert {removal.reason: removal.size_bytes for removal in said if removal.path == orphan} == {
+        "no kept run needs it": 3
+    }
+    assert orphan.exists()
+    assert removed(store) == expected
+    assert removed(store) == []
+    assert store.lookup("collect", plan.keys["collect"]) is not None
+    assert store.work_path("finish", plan.keys["finish"]).exists()
+
+
+def test_prune_of_older_runs_keeps_what_the_newest_shares(store: Store) -> None:
+    first = finished(store, 1.0)
+    oldest = read_runs(store)[0]
+    second = finished(store, 2.0)
+    assert removed(store, keep=2) == []
+    expected = [f"runs/{oldest.path.name}", *(f"{stage}/{first.keys[stage]}" for stage in ("combine", "finish"))]
+    assert removed(store, keep=1) == sorted(expected)
+    assert first.keys["collect"] == second.keys["collect"]
+    assert all(store.lookup(stage, key) is not None for stage, key in second.keys.items())
+
+
+def test_prune_keeps_runs_that_are_at_work_and_not_those_that_were_killed(store: Store) -> None:
+    plan = finished(store, 1.0)
+    with RunRecord.open(store, plan) as record:
+        finished(store, 2.0)
+        finished(store, 1.0)  # the same artifacts once more: a run at work keeps its record
+        assert record.is_alive()
+        removed(store, keep=0)
+        assert all(store.lookup(stage, key) is not None for stage, key in plan.keys.items())
+        assert [found.run_id for found in read_runs(store)] == [record.run_id]
+        text = record.path.read_text()
+    record.path.write_text(text)  # as a kill leaves it: running, and nobody holds the lock
+    assert not read_runs(store)[0].is_alive()
+    assert not list((store.root / ".locks").glob("run-*"))
+    removed(store, keep=0)
+    assert list(store.folders()) == []
+
+
+def test_a_finished_run_is_done_whatever_is_wrong_with_the_records(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = finished(store, 1.0)
+    (store.root / "runs" / "broken.json").write_text("{")
+    with RunRecord.open(store, plan):
+        pass
+
+    def fill_the_disk(_: RunRecord, state: str) -> None:
+        if state != "running":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunRecord, "_write", fill_the_disk)
+    with pytest.raises(DataError), RunRecord.open(store, plan):
+        raise DataError("the first error is the one to hear of")
+
+
+def test_prune_leaves_alone_what_is_being_built(store: Store) -> None:
+    work, _ = store.work_dir("collect", "e" * 20)
+    (work / "x").write_text("1")
+    lock = store.lock("collect", "e" * 20)
+    assert lock.try_acquire()
+    assert removed(store) == []
+    assert work.exists()
+    lock.release()
+    assert removed(store) == [f"collect/.work-{'e' * 20}"]
+
+
+def publish_shard(store: Store, plan: Plan, index: int) -> Path:
+    """A finished shard of ``collect``."""
+    shard = shards_of("collect", plan.keys["collect"], 4)[index]
+    work, _ = store.work_dir(*shard.place)
+    (work / "x.txt").write_text("123")
+    return store.publish(*shard.place, content={"mask_supervision": [], "whole": shard.whole}, run={}).path
+
+
+def test_prune_keeps_shards_until_their_whole_is_published(store: Store) -> None:
+    plan = plan_run(FakeRun(), store.digest_cache, TABLE)
+    with RunRecord.open(store, plan):
+        pass
+    other = plan_run(FakeRun(digest="other"), store.digest_cache, TABLE)  # of which there is no run
+    needed, orphan = publish_shard(store, plan, 0), publish_shard(store, other, 0)
+    begun, _ = store.work_dir(*shards_of("collect", plan.keys["collect"], 4)[1].place)
+    (begun / "x").write_text("1")
+    said = prune(store)
+    assert [(removal.path, removal.reason, removal.size_bytes > 3) for removal in said] == [
+        (orphan, "shards of collect that no kept run needs", True)
+    ]
+    assert removed(store) == [orphan.relative_to(store.root).as_posix()]
+    finished(store, 1.0)
+    reasons = {removal.path: removal.reason for removal in prune(store)}
+    text = f"shards of collect {plan.keys['collect']}, which is published"
+    assert reasons == {needed: text, begun: text}
+    assert removed(store) == sorted(path.relative_to(store.root).as_posix() for path in (needed, begun))
+
+
+def test_prune_keeps_the_shards_of_a_forced_build_while_it_lives(store: Store) -> None:
+    plan = finished(store, 1.0)
+    artifact = store.require("collect", plan.keys["collect"])
+    with RunRecord.open(store, plan):
+        place_order(store, "collect", artifact.key, artifact)
+        shard = publish_shard(store, plan, 0)
+        assert removed(store) == []
+    order = shard.with_name(plan.keys["collect"][:12] + "0" * 8)
+    assert removed(store) == sorted(path.relative_to(store.root).as_posix() for path in (shard, order))
+    assert store.lookup("collect", plan.keys["collect"]) == artifact
+
+
+def test_prune_leaves_alone_a_shard_that_is_being_built(store: Store) -> None:
+    plan = plan_run(FakeRun(), store.digest_cache, TABLE)
+    shard = publish_shard(store, plan, 2)
+    lock = store.lock(shard.parent.name, shard.name)
+    assert lock.try_acquire()
+    assert removed(store) == []
+    lock.release()
+    assert len(removed(store)) == 1
+
+
+def test_prune_refuses_when_a_record_does_not_read_back(store: Store) -> None:
+    finished(store, 1.0)
+    (store.root / "runs" / "broken.json").write_text("{")
+    store.work_dir("collect", "e" * 20)
+    with pytest.raises(DamagedFileError, match=r"broken\.json"):
+        prune(store, dry_run=False)
+    (store.root / "runs" / "broken.json").write_text("{}")
+    with pytest.raises(DamagedFileError, match="is no run record"):
+        prune(store, dry_run=False)
+    with pytest.raises(ValueError, match="keep must be at least 0"):
+        prune(store, keep=-1)

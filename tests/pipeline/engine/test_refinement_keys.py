@@ -1,0 +1,100 @@
+"""Refinements in keys: masks of the time when there was only the CRF keep theirs; numbers count only where used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.run_config import RunConfig, find_config
+from pipeline.config.yaml_models import load_model
+from pipeline.engine.plan import Plan, plan_run
+from pipeline.engine.stage_table import TABLE, StageCall
+from stages.errors import ConfigError
+
+OLD_OPTIONS = {
+    "threshold",
+    "background",
+    "background_power",
+    "confident",
+    "refine",
+    "crf",
+    "unary",
+    "label_confidence",
+}
+"""What a key of make_masks held when ``refine`` was none or crf."""
+
+
+def _plan(cache: Path, *overrides: str) -> Plan:
+    return plan_run(load_model(RunConfig, find_config("demo"), ["data.num_train=4", *overrides]), cache)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "digests.json"
+
+
+@pytest.mark.parametrize("refine", ["none", "crf"])
+def test_the_old_refinements_have_the_old_content(cache: Path, refine: str) -> None:
+    content = _plan(cache, f"make_masks.refine={refine}").contents["make_masks"]
+    assert set(content["config"]) == OLD_OPTIONS
+    assert content["config"]["refine"] == refine
+    assert set(content["inputs"]) == {"prepare_data", "make_attention"}
+
+
+def test_a_list_of_one_is_its_name(cache: Path) -> None:
+    assert _plan(cache, "make_masks.refine=[crf]").keys == _plan(cache, "make_masks.refine=crf").keys
+
+
+@pytest.mark.parametrize(
+    ("refine", "override", "counts"),
+    [
+        ("crf", "par.iterations=3", False),
+        ("[par,crf]", "par.iterations=3", True),
+        ("[par,crf]", "crf.iterations=3", True),
+        ("par", "crf.iterations=3", False),
+        ("par", "random_walk.steps=3", False),
+        ("random_walk", "random_walk.steps=3", True),
+        ("[random_walk,crf]", "crf.preset=sec", True),
+    ],
+)
+def test_numbers_count_where_their_refinement_is_in_the_chain(
+    cache: Path, refine: str, override: str, counts: bool
+) -> None:
+    before = _plan(cache, f"make_masks.refine={refine}").keys["make_masks"]
+    after = _plan(cache, f"make_masks.refine={refine}", f"make_masks.{override}").keys["make_masks"]
+    assert (before != after) == counts
+
+
+def test_order_counts(cache: Path) -> None:
+    keys = {_plan(cache, f"make_masks.refine={chain}").keys["make_masks"] for chain in ("[par,crf]", "[crf,par]")}
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize(("refine", "walks"), [("[random_walk,crf]", True), ("[par,crf]", False)])
+def test_only_a_walk_reads_the_classifier(cache: Path, refine: str, walks: bool) -> None:
+    plan = _plan(cache, f"make_masks.refine={refine}")
+    assert ("train_classifier" in plan.inputs("make_masks")) == walks
+    inputs = {name: Path(name) for name in plan.inputs("make_masks")}
+    arguments = TABLE.spec("make_masks").arguments(StageCall(plan.run, inputs, None, frozenset()))
+    assert arguments["classifier"] == (Path("train_classifier") if walks else None)
+
+
+@pytest.mark.parametrize(
+    ("refine", "message"),
+    [
+        ("crff", "there is no refinement 'crff'; did you mean 'crf'?"),
+        ("[par, random-walk]", "there is no refinement 'random-walk'; did you mean 'random_walk'?"),
+        ("[xyz]", "there is no refinement 'xyz'; expected none, or one or a list of crf, par, random_walk"),
+        ("[[crf]]", "a refinement is a name, not ['crf']; expected none, or one or a list of crf, par, random_walk"),
+        ("[]", "expected none, or one or a list of crf, par, random_walk"),
+        ("null", "expected none, or one or a list of crf, par, random_walk"),
+        ("[none, crf]", "none stands alone"),
+        ("[crf, par, crf]", "a refinement may stand once, found crf again"),
+        ("[par, random_walk]", "put it first: [random_walk, …]"),
+    ],
+)
+def test_a_chain_that_cannot_be_is_refused(refine: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_model(RunConfig, find_config("demo"), [f"make_masks.refine={refine}"])
+    assert message in str(caught.value)

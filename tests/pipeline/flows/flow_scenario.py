@@ -1,0 +1,104 @@
+"""Run the flow on what an earlier run has built, and a task that fails; print what the server recorded as JSON.
+
+A process of its own: Prefect reads its environment when it is imported, and its background threads stay.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from pipeline.flows.embedded_server import EmbeddedServer
+from pipeline.flows.environment import set_prefect_environment
+
+
+class Heard:
+    """A listener that keeps the stages' states."""
+
+    def __init__(self) -> None:
+        self.states: list[str] = []
+
+    def stage_started(self, stage: str, key: str) -> None: ...
+
+    def progress(self, *arguments: object) -> None: ...
+
+    def log(self, level: str, text: str) -> None: ...
+
+    def stage_finished(self, outcome) -> None:
+        self.states.append(outcome.state)
+
+
+def main() -> None:
+    set_prefect_environment()
+    with EmbeddedServer(Path(os.environ["PREFECT_HOME"])) as url:
+        os.environ["PREFECT_API_URL"] = url
+        found = {"cached": cached_run(), "failed": failed_task(), "refused": refused_config()}
+        json.dump(found | {"runs": recorded()}, sys.stdout)
+
+
+def cached_run() -> list[str]:
+    from pipeline.flows.flows import run_flow
+
+    heard = Heard()
+    outcome = run_flow("tiny.yaml", listener=heard, is_server_ending=True)
+    assert [stage.state for stage in outcome.stages] == heard.states
+    return heard.states
+
+
+def failed_task() -> dict:
+    from prefect import flow
+
+    from pipeline.flows.tasks import run_as_task
+    from stages.errors import DataError
+
+    @flow(name="failing", persist_result=False)
+    def failing() -> None:
+        def body() -> None:
+            raise DataError("remove the damaged images", ["a.jpg: truncated"])
+
+        run_as_task("make_masks", body)
+
+    try:
+        failing()
+    except DataError as error:
+        return {"message": error.message, "problems": list(error.problems)}
+    raise AssertionError("the flow did not fail")
+
+
+def refused_config() -> str:
+    from pipeline.flows.flows import run_flow
+    from stages.errors import ConfigError
+
+    try:
+        run_flow("no_such_config.yaml", is_server_ending=True)
+    except ConfigError as error:
+        return error.message
+    raise AssertionError("the flow did not fail")
+
+
+def recorded() -> list[dict]:
+    """Every flow run in order of its start, with its task runs and log lines."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, LogFilter, LogFilterFlowRunId
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    runs = []
+    with get_client(sync_client=True) as client:
+        for flow_run in client.read_flow_runs(sort=FlowRunSort.START_TIME_ASC):
+            tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id])))
+            tasks.sort(key=lambda task: task.start_time)
+            logs = client.read_logs(log_filter=LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run.id])))
+            runs.append(
+                {
+                    "state": flow_run.state_name,
+                    "message": flow_run.state.message,
+                    "parameters": flow_run.parameters,
+                    "tasks": [[task.name, task.state_name, task.state.message] for task in tasks],
+                    "logs": [line.message for line in logs],
+                }
+            )
+    return runs
+
+
+if __name__ == "__main__":
+    main()

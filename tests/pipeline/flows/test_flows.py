@@ -1,0 +1,158 @@
+"""The Prefect flow with an embedded server: what its UI shows of a first run, a cached run and a failure."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipeline.flows.embedded_server import EmbeddedServer
+from pipeline.flows.engines import resolve_engine
+from pipeline.flows.environment import bypass_proxy, set_prefect_environment
+from stages.errors import EnvironmentFailure
+from tests.pipeline.whole_runs.tiny_run import tiny_yaml
+
+ROOT = Path(__file__).parents[3]
+STAGES = ["prepare_data", "train_classifier", "make_attention", "make_masks", "train_segmenter", "evaluate"]
+
+# workers: 2 is on purpose: inside a Prefect process every forked child dies, so this fails unless stages have their own
+CONFIG = tiny_yaml(runtime={"workers": 2})
+
+
+@dataclass
+class Recorded:
+    """What two processes left behind."""
+
+    first: dict
+    """The JSON document of ``wsss run --engine prefect``."""
+    scenario: dict
+    servers_left: list[str]
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    folder = tmp_path_factory.mktemp("flow")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(folder / "home")}
+
+    def run(*words: str) -> dict:
+        command = [sys.executable, *words]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    first = run("-m", "pipeline.cli.main", "run", "tiny.yaml", "--engine", "prefect", "--json")
+    scenario = run(str(Path(__file__).with_name("flow_scenario.py")))
+    return Recorded(first, scenario, servers_of(folder / "home"))
+
+
+def servers_of(home: Path) -> list[str]:
+    """Embedded servers that still run with ``home``."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = entry.read_bytes()
+            words = entry.with_name("cmdline").read_bytes()
+        except OSError:
+            continue
+        if f"PREFECT_HOME={home}".encode() in variables and b"embedded_server" in words:
+            found.append(entry.parent.name)
+    return found
+
+
+@pytest.mark.prefect
+def test_a_first_run_shows_six_task_runs_with_the_stages_names(recorded: Recorded):
+    assert [stage["state"] for stage in recorded.first["stages"]] == ["built"] * 6
+    assert [stage["stage"] for stage in recorded.first["stages"]] == STAGES
+    assert 0 <= recorded.first["metrics"]["segmenter.miou"] <= 1
+    run = recorded.scenario["runs"][0]
+    assert run["state"] == "Completed"
+    assert [name for name, *_ in run["tasks"]] == STAGES
+    assert [state for _, state, _ in run["tasks"]] == ["Completed"] * 6
+    assert run["parameters"]["config"] == "tiny.yaml"
+    assert run["tasks"][5][2] == recorded.first["stages"][5]["path"]
+    assert any(line.startswith("evaluate: built in") for line in run["logs"]), "the runs' own logs reach the server"
+
+
+@pytest.mark.prefect
+def test_a_second_run_shows_six_cached_states(recorded: Recorded):
+    assert recorded.scenario["cached"] == ["cached"] * 6
+    run = recorded.scenario["runs"][1]
+    assert [[name, state] for name, state, _ in run["tasks"]] == [[stage, "Cached"] for stage in STAGES]
+
+
+@pytest.mark.prefect
+def test_a_failure_says_first_what_to_do_and_keeps_its_type(recorded: Recorded):
+    assert recorded.scenario["failed"] == {"message": "remove the damaged images", "problems": ["a.jpg: truncated"]}
+    run = recorded.scenario["runs"][2]
+    assert run["tasks"] == [["make_masks", "Failed", "remove the damaged images\n  - a.jpg: truncated"]]
+    assert run["state"] == "Failed"
+
+
+@pytest.mark.prefect
+def test_a_wrong_config_fails_the_flow_before_any_task(recorded: Recorded):
+    assert "no_such_config.yaml" in recorded.scenario["refused"]
+    run = recorded.scenario["runs"][3]
+    assert run["state"] == "Failed"
+    assert recorded.scenario["refused"] in run["message"]
+    assert run["tasks"] == []
+
+
+@pytest.mark.prefect
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_no_embedded_server_is_left(recorded: Recorded):
+    assert recorded.servers_left == []
+
+
+# -- without a server -------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_prefect_where_an_api_is_configured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    assert [resolve_engine(name) for name in ("auto", "local", "prefect")] == ["local", "local", "prefect"]
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    assert [resolve_engine(name) for name in ("auto", "local", "prefect")] == ["prefect", "local", "prefect"]
+
+
+def test_prefect_is_private_and_local_unless_the_user_says_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    environment = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "DEBUG"}
+    set_prefect_environment(environment)
+    assert environment["PREFECT_HOME"] == str(tmp_path / ".prefect")
+    assert environment["DO_NOT_TRACK"] == "1"
+    assert environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+    assert environment["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] == "120"
+    assert environment["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] == "DEBUG"
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [({}, "127.0.0.1"), ({"NO_PROXY": "a.org, b.org"}, "a.org,b.org,127.0.0.1"), ({"no_proxy": "*"}, "*")],
+)
+def test_a_proxy_does_not_stand_between_a_run_and_its_own_server(found: dict[str, str], expected: str):
+    environment = {"http_proxy": "http://proxy.example:3128", **found}
+    bypass_proxy(environment)
+    assert environment["no_proxy"] == environment["NO_PROXY"] == expected
+
+
+def test_a_home_that_cannot_be_written_is_a_failure_of_the_machine(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentFailure, match=r"PREFECT_HOME .*file.* cannot be written"):
+        EmbeddedServer(tmp_path / "file").start()
+
+
+def test_a_server_that_dies_is_named_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    broken = tmp_path / "uvicorn.py"
+    broken.write_text("raise ImportError(\"Body() got an unexpected keyword argument 'min_items'\")")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    server = EmbeddedServer(tmp_path / "home")
+    with pytest.raises(EnvironmentFailure, match=r"(?s)did not start: see .*--engine local.*unexpected keyword"):
+        server.start()
+    began = time.monotonic()
+    server.stop()
+    assert time.monotonic() - began < 5

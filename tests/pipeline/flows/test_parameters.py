@@ -1,0 +1,42 @@
+"""What the parameters of a flow mean."""
+
+import pytest
+
+from pipeline.config.run_config import RunConfig, find_config, load_config, shipped_configs
+from pipeline.engine.stage_table import STAGES
+from pipeline.flows.parameters import STAGE_NAMES, FlowCall
+from stages.errors import ConfigError
+
+
+def test_the_forms_menu_has_the_stages_of_the_table():
+    assert STAGE_NAMES == STAGES
+
+
+def test_splits_and_shards_are_overrides():
+    call = FlowCall.of("demo", ["make_masks.threshold=0.2"], "artifacts", splits=["val", "test"], shards=8)
+    run = call.load()
+    assert (run.make_masks.threshold, run.evaluate.splits, run.runtime.shards) == (0.2, ("val", "test"), 8)
+    assert call.invocation == (
+        "demo --set make_masks.threshold=0.2 --set 'evaluate.splits=[val, test]' --set runtime.shards=8"
+    )
+
+
+def test_without_splits_and_shards_the_config_decides():
+    assert FlowCall.of("demo", None, "artifacts").load() == load_config(find_config("demo"))
+
+
+@pytest.mark.parametrize("name", [path.stem for path in shipped_configs()])
+def test_a_shipped_config_typed_into_the_form_is_the_same_run(name: str):
+    run = load_config(find_config(name))
+    typed = RunConfig.model_validate(run.model_dump(mode="json"))
+    assert FlowCall.of(typed, None, "artifacts").load() == run
+
+
+def test_a_wrong_override_of_a_typed_config_names_its_path():
+    call = FlowCall.of(load_config(find_config("demo")), ["make_masks.thresold=0.2"], "elsewhere")
+    with pytest.raises(ConfigError) as caught:
+        call.load()
+    assert "the config of the form is not a valid config: 1 problem" in caught.value.message
+    assert "make_masks.thresold" in caught.value.problems[0]
+    assert "threshold" in caught.value.problems[0]
+    assert call.invocation.endswith("--artifacts elsewhere")

@@ -1,0 +1,203 @@
+"""`wsss data check`: broken copies of the synthetic set, each with its message, and all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import stages.data.check as check_module
+from stages.contracts import SilentProgress, read_index_mask, voc_palette, write_index_mask
+from stages.data.adapters.custom import CustomConfig
+from stages.data.adapters.synthetic import SyntheticConfig
+from stages.data.adapters.voc import VocConfig
+from stages.data.check import check_data, check_mask
+from stages.errors import EnvironmentFailure
+
+AsCustom = Callable[..., CustomConfig]
+
+
+def check(config: CustomConfig) -> list[str]:
+    return check_data(config, SilentProgress(), processes=1)
+
+
+def mask_of(folder: Path, name: str = "train_00000") -> Path:
+    return folder / "SegmentationClass" / f"{name}.png"
+
+
+def test_the_unbroken_set_has_no_problem(synthetic_folder: Path, as_custom: AsCustom) -> None:
+    progress = SilentProgress()
+    assert check_data(as_custom(synthetic_folder), progress, processes=1) == []
+    assert progress.warnings == []
+
+
+def test_a_generated_set_needs_no_files() -> None:
+    assert check_data(SyntheticConfig(num_train=2, num_val=1), SilentProgress()) == []
+
+
+def test_truncated_missing_and_false_images(broken: Path, as_custom: AsCustom) -> None:
+    images = broken / "JPEGImages"
+    whole = (images / "train_00001.jpg").read_bytes()
+    (images / "train_00001.jpg").write_bytes(whole[: len(whole) // 2])
+    (images / "train_00002.jpg").unlink()
+    (images / "train_00003.jpg").write_text("<html>404</html>", encoding="utf-8")
+    Image.fromarray(np.full((64, 64), 900, dtype=np.uint16)).save(images / "val_00000.png")
+    (images / "val_00000.jpg").unlink()
+    text = "\n".join(check(as_custom(broken)))
+    assert f"{images / 'train_00001.jpg'}: is no readable image (image file is truncated" in text
+    assert "train.txt line 3: image 'train_00002' has no file in JPEGImages" in text
+    assert f"{images / 'train_00003.jpg'}: is no readable image (cannot identify image file" in text
+    assert f"{images / 'val_00000.png'}: has I;16 pixels of more than 8 bits" in text
+
+
+def test_an_rgb_mask(broken: Path, as_custom: AsCustom) -> None:
+    path = mask_of(broken)
+    Image.open(path).convert("RGB").save(path)
+    assert check(as_custom(broken)) == [
+        f"{path}: expected a mask of class indices (PNG mode P or L), found mode RGB (colours instead of indices); "
+        "save the class index of each pixel, with VOC's palette if it shall look like VOC"
+    ]
+
+
+def test_a_mask_of_another_size_and_a_damaged_one(broken: Path, as_custom: AsCustom) -> None:
+    small, cut = mask_of(broken), mask_of(broken, "val_00001")
+    write_index_mask(small, np.zeros((64, 32), dtype=np.uint8))
+    cut.write_bytes(cut.read_bytes()[:200])
+    lines = check(as_custom(broken))
+    expected = "expected 64×64 pixels (height×width) as its image has, found 64×32; make the mask at the image's size"
+    assert lines[0] == f"{small}: {expected}"
+    assert lines[1].startswith(f"{cut}: is no readable mask")
+    assert len(lines) == 2
+
+
+def test_values_that_are_no_class(broken: Path, as_custom: AsCustom) -> None:
+    path = mask_of(broken)
+    mask = read_index_mask(path)
+    mask[:3], mask[3:6] = 77, 4
+    write_index_mask(path, mask)
+    assert check(as_custom(broken)) == [
+        f"{path}: values 4, 77 are no class (allowed: 0 … 3 and 255); save class indices, not grey levels"
+    ]
+
+
+def test_a_requantised_palette_is_seen_though_its_values_are_classes(tmp_path: Path) -> None:
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[2:4], mask[5:7] = 2, 3
+    colours = Image.fromarray(voc_palette()[mask])
+    path = tmp_path / "mask.png"
+    colours.quantize(3, method=Image.Quantize.MEDIANCUT).save(path)
+    allowed = {value: value for value in (0, 1, 2, 3, 255)}
+    values, problems, moved = check_mask(path, (8, 8), allowed, is_deep=True)
+    assert values is not None
+    assert set(values.tolist()) <= set(allowed)
+    assert problems == []
+    assert len(moved) == 1
+    assert "an image program re-quantised the mask" in moved[0]
+    write_index_mask(path, mask)
+    assert check_mask(path, (8, 8), allowed, is_deep=True)[1:] == ([], [])
+
+
+def save_in_another_order(path: Path) -> None:
+    """The mask's indices with the colours of classes 1 and 2 exchanged."""
+    mask = Image.fromarray(read_index_mask(path))
+    colours = voc_palette().copy()
+    colours[[1, 2]] = colours[[2, 1]]
+    mask.putpalette(colours.tobytes())
+    mask.save(path)
+
+
+def test_colours_in_another_order_are_a_defect_in_voc_alone(broken: Path, as_custom: AsCustom, tiny_voc: Path) -> None:
+    path = next(
+        path for path in sorted((broken / "SegmentationClass").iterdir()) if {1, 2} & {*read_index_mask(path).flat}
+    )
+    save_in_another_order(path)
+    progress = SilentProgress()
+    assert check_data(as_custom(broken), progress, processes=1) == []
+    (warning,) = progress.warnings
+    assert warning.startswith(f"1 masks have VOC's colours in another order; fine where that is meant, but e.g. {path}")
+    for image in (tiny_voc / "JPEGImages").iterdir():
+        Image.fromarray(np.zeros((24, 20, 3), dtype=np.uint8)).save(image)
+    mask = mask_of(tiny_voc, "c")
+    for mask in (mask_of(tiny_voc, name) for name in "abc"):
+        write_index_mask(mask, np.kron(read_index_mask(mask), np.ones((2, 2), dtype=np.uint8)))
+    config = VocConfig(root=tiny_voc, train_list="train")
+    assert check_data(config, SilentProgress(), processes=1) == []
+    colours = Image.fromarray(voc_palette()[read_index_mask(mask)])
+    colours.quantize(5, method=Image.Quantize.MEDIANCUT).save(mask)
+    (problem,) = check_data(config, SilentProgress(), processes=1)
+    assert problem.startswith(f"{mask}: its palette is not VOC's but a re-ordered one")
+
+
+def test_a_palette_of_ones_own_is_fine(tmp_path: Path) -> None:
+    image = Image.fromarray(np.array([[0, 1], [2, 0]], dtype=np.uint8))
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    image.save(tmp_path / "mask.png")
+    assert check_mask(tmp_path / "mask.png", (2, 2), {0: 0, 1: 1, 2: 2, 255: 255}, is_deep=True)[1:] == ([], [])
+
+
+def test_masks_of_0_and_255_have_no_object(broken: Path, as_custom: AsCustom) -> None:
+    for path in (broken / "SegmentationClass").glob("*.png"):
+        write_index_mask(path, np.where(read_index_mask(path) > 0, 255, 0).astype(np.uint8))
+    lines = check(as_custom(broken))
+    assert len(lines) == 1
+    assert "none of the 9 masks has a pixel of a class" in lines[0]
+
+
+def test_problems_of_every_kind_are_said_at_once(broken: Path, as_custom: AsCustom) -> None:
+    labels, lists = broken / "labels.csv", broken / "ImageSets/Segmentation"
+    labels.write_text(labels.read_text(encoding="utf-8") + "ghost,auk\n", encoding="utf-8")
+    labels.write_text(labels.read_text(encoding="utf-8").replace("\ntrain_00000,", "\ntrain_00000,bea "), "utf-8")
+    (lists / "val.txt").write_text("val_00000\nval_00000\ntrain_00001\n", encoding="utf-8")
+    (broken / "JPEGImages/train_00004.jpg").write_bytes(b"no image")
+    path = mask_of(broken, "train_00005")
+    Image.open(path).convert("RGBA").save(path)
+    text = "\n".join(check(as_custom(broken)))
+    for part in (
+        "labels.csv line 11: image 'ghost' has no file in JPEGImages; remove the line or add the image",
+        "labels.csv line 2: unknown class 'bea', did you mean 'bee'?",
+        "val.txt line 2: image 'val_00000' stands on line 1 already",
+        "1 images stand in both train (train.txt) and val (val.txt): 'train_00001'",
+        "train_00004.jpg: is no readable image",
+        "found mode RGBA",
+    ):
+        assert part in text
+    (lists / "val.txt").write_text("", encoding="utf-8")
+    assert "val.txt: the val list is empty" in "\n".join(check(as_custom(broken)))
+
+
+def test_header_checks_read_no_pixel(broken: Path) -> None:
+    path = mask_of(broken)
+    write_index_mask(path, np.full((64, 64), 200, dtype=np.uint8))
+    assert check_mask(path, (64, 64), {0: 0}, is_deep=False) == (None, [], [])
+    assert len(check_mask(path, (60, 64), {0: 0}, is_deep=False)[1]) == 1
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_lines_in_the_same_order(broken: Path, as_custom: AsCustom) -> None:
+    for name in ("train_00001", "val_00002"):
+        (broken / f"JPEGImages/{name}.jpg").write_bytes(b"no image")
+    config = as_custom(broken)
+    assert check_data(config, SilentProgress(), processes=2) == check(config)
+
+
+def test_a_killed_worker_is_the_machines_fault(
+    broken: Path, as_custom: AsCustom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed:
+        def __init__(self, **options: object) -> None: ...
+
+        def __enter__(self) -> Killed:
+            return self
+
+        def __exit__(self, *reason: object) -> None: ...
+
+        def map(self, *work: object) -> Iterator[object]:
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(check_module, "ProcessPoolExecutor", Killed)
+    with pytest.raises(EnvironmentFailure, match=r"lower runtime\.processes"):
+        check_data(as_custom(broken), SilentProgress(), processes=2)

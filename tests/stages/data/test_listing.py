@@ -1,0 +1,161 @@
+"""The digest of a data set, hash splits, and that a config needs no heavy library."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from stages.data.adapters.custom import CustomConfig
+from stages.data.adapters.synthetic import SyntheticConfig
+from stages.data.adapters.voc import VocConfig
+from stages.data.config import DataConfig, data_root
+from stages.data.listing import digest_data, list_data
+from stages.data.records import Problems
+from stages.data.splits import hash_half, hash_share
+from stages.errors import DataError
+
+AsCustom = Callable[..., CustomConfig]
+
+
+def digest(config: CustomConfig, cache: Path) -> str:
+    return digest_data(list_data(config), config, cache)
+
+
+def test_a_moved_copy_has_the_same_digest(synthetic_folder: Path, broken: Path, as_custom: AsCustom) -> None:
+    cache = broken.parent / "cache.json"
+    assert digest(as_custom(synthetic_folder), cache) == digest(as_custom(broken), cache)
+
+
+@pytest.mark.parametrize("name", ["JPEGImages/train_00001.jpg", "SegmentationClass/val_00000.png"])
+def test_a_changed_file_changes_the_digest(broken: Path, as_custom: AsCustom, name: str) -> None:
+    cache = broken.parent / "cache.json"
+    before = digest(as_custom(broken), cache)
+    with (broken / name).open("ab") as file:
+        file.write(b"\0")
+    assert digest(as_custom(broken), cache) != before
+
+
+def test_changed_labels_lists_and_classes_change_the_digest(broken: Path, as_custom: AsCustom) -> None:
+    cache = broken.parent / "cache.json"
+    seen = {digest(as_custom(broken), cache)}
+    seen.add(digest(as_custom(broken, classes=("bee", "auk", "cod")), cache))
+    labels = (broken / "labels.csv").read_text(encoding="utf-8").splitlines()
+    labels[1] = "train_00000," + ("cod" if labels[1].endswith("auk") else "auk")
+    (broken / "labels.csv").write_text("\n".join(labels), encoding="utf-8")
+    seen.add(digest(as_custom(broken), cache))
+    train = broken / "ImageSets/Segmentation/train.txt"
+    train.write_text("\n".join(reversed(train.read_text(encoding="utf-8").split())), encoding="utf-8")
+    seen.add(digest(as_custom(broken), cache))
+    assert len(seen) == 4
+
+
+def test_digests_of_settled_files_come_from_the_cache(broken: Path, as_custom: AsCustom) -> None:
+    cache = broken.parent / "cache.json"
+    config = as_custom(broken)
+    for path in broken.rglob("*.*"):
+        path.touch()
+    first = digest(config, cache)
+    assert not cache.exists()  # files written a moment ago are hashed again each time
+    for path in broken.rglob("*.*"):
+        os.utime(path, ns=(10**18, 10**18))
+    assert digest(config, cache) == first
+    entries = json.loads(cache.read_text(encoding="utf-8"))
+    assert len(entries) == 18
+    key = str(broken.resolve() / "JPEGImages/train_00001.jpg")
+    entries[key][2] = "0" * 64
+    cache.write_text(json.dumps(entries), encoding="utf-8")
+    assert digest(config, cache) != first
+    cache.write_text("damaged", encoding="utf-8")
+    assert digest(config, cache) == first
+
+
+def test_one_photo_under_two_names_in_train_and_val_is_said(broken: Path, as_custom: AsCustom) -> None:
+    config, cache = as_custom(broken), broken.parent / "cache.json"
+    warnings: list[str] = []
+    expected = digest(config, cache)
+    assert digest_data(list_data(config), config, cache, warn=warnings.append) == expected
+    assert warnings == []
+    images = broken / "JPEGImages"
+    for val, train in (("val_00000", "train_00004"), ("val_00002", "train_00001")):
+        shutil.copy(images / f"{train}.jpg", images / f"{val}.jpg")
+    digest_data(list_data(config), config, cache, warn=warnings.append)
+    assert warnings == [
+        "2 images of val are the same file as an image of train under another name: 'train_00004 = val_00000', "
+        "'train_00001 = val_00002'; scores on trained images are worthless, remove one of each pair"
+    ]
+
+
+def test_a_file_that_disappears_is_named(broken: Path, as_custom: AsCustom) -> None:
+    config = as_custom(broken)
+    listing = list_data(config)
+    (broken / "JPEGImages/train_00001.jpg").unlink()
+    with pytest.raises(DataError, match=r"train_00001\.jpg: cannot be read"):
+        digest_data(listing, config, broken.parent / "cache.json")
+
+
+def test_the_digest_of_a_synthetic_set_is_that_of_its_config(tmp_path: Path) -> None:
+    def of(**changes: object) -> str:
+        config = SyntheticConfig.model_validate(changes)
+        return digest_data(list_data(config), config, tmp_path / "cache.json")
+
+    assert of() == of(on_bad_image="skip")
+    assert len({of(), of(seed=1), of(body_contrast=23), of(context_bias=True)}) == 4
+    assert not (tmp_path / "cache.json").exists()
+
+
+def test_thousands_of_one_kind_do_not_hide_another() -> None:
+    problems = Problems()
+    for number in range(100):
+        problems.add("many", f"missing {number}")
+    problems.add("one", "overlap")
+    lines = problems.lines(limit=3)
+    assert lines[:3] == ["missing 0", "missing 1", "missing 2"]
+    assert lines[3].startswith("… and 97 more")
+    assert lines[4] == "overlap"
+    assert len(problems.lines()) == 101
+
+
+def test_hash_splits_depend_on_the_id_alone() -> None:
+    ids = [f"image_{number}" for number in range(2000)]
+    chosen = hash_share(ids, 0.05, "holdout")
+    assert 70 <= len(chosen) <= 130
+    assert set(hash_share(ids[:1000], 0.05, "holdout")) == set(chosen) & set(ids[:1000])
+    assert set(hash_share(ids, 0.05, "val")) != set(chosen)
+    assert hash_share(ids, 0.0, "val") == ()
+    assert len(hash_share(("a", "b"), 1e-9, "val")) == 1
+    assert len(hash_share(("a", "b", "c"), 1 - 1e-9, "val")) == 2
+    assert hash_share(("a",), 1 - 1e-9, "val") == ()
+    halves = [hash_half(image_id) for image_id in ids]
+    assert 900 < halves.count("train_select") < 1100
+    assert hash_half("a") == "train_report"  # sha256("a") = ca978112…, first byte 0xca ≥ 128
+    assert hash_half("b") == "train_select"  # sha256("b") = 3e23e816…
+
+
+def test_the_format_chooses_the_adapter(tmp_path: Path) -> None:
+    adapter = TypeAdapter(DataConfig)
+    assert isinstance(adapter.validate_python({"format": "synthetic"}), SyntheticConfig)
+    voc = adapter.validate_python({"format": "voc", "root": str(tmp_path)})
+    assert isinstance(voc, VocConfig)
+    assert (data_root(voc), data_root(SyntheticConfig())) == (tmp_path, None)
+    with pytest.raises(ValidationError):
+        adapter.validate_python({"format": "coco"})
+
+
+def test_configs_and_listings_need_no_heavy_library() -> None:
+    code = (
+        "import sys, stages.data.config, stages.data.listing, stages.prepare_data, stages.data.check\n"
+        "from stages.data.adapters.synthetic import SyntheticConfig\n"
+        "stages.data.listing.list_data(SyntheticConfig())\n"
+        "heavy = {'torch', 'torchvision', 'scipy', 'prefect', 'albumentations', 'cv2', 'matplotlib'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -98,6 +98,17 @@ class ChildProgress:
         self._sent_at = 0.0
         self._is_sent = True
 
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        """Say where ``task`` stands."""
+        is_new = (task, total, unit) != tuple(self._state.get(name) for name in ("task", "total", "unit"))
+        if is_new:
+            self.flush()
+        plain = {name: to_plain(float(value)) for name, value in values.items()}
+        self._state = {"task": task, "total": total, "done": done, "unit": unit, "values": plain}
+        self._is_sent = False
+        if is_new or done >= total or time.monotonic() - self._sent_at >= _PROGRESS_EVERY_S:
+            self.flush()
+
     def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
         """Start a countable task."""
         self.flush()

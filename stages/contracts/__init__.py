@@ -70,6 +70,13 @@ class StageConfig(BaseModel):
 class Progress(Protocol):
     """Where a stage reports to; the terminal, Prefect and tests each bring their own."""
 
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        """``done`` of ``total`` units of ``task`` are finished; ``values`` are shown beside the bar (loss=…).
+
+        Called as often as the stage likes, first with what was there already: listeners draw as seldom as they like.
+        """
+        ...
+
     def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
         """Start a countable task of ``total`` units of which ``done`` were there already (resumed)."""
         ...
@@ -93,6 +100,9 @@ class SilentProgress:
     def __init__(self) -> None:
         """Start with no warnings."""
         self.warnings: list[str] = []
+
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        """Ignore."""
 
     def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
         """Ignore."""

@@ -1,4 +1,4 @@
-"""What is said of a run while it goes on and when it ended: listeners, outcomes, states.
+"""What is said of a run while it goes on and when it has ended.
 
 Records and protocols only.
 """
@@ -11,43 +11,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-State = Literal["built", "cached", "resumed", "skipped", "failed", "helped"]
-"""helped: shards of the stage were built for another run, which puts them together."""
+from stages.contracts import Progress, SilentProgress
+
+State = Literal["built", "cached", "resumed", "skipped", "failed"]
 
 
-class Listener(Protocol):
-    """Who hears of a run: the terminal, Prefect, a test."""
+class Listener(Progress, Protocol):
+    """Who hears of a run: the terminal, Prefect, a test.  A stage's own progress arrives unchanged."""
 
     def stage_started(self, stage: str, key: str) -> None:
         """``stage`` is looked up, and built if need be."""
-        ...
-
-    def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
-        """``done`` of ``total`` units of ``task`` are finished; at most ten times a second."""
-        ...
-
-    def log(self, level: str, text: str) -> None:
-        """One line; level is info, warning, error, or output for what a library printed."""
         ...
 
     def stage_finished(self, outcome: StageOutcome) -> None:
         """``outcome.state`` is failed when an error follows."""
         ...
 
+    def output(self, text: str) -> None:
+        """A line that a library printed, or the traceback of a fault."""
+        ...
 
-class SilentListener:
+
+class SilentListener(SilentProgress):
     """Hears nothing."""
 
     def stage_started(self, stage: str, key: str) -> None:
         """Ignore."""
 
-    def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
-        """Ignore."""
-
-    def log(self, level: str, text: str) -> None:
-        """Ignore."""
-
     def stage_finished(self, outcome: StageOutcome) -> None:
+        """Ignore."""
+
+    def output(self, text: str) -> None:
         """Ignore."""
 
 
@@ -68,8 +62,8 @@ class StageOutcome:
 Around = Callable[[str, Callable[[], StageOutcome]], StageOutcome]
 """Does something around one stage, such as a Prefect task run."""
 
-Recruit = Callable[[str], AbstractContextManager[None]]
-"""Asks others for help with a stage that is built in shards, for as long as it is built."""
+Helpers = Callable[[str, int], AbstractContextManager[None]]
+"""Asks others to help with a stage, which is built in so many parts, for as long as it is built."""
 
 
 @dataclass(frozen=True)

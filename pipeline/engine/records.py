@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engine.plan import Plan
-from pipeline.engine.shards import SUFFIX, is_ordered, is_shard_of
 from pipeline.store.artifacts import Store
 from pipeline.store.leases import STALE_S
 from pipeline.store.locks import KeyLock
@@ -174,25 +173,11 @@ def prune(store: Store, *, keep: int | None = None, dry_run: bool = True) -> lis
     for stage, key, folder in _candidates(store):
         if folder.name.startswith((".damaged-", ".replaced-")):
             removals.append(Removal(folder, "set aside", _size(folder)))
-        elif stage.endswith(SUFFIX):
-            reason = _why_shards_go(store, (stage, key), kept)
-            removals += [Removal(folder, reason, _size(folder))] if reason else []
         elif (stage, key) not in needed:
             removals.append(Removal(folder, "no kept run needs it", _size(folder)))
     if dry_run:
         return removals
     return [removal for removal in removals if _remove(store, removal.path)]
-
-
-def _why_shards_go(store: Store, place: tuple[str, str], kept: Collection[RunRecord]) -> str | None:
-    """Why a shard, or the order for a forced build, is removed; None while a kept run has a use for it."""
-    stage = place[0].removesuffix(SUFFIX)
-    users = [record for record in kept if stage in record.keys and is_shard_of(place, stage, record.keys[stage])]
-    if not users:
-        return f"shards of {stage} that no kept run needs"
-    artifact = store.lookup(stage, users[0].keys[stage])
-    is_rebuilt = artifact is not None and is_ordered(store, artifact) and any(user.is_alive() for user in users)
-    return None if artifact is None or is_rebuilt else f"shards of {stage} {artifact.key}, which is published"
 
 
 def _candidates(store: Store) -> Iterator[tuple[str, str, Path]]:

@@ -1,178 +1,352 @@
-"""Bring a run's artifacts into being: what is cached is reused, what is missing is built in a child process.
+"""A run: one config brought to its end.  What is cached is reused, what is missing is built in a child process.
 
-Reads and writes the store only.  Neither torch nor Prefect is imported here; the command line and the Prefect tasks
-call the same functions.
+Reads and writes the store only.  Neither torch nor Prefect is imported here; the command line and the Prefect flows
+make the same object.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from functools import partial
+import os
+import signal
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from pipeline.engine.disk_projection import require_space
-from pipeline.engine.outcomes import Around, Listener, Recruit, RunOutcome, SilentListener, StageOutcome, StageStatus
+from pipeline.engine.building import parse_part
+from pipeline.engine.forecast import check_space
+from pipeline.engine.gpus import find_gpus
+from pipeline.engine.outcomes import Around, Helpers, Listener, RunOutcome, SilentListener, StageOutcome, StageStatus
 from pipeline.engine.plan import Plan, plan_run
 from pipeline.engine.records import RunRecord
-from pipeline.engine.shards import existing_shards
-from pipeline.engine.spawn import run_child
-from pipeline.engine.stage import (
-    ensure,
-    help_with,
-    missing_error,
-    missing_inputs,
-    plan_with_inputs,
-    terminate_as_interrupt,
-    thread_count,
-)
-from pipeline.engine.stage_table import STAGES, TABLE, StageTable
+from pipeline.engine.spawn import Child, run_child
+from pipeline.engine.stage_table import TABLE, StageTable
 from pipeline.store.artifacts import Artifact, Store
-from stages.errors import ConfigError
+from stages.errors import ConfigError, EnvironmentFailure, MissingArtifactError, WsssError
 
-__all__ = [
-    "STAGES",
-    "Around",
-    "Listener",
-    "Recruit",
-    "RunOutcome",
-    "SilentListener",
-    "StageOutcome",
-    "StageStatus",
-    "ensure",
-    "finished_artifacts",
-    "help_with",
-    "missing_inputs",
-    "run_pipeline",
-    "run_stage",
-    "stage_positions",
-    "status",
-]
+PARTS_PER_DEVICE = 4
+"""Parts of a stage for each of several devices where the config names no number: the quicker one takes more of them."""
 
 
-def run_stage(
-    stage: str,
-    run: Any,  # noqa: ANN401 - the table's run type
-    store: Store,
-    *,
-    force: bool = False,
-    listener: Listener | None = None,
-    invocation: str = "CONFIG",
-    plan: Plan | None = None,
-    around: Around | None = None,
-    recruit: Recruit | None = None,
-    table: StageTable = TABLE,
-) -> RunOutcome:
-    """Run one stage from cached inputs, also one that the whole run would skip.
+class Run:
+    """One config with its plan, the store it is built in, and who hears of it."""
 
-    Args:
-        stage: Stage name.
-        run: The config.
-        store: Where artifacts live.
-        force: Build it even if it is there.
-        listener: Hears of the start, the progress and the end.
-        invocation: Config and options as the user wrote them, for the command in the error.
-        plan: The keys up to this stage, when the caller has them already.
-        around: Called in place of the stage, as in ``run_pipeline``.
-        recruit: Called with the stage's name around the building of one that is built in shards.
-        table: The stages.
+    def __init__(
+        self,
+        config: Any,  # noqa: ANN401 - the table's run type
+        store: Store,
+        *,
+        listener: Listener | None = None,
+        invocation: str = "CONFIG",
+        plan: Plan | None = None,
+        around: Around | None = None,
+        helpers: Helpers | None = None,
+        table: StageTable = TABLE,
+    ) -> None:
+        """Bring things together; nothing is read or built yet.
 
-    Raises:
-        MissingArtifactError: an input is not in the store; the command that makes it is in the message.
-        EnvironmentFailure: the disk cannot hold what the stage writes; nothing was built.
-    """
-    plan = plan_with_inputs(stage, run, store, invocation, plan, table)
-    is_built = stage in plan.keys and (force or store.lookup(stage, plan.keys[stage]) is None)
-    require_space(plan, store, [stage] if is_built else [])
-    around = around or _as_it_is
-    body = partial(ensure, stage, run, store, force=force, listener=listener, plan=plan, recruit=recruit, table=table)
-    with terminate_as_interrupt(), RunRecord.open(store, plan) as record:
-        outcome = around(stage, body)
-    return RunOutcome(record.run_id, (outcome,), record.path)
+        Args:
+            config: The config.
+            store: Where artifacts live.
+            listener: Hears of every stage.
+            invocation: Config and options as the user wrote them, for the command in an error.
+            plan: The keys, when the caller has them already.
+            around: Called in place of each stage with its name and what brings it into being; returns what that does.
+            helpers: Called around the building of a stage in parts, to ask others for help.
+            table: The stages.
+        """
+        self.config, self.store, self.table, self.invocation = config, store, table, invocation
+        self.listener: Listener = listener or SilentListener()
+        self._plan, self._around, self._helpers = plan, around or (lambda stage, body: body()), helpers
+
+    @property
+    def plan(self) -> Plan:
+        """The keys of the stages that the run needs; planned at first use.
+
+        Raises:
+            InputError: config, data or weights cannot give a result; all problems at once.
+        """
+        return self._plan_for(None)
+
+    def _plan_for(self, last: str | None) -> Plan:
+        if self._plan is None:
+            self._plan = plan_run(self.config, self.store.digest_cache, self.table, last=last)
+        return self._plan
+
+    # -- the whole, one stage, parts of one -------------------------------------------------------------------------
+
+    def run_pipeline(
+        self, *, from_: str | None = None, until: str | None = None, force: Collection[str] = ()
+    ) -> RunOutcome:
+        """Check the inputs, then bring the stages into being one after the other.
+
+        Args:
+            from_: First stage to run; the stages before it must be cached.
+            until: Last stage to run.
+            force: Stages to rebuild, each with all after it.
+
+        Returns:
+            One outcome per stage up to ``until``.
+
+        Raises:
+            WsssError: the first failure; the listener has heard the outcomes before it and a ``failed`` one.
+            EnvironmentFailure: the disk is nearly full; nothing was built.
+            KeyboardInterrupt: interrupted by SIGINT or SIGTERM; the unfinished stage continues next time.
+        """
+        names = self.table.names
+        first, last, forced_from = stage_positions(self.table, from_, until, force)
+        self._require(names[first], [name for name in names[:first] if self._is_missing(name)])
+        is_forced = {name: position >= max(forced_from, first) for position, name in enumerate(names[: last + 1])}
+        unbuilt = [name for name, again in is_forced.items() if name in self.plan.keys and again]
+        unbuilt += [name for name, again in is_forced.items() if not again and self._is_missing(name)]
+        if unbuilt:
+            check_space(self.store)
+        with _terminate_as_interrupt(), RunRecord.open(self.store, self.plan) as record:
+            for text in self.plan.data.warnings:
+                self.listener.warn(text)
+            if self.table.needs_check(self.config, unbuilt):
+                # finds out in a child, with torch, what would otherwise come to light only after the first training
+                self.listener.info("checking that the networks can be built and their weights fit")
+                request = {"table": self.table.location, "run": self.config.model_dump(mode="json"), "check": True}
+                run_child(request, self.listener, threads=self._threads)
+            outcomes = tuple(self._around_stage(name, force=again) for name, again in is_forced.items())
+        return RunOutcome(record.run_id, outcomes, record.path)
+
+    def run_stage(self, stage: str, *, force: bool = False) -> RunOutcome:
+        """Run one stage from cached inputs, also one that the whole run would skip.
+
+        Args:
+            stage: Stage name.
+            force: Build it even if it is there.
+
+        Raises:
+            MissingArtifactError: an input is not in the store; the command that makes it is in the message.
+            WsssError: the stage failed; the listener has heard of it.
+            EnvironmentFailure: the disk is nearly full; nothing was built.
+        """
+        plan = self._plan_for(self.table.spec(stage).name)
+        self._require(stage, self.missing_inputs(stage))
+        if force or self._is_missing(stage):
+            check_space(self.store)
+        with _terminate_as_interrupt(), RunRecord.open(self.store, plan) as record:
+            outcome = self._around_stage(stage, force=force)
+        return RunOutcome(record.run_id, (outcome,), record.path)
+
+    def help_with(self, stage: str, part: str = "any", *, key: str | None = None) -> int:
+        """Build parts of a stage that another run is at, or will be; wait for nobody and publish nothing.
+
+        Args:
+            stage: Stage name.
+            part: ``3/8`` for that part, ``any`` for each part that nobody holds.
+            key: The key that the other run builds, where it said so.
+
+        Returns:
+            How many parts were built; 0 where the artifact is there already.
+
+        Raises:
+            ConfigError: this stage has no parts, or there is no such part.
+            MissingArtifactError: an input is not in the store; the command that makes it is in the message.
+            EnvironmentFailure: the other run has another config or version of the code.
+            WsssError: the stage failed.
+        """
+        wanted, count = parse_part(part), self.count_parts(stage)
+        if self.table.spec(stage).num_units is None or not self.table.spec(stage).in_parts(self.config):
+            possible = ", ".join(spec.name for spec in self.table.specs if spec.num_units is not None)
+            raise ConfigError(f"{stage} has no parts; --part goes with {possible}")
+        if wanted is None and count == 1:
+            raise ConfigError(
+                f"--part any needs to know how many parts there are: set runtime.parts above 1, as the run to help "
+                f"has it, or name the part of {stage}, such as --part 1/8"
+            )
+        plan = self._plan_for(stage)
+        if key is not None and key != plan.keys[stage]:
+            raise EnvironmentFailure(
+                f"{stage}: the run that asks for help builds {key}, config and code here give {plan.keys[stage]}; "
+                "bring both to the same config and version of wsss"
+            )
+        self._require(stage, self.missing_inputs(stage))
+        check_space(self.store)
+        request = self._request(stage) | {"num_parts": wanted.count if wanted else count, "part": part}
+        with _terminate_as_interrupt(), RunRecord.open(self.store, plan):
+            return int(run_child(request, self.listener, threads=self._threads)["num_parts"])
+
+    # -- one stage ---------------------------------------------------------------------------------------------------
+
+    def ensure(self, stage: str, *, force: bool = False) -> StageOutcome:
+        """Make sure that the artifact of ``stage`` is in the store; the artifacts it reads must be there.
+
+        Args:
+            stage: Stage name.
+            force: Build it even if it is there.
+
+        Raises:
+            WsssError: the stage failed; the listener has heard of it.
+            KeyboardInterrupt: the child has been ended; its work is kept and continued by the next call.
+        """
+        started = time.monotonic()
+        key = self.plan.keys.get(self.table.spec(stage).name)
+        if key is None:
+            outcome = StageOutcome(stage, None, None, "skipped", 0.0)
+            self.listener.stage_finished(outcome)
+            return outcome
+        self.listener.stage_started(stage, key)
+        artifact = None if force else self.store.lookup(stage, key)
+        try:
+            if artifact is not None:
+                state, path, metrics, warnings = "cached", artifact.path, artifact.metrics, artifact.warnings
+            else:
+                answer = self._build(stage, force=force)
+                state, path = answer["state"], Path(answer["path"])
+                metrics, warnings = answer["metrics"], tuple(answer["warnings"])
+        except BaseException:
+            self.listener.stage_finished(StageOutcome(stage, key, None, "failed", time.monotonic() - started))
+            raise
+        outcome = StageOutcome(stage, key, path, state, time.monotonic() - started, metrics, warnings)
+        self.listener.stage_finished(outcome)
+        return outcome
+
+    def _around_stage(self, stage: str, *, force: bool) -> StageOutcome:
+        return self._around(stage, lambda: self.ensure(stage, force=force))
+
+    def _build(self, stage: str, *, force: bool) -> dict[str, Any]:
+        """Let a child build the stage: alone, or in parts with helpers on other devices and whoever else is asked."""
+        devices, count = self._part_devices(stage), self.count_parts(stage)
+        request = self._request(stage) | {"force": force, "num_parts": count}
+        if len(devices) <= 1:
+            with self._helpers(stage, count) if self._helpers is not None and count > 1 else nullcontext():
+                return run_child(request, self.listener, threads=self._threads)
+        requests = [_on_device(request, device, len(devices)) for device in devices]
+        with ExitStack() as stack:
+            for device, other in zip(devices[1:], requests[1:], strict=True):
+                stack.enter_context(self._helping_child(device, other | {"force": False, "part": "any"}))
+            if self._helpers is not None:
+                stack.enter_context(self._helpers(stage, count))
+            return run_child(requests[0], self.listener, threads=self._threads)
+
+    @contextmanager
+    def _helping_child(self, device: str, request: dict[str, Any]) -> Iterator[None]:
+        """A child on another device that builds parts within; its failure is a warning, its parts go to others."""
+        child = Child(request, threads=self._threads)
+
+        def follow() -> None:
+            try:
+                child.answer(_Muted(self.listener))
+            except WsssError as error:
+                if not is_over.is_set():
+                    self.listener.warn(f"the process on {device} ended ({error.message}); the others do its parts")
+
+        is_over = threading.Event()
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            child.end()
+            thread.join(timeout=5.0)
+
+    def _request(self, stage: str) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "table": self.table.location,
+            "run": self.config.model_dump(mode="json"),
+            "stage": stage,
+            "key": plan.keys[stage],
+            "content": dict(plan.contents[stage]),
+            "upstream": {name: plan.keys[name] for name in plan.upstream(stage)},
+            "data_root": None if plan.data.root is None else str(plan.data.root),
+            "artifacts": self.store.location,
+        }
+
+    @property
+    def _threads(self) -> int:
+        """Threads of a child's numeric libraries; 0 leaves their defaults."""
+        return getattr(getattr(self.config, "runtime", None), "threads", 0)
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def count_parts(self, stage: str) -> int:
+        """How many parts a stage is built in: ``runtime.parts``, or some for each of several devices; 1 for none."""
+        spec, runtime = self.table.spec(stage), getattr(self.config, "runtime", None)
+        if spec.num_units is None or runtime is None or not spec.in_parts(self.config):
+            return 1
+        devices = self._part_devices(stage)
+        return runtime.parts if runtime.parts > 1 or len(devices) <= 1 else PARTS_PER_DEVICE * len(devices)
+
+    def _part_devices(self, stage: str) -> list[str]:
+        """The devices of this machine that take parts of ``stage``, a process each; at most one: as without parts."""
+        spec, runtime = self.table.spec(stage), getattr(self.config, "runtime", None)
+        is_spread = spec.num_units is not None and spec.in_parts(self.config) and spec.on_devices(self.config)
+        if not is_spread or runtime is None or runtime.devices == 1 or runtime.device not in ("auto", "cpu", "cuda"):
+            return []
+        num = len(find_gpus()) if runtime.device != "cpu" else 0
+        if runtime.devices != "auto":
+            num = runtime.devices if runtime.device == "cpu" else min(num, runtime.devices)
+        return ["cpu"] * num if runtime.device == "cpu" else [f"cuda:{index}" for index in range(num)]
+
+    # -- what the store holds ----------------------------------------------------------------------------------------
+
+    def missing_inputs(self, stage: str) -> tuple[str, ...]:
+        """The stages that ``stage`` reads and whose artifacts are not in the store."""
+        return tuple(name for name in self._plan_for(stage).inputs(stage) if self._is_missing(name))
+
+    def _is_missing(self, stage: str) -> bool:
+        """Whether the run needs ``stage`` and the store does not have it."""
+        return stage in self.plan.keys and self.store.lookup(stage, self.plan.keys[stage]) is None
+
+    def _require(self, stage: str, missing: Sequence[str]) -> None:
+        if missing:
+            raise MissingArtifactError(
+                f"{stage} rests on the artifact of {' and '.join(missing)}, which is not in the store; "
+                f"make it with: wsss run {self.invocation} --until {missing[-1]}"
+            )
+
+    def finished_artifacts(self) -> dict[str, Artifact]:
+        """Those of the run's artifacts that are in the store, by stage."""
+        found = {name: self.store.lookup(name, key) for name, key in self.plan.keys.items()}
+        return {name: artifact for name, artifact in found.items() if artifact is not None}
+
+    def status(self) -> list[StageStatus]:
+        """What the store holds for each stage; builds nothing and sets nothing aside."""
+        return [self._stage_status(name) for name in self.table.names]
+
+    def _stage_status(self, stage: str) -> StageStatus:
+        key = self.plan.keys.get(stage)
+        if key is None:
+            return StageStatus(stage, "skipped", None, None)
+        damage: list[str] = []
+        artifact = self.store.lookup(stage, key, damaged=damage.append)
+        if artifact is not None:
+            return StageStatus(stage, "cached", key, artifact.path, artifact.size_bytes, artifact.run.get("started"))
+        if damage:
+            return StageStatus(stage, "damaged", key, self.store.path(stage, key))
+        if self.store.has_work(stage, key):
+            return StageStatus(stage, "partial", key, self.store.work_path(stage, key))
+        return StageStatus(stage, "missing", key, None)
 
 
-def _as_it_is(stage: str, body: Callable[[], StageOutcome]) -> StageOutcome:
-    del stage
-    return body()
+class _Muted(SilentListener):
+    """Passes on what a helping process warns of; the main one says the rest."""
+
+    def __init__(self, inner: Listener) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def warn(self, text: str) -> None:
+        self._inner.warn(text)
+
+    def output(self, text: str) -> None:
+        self._inner.output(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A whole run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def run_pipeline(
-    run: Any,  # noqa: ANN401 - the table's run type
-    store: Store,
-    *,
-    from_: str | None = None,
-    until: str | None = None,
-    force: Collection[str] = (),
-    listener: Listener | None = None,
-    invocation: str = "CONFIG",
-    plan: Plan | None = None,
-    around: Around | None = None,
-    recruit: Recruit | None = None,
-    table: StageTable = TABLE,
-) -> RunOutcome:
-    """Check the inputs, then bring the stages into being one after the other.
-
-    Args:
-        run: The config.
-        store: Where artifacts live.
-        from_: First stage to run; the stages before it must be cached.
-        until: Last stage to run.
-        force: Stages to rebuild, each with all after it.
-        listener: Hears of every stage.
-        invocation: Config and options as the user wrote them, for the command in an error.
-        plan: The run's keys, when the caller has them already.
-        around: Called in place of each stage with its name and what brings it into being; returns what that returns.
-        recruit: Called with a stage's name around the building of one that is built in shards.
-        table: The stages.
-
-    Returns:
-        One outcome per stage up to ``until``.
-
-    Raises:
-        EnvironmentFailure: the disk cannot hold what is to be built (``pipeline.engine.disk_projection``); nothing was
-        built.
-        WsssError: the first failure; the listener has heard the outcomes before it and a ``failed`` one.
-        KeyboardInterrupt: interrupted by SIGINT or SIGTERM; the unfinished stage continues next time.
-    """
-    first, last, forced_from = stage_positions(table, from_, until, force)
-    plan = plan or plan_run(run, store.digest_cache, table)
-    around = around or _as_it_is
-    missing = [n for n in table.names[:first] if n in plan.keys and store.lookup(n, plan.keys[n]) is None]
-    if missing:
-        raise missing_error(table.names[first], missing, invocation)
-    unbuilt = _to_build(plan, table.names[: last + 1], store, max(forced_from, first))
-    require_space(plan, store, unbuilt)
-    outcomes: list[StageOutcome] = []
-    with terminate_as_interrupt(), RunRecord.open(store, plan) as record:
-        for text in plan.data.warnings:
-            (listener or SilentListener()).log("warning", text)
-        _check_networks(plan, unbuilt, listener or SilentListener())
-        for position, name in enumerate(table.names[: last + 1]):
-            is_forced = position >= max(forced_from, first)
-            body = partial(ensure, name, run, store, force=is_forced, listener=listener, plan=plan, table=table)
-            outcomes.append(around(name, partial(body, recruit=recruit)))
-    return RunOutcome(record.run_id, tuple(outcomes), record.path)
-
-
-def _to_build(plan: Plan, names: Collection[str], store: Store, forced_from: int) -> list[str]:
-    """Those of ``names`` that will be built: they are forced or not in the store."""
-    return [
-        name
-        for position, name in enumerate(names)
-        if name in plan.keys and (position >= forced_from or store.lookup(name, plan.keys[name]) is None)
-    ]
-
-
-def _check_networks(plan: Plan, missing: Collection[str], listener: Listener) -> None:
-    """Find out in a child, with torch, what would otherwise come to light only after the first training."""
-    if plan.table.needs_check(plan.run, missing):
-        listener.log("info", "checking that the networks can be built and their weights fit")
-        request = {"table": plan.table.location, "run": plan.run.model_dump(mode="json"), "check": True}
-        run_child(request, listener, threads=thread_count(plan))
+def _on_device(request: dict[str, Any], device: str, count: int) -> dict[str, Any]:
+    """``request`` for one of ``count`` processes: on ``device``, with its share of the cores for work on the CPU."""
+    runtime = request["run"]["runtime"]
+    own = {"device": device, "devices": 1, "processes": runtime["processes"] or max(1, (os.cpu_count() or 1) // count)}
+    return request | {"run": request["run"] | {"runtime": runtime | own}}
 
 
 def stage_positions(
@@ -183,7 +357,7 @@ def stage_positions(
     Raises:
         ConfigError: an unknown stage, a first one after the last, or a forced one that would not run.
     """
-    order = {table.spec(name).name: position for position, name in enumerate(table.names)}
+    order = {name: position for position, name in enumerate(table.names)}
     for name in (from_, until, *force):
         if name is not None:
             table.spec(name)
@@ -198,41 +372,20 @@ def stage_positions(
     return first, last, min((order[name] for name in force), default=len(order))
 
 
-def finished_artifacts(
-    run: Any,  # noqa: ANN401 - the table's run type
-    store: Store,
-    table: StageTable = TABLE,
-) -> tuple[Plan, dict[str, Artifact]]:
-    """The run's plan, and those of its artifacts that are in the store, by stage."""
-    plan = plan_run(run, store.digest_cache, table)
-    found = {name: store.lookup(name, key) for name, key in plan.keys.items()}
-    return plan, {name: artifact for name, artifact in found.items() if artifact is not None}
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the child as Ctrl-C does, where nobody else has taken that signal."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
 
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise KeyboardInterrupt
 
-def status(
-    run: Any,  # noqa: ANN401 - the table's run type
-    store: Store,
-    table: StageTable = TABLE,
-    *,
-    plan: Plan | None = None,
-) -> list[StageStatus]:
-    """What the store holds for each stage of ``run``; builds nothing and sets nothing aside."""
-    plan = plan or plan_run(run, store.digest_cache, table)
-    return [_stage_status(name, plan.keys.get(name), store) for name in table.names]
-
-
-def _stage_status(stage: str, key: str | None, store: Store) -> StageStatus:
-    if key is None:
-        return StageStatus(stage, "skipped", None, None)
-    damage: list[str] = []
-    artifact = store.lookup(stage, key, damaged=damage.append)
-    if artifact is not None:
-        return StageStatus(stage, "cached", key, artifact.path, artifact.size_bytes, artifact.run.get("started"))
-    if damage:
-        return StageStatus(stage, "damaged", key, store.path(stage, key))
-    if store.has_work(stage, key):
-        return StageStatus(stage, "partial", key, store.work_path(stage, key))
-    shards = existing_shards(store, stage, key)
-    if shards:
-        return StageStatus(stage, "partial", key, store.path(*shards[0].place).parent)
-    return StageStatus(stage, "missing", key, None)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -19,9 +20,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from pipeline.engine.failures import InternalFailure, from_message
+from pipeline.engine.outcomes import Listener
 from stages.errors import EnvironmentFailure
 
 PYTHON = (sys.executable, "-P")
@@ -35,60 +37,13 @@ _TAIL_LINES = 40
 _EXIT_S = 30.0
 
 
-class ChildListener(Protocol):
-    """Who hears what a child says."""
-
-    def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
-        """``done`` of ``total`` units are finished."""
-        ...
-
-    def log(self, level: str, text: str) -> None:
-        """One line; level is info, warning, error, or output for what a library printed."""
-        ...
-
-
-def run_child(
-    request: Mapping[str, Any], listener: ChildListener, *, threads: int = 0, module: str = "pipeline.engine.child"
-) -> dict[str, Any]:
-    """Run one stage in a child and wait for it.
-
-    Args:
-        request: ``pipeline.engine.child.Request`` or ``CheckRequest`` as JSON.
-        listener: Hears progress and log lines, in this thread.
-        threads: Threads of the child's numeric libraries; 0 leaves their defaults.
-        module: What the child runs; ``pipeline.engine.launcher`` speaks the same language.
-
-    Returns:
-        The child's result line.
-
-    Raises:
-        WsssError: what the stage raised.
-        InternalFailure: an exception in the stage that nobody foresaw, or an exit without an answer.
-        EnvironmentFailure: the child was ended by a signal.
-    """
-    process = subprocess.Popen(
-        [*PYTHON, "-m", module],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        env=_environment(threads),
-    )
-    conversation = _Conversation(process)
+def run_child(request: Mapping[str, Any], listener: Listener, *, threads: int = 0) -> dict[str, Any]:
+    """Run one stage in a child and wait for it; see ``Child``."""
+    child = Child(request, threads=threads)
     try:
-        conversation.ask(request)
-        for message in conversation.messages(listener):
-            if message["event"] == "result":
-                conversation.wait_for_exit()
-                return message
-            if message["event"] == "error":
-                error = from_message(message)
-                if isinstance(error, InternalFailure) and error.trace:
-                    listener.log("error", error.trace)
-                raise error
-        raise conversation.unanswered(str(request.get("stage", "the check of the networks")))
+        return child.answer(listener)
     finally:
-        conversation.end()
+        child.end()
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -109,34 +64,65 @@ def find_our_code() -> dict[str, str]:
     return environment
 
 
-class _Conversation:
-    """One child and the threads that read its two outputs."""
+class Child:
+    """One child, asked one thing, and the threads that read its two outputs."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
+    def __init__(self, request: Mapping[str, Any], *, threads: int = 0) -> None:
+        """Start it.
+
+        Args:
+            request: ``pipeline.engine.request.Request`` or ``CheckRequest`` as JSON.
+            threads: Threads of the child's numeric libraries; 0 leaves their defaults.
+        """
+        self._stage = str(request.get("stage", "the check of the networks"))
+        self._process = subprocess.Popen(
+            [*PYTHON, "-m", "pipeline.engine.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env=_environment(threads),
+        )
         self._lines: queue.Queue[tuple[str, str]] = queue.Queue()
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._readers = [
             threading.Thread(target=self._read, args=(name, stream), daemon=True)
-            for name, stream in (("event", process.stdout), ("output", process.stderr))
+            for name, stream in (("event", self._process.stdout), ("output", self._process.stderr))
         ]
         for reader in self._readers:
             reader.start()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # died at once: answer() will say how
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()  # and stays open: its end would end the child
 
     def _read(self, name: str, stream: IO[bytes]) -> None:
         with stream:
             for line in stream:
                 self._lines.put((name, line.decode(errors="replace").rstrip("\n")))
 
-    def ask(self, request: Mapping[str, Any]) -> None:
-        """Send the request; the pipe stays open behind it."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # died at once: unanswered() will say how
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
+    def answer(self, listener: Listener) -> dict[str, Any]:
+        """The child's result line, after relaying all before it to ``listener`` in this thread.
 
-    def messages(self, listener: ChildListener) -> Iterator[dict[str, Any]]:
-        """The child's last message, after relaying all before it; nothing when it ended without one."""
+        Raises:
+            WsssError: what the stage raised.
+            InternalFailure: an exception in the stage that nobody foresaw, or an exit without an answer.
+            EnvironmentFailure: the child was ended by a signal.
+        """
+        for message in self._messages(listener):
+            if message["event"] == "result":
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_EXIT_S)
+                return message
+            if message["event"] == "error":
+                error = from_message(message)
+                if isinstance(error, InternalFailure) and error.trace:
+                    listener.output(error.trace)
+                raise error
+        raise self._unanswered()
+
+    def _messages(self, listener: Listener) -> Iterator[dict[str, Any]]:
+        """Whatever the child says that is not for the listener; ends when it ended without an answer."""
         quiet_since: float | None = None
         while True:
             try:
@@ -148,27 +134,24 @@ class _Conversation:
                     if time.monotonic() - quiet_since > 1.0:
                         return
                 continue
-            if name == "output":
-                self._hear(line, listener)
-                continue
-            message = _parse(line)
+            message = _parse(line) if name == "event" else None
             if message is None:
-                self._hear(line, listener)
-            elif message["event"] == "progress":
-                listener.progress(*(message[field] for field in ("task", "total", "done", "unit", "values")))
-            elif message["event"] == "log":
-                listener.log(message["level"], message["text"])
+                if line:
+                    self._tail.append(line)
+                    listener.output(line)
+            elif message["event"] == "step":
+                values = {key: math.nan if value is None else value for key, value in message["values"].items()}
+                listener.step(message["task"], message["done"], message["total"], unit=message["unit"], **values)
+            elif message["event"] == "info":
+                listener.info(message["text"])
+            elif message["event"] == "warn":
+                listener.warn(message["text"])
             else:
                 yield message
 
-    def _hear(self, line: str, listener: ChildListener) -> None:
-        if line:
-            self._tail.append(line)
-            listener.log("output", line)
-
-    def unanswered(self, stage: str) -> EnvironmentFailure | InternalFailure:
+    def _unanswered(self) -> EnvironmentFailure | InternalFailure:
         """Why there was no answer."""
-        code = self._process.wait()
+        stage, code = self._stage, self._process.wait()
         tail = tuple(self._tail)
         if code >= 0:
             return InternalFailure(f"{stage}: the child process ended with code {code} and no answer", tail)
@@ -179,11 +162,6 @@ class _Conversation:
             "run the same command again: it continues from the unfinished work",
             tail,
         )
-
-    def wait_for_exit(self) -> None:
-        """Give the child time to end by itself after its answer."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_EXIT_S)
 
     def end(self) -> None:
         """Leave nothing of the child's process group alive: ask, wait, kill."""

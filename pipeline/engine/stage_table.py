@@ -68,11 +68,12 @@ class StageSpec:
     arguments: Callable[[StageCall], Mapping[str, Any]]
     """Keyword arguments; ``config`` among them."""
     package: str = "stages"
-    shard_units: Callable[[StageCall], int] | None = None
-    """How many images (or other units) the stage works through one by one, for those that take ``part`` and so can be
-    made in shards; None for the others."""
+    num_units: Callable[[StageCall], int] | None = None
+    """How many images (or other units) the stage goes through one by one, for those that take ``part``; else None."""
     in_parts: Callable[[Any], bool] = lambda run: True
     """Run config to whether parts of the stage are any work."""
+    on_devices: Callable[[Any], bool] = lambda run: False
+    """Run config to whether several devices of a machine would take parts: the stage computes on them."""
 
     @property
     def version(self) -> int:
@@ -233,6 +234,12 @@ def _num_training_images(call: StageCall) -> int:
     return len(open_image_set(call.inputs["prepare_data"], call.data_root).index.splits.get("train", ()))
 
 
+def _masks_on_devices(run: RunConfig) -> bool:
+    """Whether making masks computes on the device: a walk, maps that are not kept, or the CRF in torch."""
+    crf = _mask_config(run).crf.backend if "crf" in run.make_masks.chain else None
+    return bool(run.make_masks.walks) or not run.make_attention.keep_maps or crf == "torch"
+
+
 def _optional(call: StageCall, names: Iterable[tuple[str, str]]) -> dict[str, Path | None]:
     """Argument name to the artifact of the stage beside it, None where this run has none."""
     return {argument: call.inputs.get(stage) for argument, stage in names}
@@ -270,8 +277,9 @@ TABLE = StageTable(
                 "classifier": call.inputs["train_classifier"],
                 **_common(call),
             },
-            shard_units=_num_training_images,
+            num_units=_num_training_images,
             in_parts=lambda run: run.make_attention.keep_maps,
+            on_devices=lambda run: True,
         ),
         StageSpec(
             name="make_masks",
@@ -283,7 +291,8 @@ TABLE = StageTable(
                 **_optional(call, [("classifier", "train_classifier")]),
                 **_common(call),
             },
-            shard_units=_num_training_images,
+            num_units=_num_training_images,
+            on_devices=_masks_on_devices,
         ),
         StageSpec(
             name="train_segmenter",

@@ -3,7 +3,6 @@
     <root>/<stage>/<key>/            a published artifact: its files and manifest.json
     <root>/<stage>/.work-<key>/      unfinished work; a later build of the same key continues there
     <root>/<stage>/.damaged-<key>-n/ an artifact that lost a file, set aside
-    <root>/<stage>-shard/<key>/      a part of an artifact that is built in shards (pipeline.engine.shards)
     <root>/.locks/<stage>-<key>      one lock per key
     <root>/runs/<name>-<run>.json    which artifacts a run used
 
@@ -122,7 +121,9 @@ class Store:
         """Where the artifact stands once it is published."""
         return self.root / stage / key
 
-    def lookup(self, stage: str, key: str, *, damaged: Callable[[str], None] | None = None) -> Artifact | None:
+    def lookup(
+        self, stage: str, key: str, *, damaged: Callable[[str], None] | None = None, fresh: bool = False
+    ) -> Artifact | None:
         """The artifact, or None when there is none that is whole.
 
         Args:
@@ -202,7 +203,9 @@ class Store:
 
     # -- building -----------------------------------------------------------------------------------------------------
 
-    def lock(self, stage: str, key: str, *, waiting: Callable[[str], None] | None = None) -> ArtifactLock:
+    def lock(
+        self, stage: str, key: str, *, part: str = "", waiting: Callable[[str], None] | None = None
+    ) -> ArtifactLock:
         """The lock that whoever builds, replaces or removes this artifact holds; see ``on_lost`` too.
 
         Args:
@@ -210,6 +213,8 @@ class Store:
             key: Cache key.
             waiting: Called once with a description of the holder when another holds it.
         """
+        if part:
+            return KeyLock(self.root / ".locks" / f"{stage}-{key}.{part}", waiting=waiting, lost=self.on_lost)
         lock = self._new_lock(stage, key, waiting)
         if not self._holds(stage, key):
             self._locks[stage, key] = lock

@@ -134,12 +134,13 @@ class Runtime(StageConfig):
     threads: int = Field(default=0, ge=0, le=512)
     """Torch threads; 0 leaves torch's default."""
     devices: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 1
-    """Devices that one training is spread over; auto takes every CUDA device that this process may see."""
+    """Devices of this machine that one training is spread over, and that attention and masks are shared out to, a
+    process each; auto takes every CUDA device that this process may see."""
     checkpoint_every_s: float = Field(default=30.0, ge=0, le=86_400)
     """Seconds of training that a kill may cost; 0 keeps a checkpoint of every step."""
-    shards: int = Field(default=1, ge=1, le=4096)
-    """Parts that attention and masks are made in; with more than one, every run of the same config that reaches the
-    same store, here or on another machine, takes free parts and so shares the work."""
+    parts: int = Field(default=1, ge=1, le=4096)
+    """Parts that attention and masks are made in; with more than one, every process that reaches the same store, here
+    or on another machine, can take free parts and so share the work (``wsss stage … --part``)."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,26 +20,40 @@ from pipeline.config.network_check import check_networks, needs_check
 from pipeline.config.preflight import preflight
 from pipeline.config.run_config import RunConfig
 from pipeline.engine.failures import InternalFailure, to_message
-from pipeline.engine.launcher import find_cause
 from pipeline.engine.outcomes import SilentListener
-from pipeline.engine.ranks import _Relay, count_ranks
-from pipeline.engine.run import ensure, status
+from pipeline.engine.ranks import count_ranks, find_cause
+from pipeline.engine.run import Run
+from pipeline.engine.stage_table import TABLE as STAGE_TABLE
 from pipeline.store.artifacts import Store
 from stages.contracts import Runtime, SilentProgress, read_json
 from stages.errors import ConfigError, EnvironmentFailure, WsssError
-from tests.pipeline.whole_runs.here import stages_here
 
 
 class Notes(SilentListener):
     def __init__(self) -> None:
+        super().__init__()
         self.logs: list[tuple[str, str]] = []
         self.counts: list[tuple[str, int, int, str, dict[str, float]]] = []
 
-    def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
         self.counts.append((task, done, total, unit, dict(values)))
 
-    def log(self, level: str, text: str) -> None:
-        self.logs.append((level, text))
+    def info(self, text: str) -> None:
+        self.logs.append(("info", text))
+
+    def warn(self, text: str) -> None:
+        self.logs.append(("warning", text))
+
+    def output(self, text: str) -> None:
+        self.logs.append(("output", text))
+
+
+def ensure(stage: str, config: Any, store: Store, *, listener: Notes | None = None, table: Any = STAGE_TABLE) -> Any:
+    return Run(config, store, listener=listener, table=table).ensure(stage)
+
+
+def status(config: Any, store: Store, table: Any = TABLE) -> Any:
+    return Run(config, store, table=table).status()
 
 
 @pytest.fixture
@@ -62,11 +78,10 @@ def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
 
 
 def noted(folder: Path) -> list[int]:
-    """Process ids of the ranks, their launcher, and its parent, the child."""
+    """Process ids of the ranks and of the stage's child, which is torch's agent."""
     ids = [[int(pid) for pid in (folder / str(rank)).read_text().split()] for rank in range(2)]
-    (launcher,) = {parent for _, parent in ids}
-    child = subprocess.run(["ps", "-o", "ppid=", "-p", str(launcher)], capture_output=True, text=True, check=True)
-    return [*(pid for pid, _ in ids), launcher, int(child.stdout)]
+    (child,) = {parent for _, parent in ids}
+    return [*(pid for pid, _ in ids), child]
 
 
 # -- a good end -------------------------------------------------------------------------------------------------------
@@ -134,15 +149,13 @@ def test_the_error_of_a_rank_is_the_error_of_the_stage_and_the_other_rank_ends(
     pids = [int(pid) for path in (tmp_path / "notes").iterdir() for pid in path.read_text().split()]
     assert pids
     wait_until(lambda: not any(map(is_alive, pids)), 10)
-    traces = [text for level, text in notes.logs if level == "error"]
+    traces = [text for level, text in notes.logs if level == "output" and "Traceback" in text]
     assert len(traces) == (mischief == "fault"), "an unforeseen error's traceback is shown, once"
     assert all("misbehave" in trace for trace in traces)
     assert not list(store.artifacts())
 
 
-@pytest.mark.parametrize(
-    "victim", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("rank", "launcher")), "child"]
-)
+@pytest.mark.parametrize("victim", [pytest.param("rank", marks=pytest.mark.slow), "child"])
 def test_kill_9_of_any_process_ends_all(store: Store, tmp_path: Path, victim: str) -> None:
     (tmp_path / "notes").mkdir()
     found: list[int] = []
@@ -150,7 +163,7 @@ def test_kill_9_of_any_process_ends_all(store: Store, tmp_path: Path, victim: st
     def kill() -> None:
         wait_until(lambda: len(list((tmp_path / "notes").glob("[01]"))) == 2)
         found.extend(noted(tmp_path / "notes"))
-        os.kill(found[{"rank": 1, "launcher": 2, "child": 3}[victim]], signal.SIGKILL)
+        os.kill(found[{"rank": 1, "child": 2}[victim]], signal.SIGKILL)
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
@@ -158,7 +171,7 @@ def test_kill_9_of_any_process_ends_all(store: Store, tmp_path: Path, victim: st
         ensure("learn", fake(tmp_path / "notes", mischief="wait", at_rank=0), store, table=TABLE)
     thread.join()
     wait_until(lambda: not any(map(is_alive, found)), 10)
-    assert len(set(found)) == 4
+    assert len(set(found)) == 3
     assert [entry.state for entry in status(fake(), store, TABLE)] == ["partial"], "the work is kept, the lock is free"
     assert store.lock("learn", str(status(fake(), store, TABLE)[0].key)).try_acquire()
 
@@ -166,41 +179,25 @@ def test_kill_9_of_any_process_ends_all(store: Store, tmp_path: Path, victim: st
 # -- the parts --------------------------------------------------------------------------------------------------------
 
 
-def ending(error: WsssError, at: float) -> dict[str, Any]:
-    return {"at": at, "error": to_message(error)}
+def failed(error: WsssError | None, at: float = 0.0, *, code: int = 1) -> Any:
+    """What torch tells of a rank that failed: with its error file, or with an exit code alone."""
+    text = "<NONE>" if error is None else f"RankError: {json.dumps(to_message(error))}"
+    return SimpleNamespace(exitcode=code, timestamp=at, message={"message": text} if error else text)
 
 
 def test_the_cause_is_a_deliberate_error_then_a_signal_then_the_earliest() -> None:
-    lost, reason = ending(InternalFailure("lost the connection"), 1.0), ending(ConfigError("reason"), 2.0)
-    assert find_cause({0: lost, 1: reason}, {0: 1, 1: 1}, "s").message == "reason"
-    assert "rank 1 was ended by SIGKILL" in find_cause({0: lost}, {0: 1, 1: -9}, "s").message
-    assert "rank 2 was ended by SIGSEGV" in find_cause({0: lost}, {0: 1, 1: -15, 2: -11}, "s").message
-    early, late = ending(InternalFailure("early"), 1.0), ending(InternalFailure("late"), 2.0)
-    assert find_cause({0: late, 1: early}, {0: 1, 1: 1}, "s").message == "early"
-    assert find_cause({0: reason}, {0: 1, 1: -15}, "s").message == "reason"
-    assert find_cause({}, {0: -15, 1: -15}, "s").message.startswith("s: the process of rank 0 was ended by SIGTERM")
-    assert find_cause({1: {"at": 1.0, "result": {}}}, {}, "s").message == "s: the main rank ended without an answer"
-
-
-def test_progress_is_handed_on_as_steps() -> None:
-    told: list[Any] = []
-
-    class Told(SilentProgress):
-        def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
-            told.append((task, total, done, unit))
-
-        def advance(self, count: int = 1, **values: float) -> None:
-            told.append((count, values))
-
-    relay = _Relay(Told())
-    relay.progress("train", 10, 4, "steps", {})
-    relay.progress("train", 10, 6, "steps", {"loss": 0.5})
-    relay.progress("train", 10, 7, "steps", {"loss": None})
-    relay.progress("score", 10, 0, "images", {})
-    assert told[:2] == [("train", 10, 4, "steps"), (2, {"loss": 0.5})]
-    assert told[2][0] == 1
-    assert told[2][1]["loss"] != told[2][1]["loss"], "not a number"
-    assert told[3:] == [("score", 10, 0, "images")]
+    lost, reason = failed(InternalFailure("lost the connection"), 1.0), failed(ConfigError("reason"), 2.0)
+    assert find_cause({0: lost, 1: reason}, "s").message == "reason"
+    assert "rank 1 was ended by SIGKILL" in find_cause({0: lost, 1: failed(None, code=-9)}, "s").message
+    ended, crashed = failed(None, code=-15), failed(None, code=-11)
+    assert "rank 2 was ended by SIGSEGV" in find_cause({0: lost, 1: ended, 2: crashed}, "s").message
+    early, late = failed(InternalFailure("early"), 1.0), failed(InternalFailure("late"), 2.0)
+    assert find_cause({0: late, 1: early}, "s").message == "early"
+    assert find_cause({0: reason, 1: ended}, "s").message == "reason"
+    assert find_cause({0: ended, 1: ended}, "s").message.startswith("s: the process of rank 0 was ended by SIGTERM")
+    assert (
+        find_cause({1: failed(None, code=7)}, "s").message == "s: the process of rank 1 ended with code 7 and no answer"
+    )
 
 
 def test_only_a_stage_that_can_be_spread_is_called_on_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,14 +275,15 @@ def test_a_whole_training_on_two_devices_is_that_on_one(tmp_path: Path, stage: s
     found = {}
     for devices in (1, 2):
         store, notes = Store(tmp_path / f"on-{devices}"), Notes()
-        with stages_here():  # the ranks are processes all the same
-            ensure("prepare_data", tiny(stage, devices), store)
-            outcome = ensure(stage, tiny(stage, devices), store, listener=notes)
+        ensure("prepare_data", tiny(stage, devices), store)
+        outcome = ensure(stage, tiny(stage, devices), store, listener=notes)
         assert outcome.path is not None
         found[devices] = outcome
         assert notes.counts[-1][1] == notes.counts[-1][2]
         assert (stage.replace("_", " "), 4, 4, "steps") in [count[:4] for count in notes.counts]
-        assert {entry.stage: entry.state for entry in status(tiny(stage, 3 - devices), store)}[stage] == "cached"
+        assert {entry.stage: entry.state for entry in status(tiny(stage, 3 - devices), store, STAGE_TABLE)}[
+            stage
+        ] == "cached"
         assert sorted(store.root.glob(f"{stage}/*")) == [outcome.path]
     names = {devices: sorted(path.name for path in outcome.path.iterdir()) for devices, outcome in found.items()}
     assert names[1] == names[2]

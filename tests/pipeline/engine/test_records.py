@@ -10,7 +10,6 @@ from fake_stages.table import TABLE, FakeRun
 
 from pipeline.engine.plan import Plan, plan_run
 from pipeline.engine.records import RunRecord, prune, read_runs
-from pipeline.engine.shards import place_order, shards_of
 from pipeline.store.artifacts import Store
 from stages.errors import DamagedFileError, DataError
 
@@ -134,56 +133,6 @@ def test_prune_leaves_alone_what_is_being_built(store: Store) -> None:
     assert work.exists()
     lock.release()
     assert removed(store) == [f"collect/.work-{'e' * 20}"]
-
-
-def publish_shard(store: Store, plan: Plan, index: int) -> Path:
-    """A finished shard of ``collect``."""
-    shard = shards_of("collect", plan.keys["collect"], 4)[index]
-    work, _ = store.work_dir(*shard.place)
-    (work / "x.txt").write_text("123")
-    return store.publish(*shard.place, content={"mask_supervision": [], "whole": shard.whole}, run={}).path
-
-
-def test_prune_keeps_shards_until_their_whole_is_published(store: Store) -> None:
-    plan = plan_run(FakeRun(), store.digest_cache, TABLE)
-    with RunRecord.open(store, plan):
-        pass
-    other = plan_run(FakeRun(digest="other"), store.digest_cache, TABLE)  # of which there is no run
-    needed, orphan = publish_shard(store, plan, 0), publish_shard(store, other, 0)
-    begun, _ = store.work_dir(*shards_of("collect", plan.keys["collect"], 4)[1].place)
-    (begun / "x").write_text("1")
-    said = prune(store)
-    assert [(removal.path, removal.reason, removal.size_bytes > 3) for removal in said] == [
-        (orphan, "shards of collect that no kept run needs", True)
-    ]
-    assert removed(store) == [orphan.relative_to(store.root).as_posix()]
-    finished(store, 1.0)
-    reasons = {removal.path: removal.reason for removal in prune(store)}
-    text = f"shards of collect {plan.keys['collect']}, which is published"
-    assert reasons == {needed: text, begun: text}
-    assert removed(store) == sorted(path.relative_to(store.root).as_posix() for path in (needed, begun))
-
-
-def test_prune_keeps_the_shards_of_a_forced_build_while_it_lives(store: Store) -> None:
-    plan = finished(store, 1.0)
-    artifact = store.require("collect", plan.keys["collect"])
-    with RunRecord.open(store, plan):
-        place_order(store, "collect", artifact.key, artifact)
-        shard = publish_shard(store, plan, 0)
-        assert removed(store) == []
-    order = shard.with_name(plan.keys["collect"][:12] + "0" * 8)
-    assert removed(store) == sorted(path.relative_to(store.root).as_posix() for path in (shard, order))
-    assert store.lookup("collect", plan.keys["collect"]) == artifact
-
-
-def test_prune_leaves_alone_a_shard_that_is_being_built(store: Store) -> None:
-    plan = plan_run(FakeRun(), store.digest_cache, TABLE)
-    shard = publish_shard(store, plan, 2)
-    lock = store.lock(shard.parent.name, shard.name)
-    assert lock.try_acquire()
-    assert removed(store) == []
-    lock.release()
-    assert len(removed(store)) == 1
 
 
 def test_prune_refuses_when_a_record_does_not_read_back(store: Store) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from fake_stages.table import TABLE, FakeRun
 
-from pipeline.engine import run as runner
+from pipeline.engine import forecast
 from pipeline.engine.failures import InternalFailure
-from pipeline.engine.plan import plan_run
-from pipeline.engine.run import RunOutcome, StageOutcome, ensure, finished_artifacts, run_pipeline, run_stage, status
+from pipeline.engine.outcomes import RunOutcome, SilentListener, StageOutcome, StageStatus
+from pipeline.engine.plan import Plan, plan_run
+from pipeline.engine.run import Run
 from pipeline.store.artifacts import Store
 from stages.errors import ConfigError, DataError, EnvironmentFailure, MissingArtifactError
 
@@ -27,10 +28,11 @@ NAMES = ("collect", "combine", "finish")
 ROOT = Path(__file__).parents[3]
 
 
-class Notes:
+class Notes(SilentListener):
     """A listener that keeps what it hears."""
 
     def __init__(self, on_log: Callable[[str], None] | None = None) -> None:
+        super().__init__()
         self.started: list[str] = []
         self.logs: list[tuple[str, str]] = []
         self.counts: list[tuple[str, int, int]] = []
@@ -40,10 +42,19 @@ class Notes:
     def stage_started(self, stage: str, key: str) -> None:
         self.started.append(stage)
 
-    def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
         self.counts.append((task, done, total))
 
-    def log(self, level: str, text: str) -> None:
+    def info(self, text: str) -> None:
+        self._hear("info", text)
+
+    def warn(self, text: str) -> None:
+        self._hear("warning", text)
+
+    def output(self, text: str) -> None:
+        self._hear("output", text)
+
+    def _hear(self, level: str, text: str) -> None:
         self.logs.append((level, text))
         if self._on_log is not None:
             self._on_log(text)
@@ -65,8 +76,18 @@ def states(outcome: RunOutcome) -> list[str]:
     return [stage.state for stage in outcome.stages]
 
 
-def run(store: Store, config: FakeRun | None = None, **options: Any) -> RunOutcome:
-    return run_pipeline(config or fake(), store, table=TABLE, **options)
+def open_run(config: FakeRun, store: Store, **options: Any) -> Run:
+    return Run(config, store, table=TABLE, **options)
+
+
+def run(
+    store: Store, config: FakeRun | None = None, listener: Notes | None = None, plan: Plan | None = None, **options: Any
+) -> RunOutcome:
+    return open_run(config or fake(), store, listener=listener, plan=plan).run_pipeline(**options)
+
+
+def status(config: FakeRun, store: Store) -> list[StageStatus]:
+    return open_run(config, store).status()
 
 
 def is_alive(pid: int) -> bool:
@@ -105,23 +126,23 @@ def test_builds_once_then_only_what_a_change_reaches(store: Store) -> None:
 
 def test_status_and_single_stages(store: Store) -> None:
     config = fake(combine={"is_used": False})
-    assert [line.state for line in status(config, store, TABLE)] == ["missing", "skipped", "missing"]
+    assert [line.state for line in status(config, store)] == ["missing", "skipped", "missing"]
     with pytest.raises(MissingArtifactError) as caught:
-        run_stage("finish", fake(), store, invocation="c.yaml --set a=b", table=TABLE)
+        open_run(fake(), store, invocation="c.yaml --set a=b").run_stage("finish")
     expected = "finish rests on the artifact of combine, which is not in the store; make it with: "
     assert caught.value.message == expected + "wsss run c.yaml --set a=b --until combine"
     assert not store.root.exists()
-    assert states(run_stage("collect", config, store, table=TABLE)) == ["built"]
+    assert states(open_run(config, store).run_stage("collect")) == ["built"]
     # a stage that the whole run would skip can still be run by itself
-    assert states(run_stage("combine", config, store, table=TABLE)) == ["built"]
-    assert ensure("combine", config, store, table=TABLE).state == "skipped"
-    (store.path("collect", str(status(config, store, TABLE)[0].key)) / "1.txt").unlink()
-    lines = status(config, store, TABLE)
+    assert states(open_run(config, store).run_stage("combine")) == ["built"]
+    assert open_run(config, store).ensure("combine").state == "skipped"
+    (store.path("collect", str(status(config, store)[0].key)) / "1.txt").unlink()
+    lines = status(config, store)
     assert [line.state for line in lines] == ["damaged", "skipped", "missing"]
     work, _ = store.work_dir("finish", str(lines[2].key))
     (work / "x").write_text("x")
-    assert status(config, store, TABLE)[2].state == "partial"
-    assert set(finished_artifacts(config, store, TABLE)[1]) == set()
+    assert status(config, store)[2].state == "partial"
+    assert open_run(config, store).finished_artifacts() == {}
 
 
 def test_from_needs_what_comes_before_it(store: Store) -> None:
@@ -170,14 +191,14 @@ def test_deliberate_error_arrives_whole_and_the_outcome_says_failed(store: Store
         run(store, fake(runtime={"mischief": "input"}), listener=notes)
     assert caught.value.problems == ("a.jpg: truncated", "b.jpg: empty")
     assert [(outcome.stage, outcome.state) for outcome in notes.outcomes] == [("collect", "failed")]
-    assert [line.state for line in status(fake(), store, TABLE)] == ["partial", "missing", "missing"]
+    assert [line.state for line in status(fake(), store)] == ["partial", "missing", "missing"]
 
 
 def test_fault_is_logged_with_its_traceback(store: Store) -> None:
     notes = Notes()
     with pytest.raises(InternalFailure, match="collect failed: KeyError: 'unforeseen'"):
         run(store, fake(runtime={"mischief": "fault"}), listener=notes)
-    assert any(level == "error" and "in misbehave" in text for level, text in notes.logs)
+    assert any(level == "output" and "in misbehave" in text for level, text in notes.logs)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +219,7 @@ def test_death_of_the_child_is_explained_and_the_work_continued(
     with pytest.raises(error) as caught:
         run(store, fake(runtime={"mischief": mischief}))
     assert text in str(caught.value)
-    assert [line.state for line in status(fake(), store, TABLE)] == ["partial", "missing", "missing"]
+    assert [line.state for line in status(fake(), store)] == ["partial", "missing", "missing"]
 
 
 def test_stray_prints_do_not_disturb_the_answer(store: Store) -> None:
@@ -251,9 +272,9 @@ PARENT = """
 import sys
 from pathlib import Path
 from fake_stages.table import TABLE, FakeRun
-from pipeline.engine.run import run_pipeline
+from pipeline.engine.run import Run
 from pipeline.store.artifacts import Store
-run_pipeline(FakeRun.model_validate_json(sys.argv[1]), Store(Path(sys.argv[2])), table=TABLE)
+Run(FakeRun.model_validate_json(sys.argv[1]), Store(Path(sys.argv[2])), table=TABLE).run_pipeline()
 """
 
 
@@ -292,7 +313,7 @@ def test_kill_9_of_the_command_ends_child_and_workers_and_a_second_worker_takes_
 
 def test_second_worker_waits_and_reuses(store: Store, tmp_path: Path) -> None:
     """Two commands at once: one builds, the other says that it waits and reports the artifact as cached."""
-    key = status(fake(), store, TABLE)[0].key
+    key = status(fake(), store)[0].key
     lock = store.lock("collect", str(key))
     assert lock.try_acquire()
 
@@ -315,8 +336,16 @@ def test_store_that_cannot_be_written_is_an_environment_failure(tmp_path: Path) 
 
 
 def test_the_parent_imports_neither_torch_nor_prefect() -> None:
-    assert runner.STAGES[0] == "prepare_data"
     code = "import sys, pipeline.engine.run, pipeline.engine.records\n"
     code += "print([m for m in ('torch', 'prefect') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_a_nearly_full_disk_is_found_before_the_work(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert states(run(store, until="collect")) == ["built"]
+    monkeypatch.setattr(forecast, "MIN_FREE_BYTES", 2**62)
+    for again in (lambda: run(store), lambda: open_run(fake(), store).run_stage("combine")):
+        with pytest.raises(EnvironmentFailure, match=r"MB free, at least .* MB are needed; free some space"):
+            again()
+    assert states(run(store, until="collect")) == ["cached"], "nothing is to be written"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,26 @@ import pytest
 from pydantic import TypeAdapter
 
 from pipeline.cli import main as cli
-from pipeline.engine.child import CheckRequest, ChildProgress, Request, answer_check, answer_stage
-from pipeline.engine.spawn import ChildListener
+from pipeline.engine.child import answer_check, answer_stage
+from pipeline.engine.outcomes import Listener
+from pipeline.engine.request import CheckRequest, ChildProgress, Request
 
 
 class _Relay:
     """What a child would write to its pipe, said to the listener at once."""
 
-    def __init__(self, listener: ChildListener) -> None:
-        self._say = {"log": listener.log, "progress": listener.progress}
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
 
     def send(self, event: str, **fields: Any) -> None:
-        self._say[event](**fields)
+        if event == "step":
+            values = {name: math.nan if value is None else value for name, value in fields.pop("values").items()}
+            self._listener.step(**fields, **values)
+        else:
+            getattr(self._listener, event)(**fields)
 
 
-def run_here(
-    request: Mapping[str, Any], listener: ChildListener, *, threads: int = 0, module: str = "pipeline.engine.child"
-) -> dict[str, Any]:
+def run_here(request: Mapping[str, Any], listener: Listener, *, threads: int = 0) -> dict[str, Any]:
     """``pipeline.engine.spawn.run_child`` without the child."""
     asked = TypeAdapter(CheckRequest | Request).validate_json(json.dumps(request))
     progress = ChildProgress(_Relay(listener))
@@ -47,7 +51,6 @@ def stages_here() -> Iterator[None]:
     """Within it, stages run in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.engine.run.run_child", run_here)
-        patch.setattr("pipeline.engine.stage.run_child", run_here)
         yield
 
 

@@ -40,14 +40,16 @@ def collect(
 ) -> StageResult:
     wanted = range(config.items) if part is None else part.positions(config.items)
     done = [number for number in wanted if (out / f"{number}.txt").exists()]
-    progress.begin("collect", total=len(wanted), done=len(done), unit="items")
+    count = len(done)
+    progress.step("collect", count, len(wanted), unit="items")
     for number in wanted:
         if number in done:
             continue
         if number == runtime.at_item:
             misbehave(runtime, out)
         make_item(number, out, runtime)
-        progress.advance(loss=1.0 / (number + 1))
+        count += 1
+        progress.step("collect", count, len(wanted), unit="items", loss=1.0 / (number + 1))
     if part is not None:
         if runtime.mischief == "noise":
             progress.warn(f"part {part.index} was noisy")

@@ -43,7 +43,8 @@ TABLE = StageTable(
             key_parts=lambda run, data: {"config": run.collect.model_dump(mode="json"), "digest": data.digest},
             arguments=lambda call: {"config": call.run.collect},
             package="fake_stages",
-            shard_units=lambda call: call.run.collect.items,
+            num_units=lambda call: call.run.collect.items,
+            on_devices=lambda run: True,
         ),
         StageSpec(
             name="combine",

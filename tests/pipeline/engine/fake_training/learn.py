@@ -36,8 +36,8 @@ def learn(config: LearnConfig, *, out: Path, progress: Progress, runtime: Mischi
         write_atomic(runtime.notes / str(this_rank()), f"{os.getpid()} {os.getppid()}".encode())
     if runtime.mischief != "none":
         misbehave(runtime)
-    progress.begin("learn", total=3, done=1, unit="steps")
-    progress.advance(2, loss=0.5)
+    progress.step("learn", 1, 3, unit="steps")
+    progress.step("learn", 3, 3, unit="steps", loss=0.5)
     progress.warn(f"a warning of rank {this_rank()}")
     sys.stdout.write(f"a print of rank {this_rank()}\n")
     sys.stdout.flush()

@@ -70,7 +70,7 @@ def build_alone(job: Job, store: Store, progress: WarningProgress, *, force: boo
     waiting = f"builds {job.stage} {job.key}"
     with store.lock(*job.place, waiting=lambda holder: progress.info(f"waiting: {holder} {waiting}")):
         damage: list[str] = []
-        artifact = store.lookup(*job.place, damaged=damage.append)
+        artifact = store.lookup(*job.place, damaged=damage.append, fresh=True)
         if artifact is not None and not force:
             return Built(artifact, "cached", artifact.warnings)
         if damage:

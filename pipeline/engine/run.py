@@ -225,7 +225,7 @@ def _stage_status(stage: str, key: str | None, store: Store) -> StageStatus:
     if key is None:
         return StageStatus(stage, "skipped", None, None)
     damage: list[str] = []
-    artifact = store.lookup(stage, key, damaged=damage.append)
+    artifact = store.lookup(stage, key, damaged=damage.append, fresh=True)
     if artifact is not None:
         return StageStatus(stage, "cached", key, artifact.path, artifact.size_bytes, artifact.run.get("started"))
     if damage:

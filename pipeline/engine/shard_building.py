@@ -14,7 +14,7 @@ from pipeline.engine.making import Job, make_artifact, set_aside
 from pipeline.engine.shard_progress import Board, ShardProgress, WarningProgress
 from pipeline.engine.shards import Shard, link_files, order_of, shards_of, unlink_files
 from pipeline.store.artifacts import Artifact, Store
-from pipeline.store.lock_protocol import ArtifactLock
+from pipeline.store.locks import ArtifactLock
 from stages.contracts import Part, Progress, StageResult
 from stages.errors import DamagedFileError, MissingArtifactError
 

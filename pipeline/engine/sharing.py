@@ -93,7 +93,7 @@ class SharedBuild:
         store, where = self._store, self._job.place
         with store.lock(*where, waiting=lambda holder: self._wait_for(f"{holder} builds {' '.join(where)}")):
             damage: list[str] = []
-            artifact = store.lookup(*where, damaged=damage.append)
+            artifact = store.lookup(*where, damaged=damage.append, fresh=True)
             if artifact is not None and not force:
                 return artifact
             if damage:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from pipeline.store.object_store import ObjectFolder
+from pipeline.store.remote_store import RemoteStore, cache_folder
 
 from pipeline.cli import main as cli
 from pipeline.cli.machine import check_store, run_check
 from pipeline.store import object_store, work_mirror
 from pipeline.store.artifacts import Store, open_store
-from pipeline.store.object_store import ObjectFolder
-from pipeline.store.remote_store import RemoteStore, cache_folder
 from stages.errors import DamagedFileError, EnvironmentFailure, InputError, MissingArtifactError
 from tests.pipeline.store.test_store import KEY, STAGE, build
 

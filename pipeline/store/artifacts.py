@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.store.locks import ArtifactLock
-from pipeline.store.mirror import MANIFEST, Mirror, WorkCopy, cache_folder, is_inside, is_url
+from pipeline.store.mirror import MANIFEST, Mirror, WorkCopy, cache_folder, is_inside, is_url, is_whole
 from stages.contracts import read_json, write_json
 from stages.errors import DamagedFileError, EnvironmentFailure, MissingArtifactError
 
@@ -158,14 +158,13 @@ class Store:
         problem = None
         try:
             if self.path(stage, key).is_dir():
-                found = self._open(stage, key)
-                if self._mirror is not None and self._unsent(stage, key).exists():
-                    return self._send(found) if self._holds(stage, key) else None
-                return found
+                if not (self._mirror and self._unsent(stage, key).exists()):
+                    return self._open(stage, key)
+                return self._send(self._mirror, stage, key) if self._holds(stage, key) else None
         except DamagedFileError as error:
             problem = error.message
         try:
-            if self._mirror is not None and (manifest := self._mirrored_manifest(stage, key)) is not None:
+            if self._mirror and (manifest := self._mirrored_manifest(self._mirror, stage, key)):
                 damage = self._mirror.find_damage(f"{stage}/{key}", manifest["content"]["files"])
                 if not damage:
                     return Artifact(stage, key, self.path(stage, key), manifest)
@@ -186,8 +185,9 @@ class Store:
         """
         artifact = self.lookup(stage, key)
         if artifact is None:
-            raise MissingArtifactError(f"{self._place(stage, key)} is missing or damaged; run the stage {stage} again")
-        if self._mirror is None or (stage, key) in self._whole:
+            place = f"{self.location}/{stage}/{key}"
+            raise MissingArtifactError(f"{place} is missing or damaged; run the stage {stage} again")
+        if not self._mirror or (stage, key) in self._whole:
             return artifact
         with ArtifactLock(self.root / ".locks" / f"fetch-{stage}-{key}"):
             with contextlib.suppress(DamagedFileError):  # another process may have been first
@@ -227,18 +227,14 @@ class Store:
         self._whole[stage, key] = (stamp, Artifact(stage, key, path, manifest))
         return self._whole[stage, key][1]
 
-    def _mirrored_manifest(self, stage: str, key: str) -> dict[str, Any] | None:
-        if self._mirror is None or (manifest := self._mirror.read_manifest(f"{stage}/{key}")) is None:
+    def _mirrored_manifest(self, mirror: Mirror, stage: str, key: str) -> dict[str, Any] | None:
+        if (manifest := mirror.read_manifest(f"{stage}/{key}")) is None:
             return None
-        where = f"{self._place(stage, key)}/{MANIFEST}"
+        where = f"{mirror.url}/{stage}/{key}/{MANIFEST}"
         self._check_manifest(manifest, stage, key, where)
         if outside := [name for name in manifest["content"]["files"] if not is_inside(name)]:
             raise DamagedFileError(f"{where} names a file outside of its artifact: {outside[0]}")
         return manifest
-
-    def _place(self, stage: str, key: str) -> str:
-        """Where the artifact is, in words."""
-        return f"{self.location}/{stage}/{key}"
 
     def manifest(self, stage: str, key: str) -> dict[str, Any]:
         """The manifest, checked to be one of this schema and of this artifact; the files are not looked at.
@@ -272,7 +268,7 @@ class Store:
     def folders(self) -> Iterator[tuple[str, str]]:
         """(stage, key) of every artifact folder here and in the mirror, whole or damaged, sorted."""
         found = {(folder.parent.name, folder.name) for folder in self.root.glob("*/*/")}
-        if self._mirror is not None:
+        if self._mirror:
             found |= {(stage, key) for stage in self._mirror.names() for key in self._mirror.names(stage)}
         for stage, key in sorted(found):
             if not stage.startswith(".") and re.fullmatch(r"[0-9a-f]{20}", key):
@@ -310,17 +306,15 @@ class Store:
 
     def mirror(self, stage: str, key: str) -> AbstractContextManager[object]:
         """Keep unfinished work safe from the loss of this machine while ``with`` lasts: a copy in the mirror."""
-        return self._work_copy(stage, key) or contextlib.nullcontext()
+        return self._work_copy(self._mirror, stage, key) if self._mirror else contextlib.nullcontext()
 
-    def _work_copy(self, stage: str, key: str) -> WorkCopy | None:
-        if self._mirror is None:
-            return None
+    def _work_copy(self, mirror: Mirror, stage: str, key: str) -> WorkCopy:
         note = self.root / stage / f".mirror-{key}.json"
-        return WorkCopy(self._mirror, f"{stage}/.work-{key}", self.work_path(stage, key), note)
+        return WorkCopy(mirror, f"{stage}/.work-{key}", self.work_path(stage, key), note)
 
     def share(self, path: Path) -> None:
         """Put a file under ``root`` that is no artifact (a run's record) into the mirror too, or remove it there."""
-        if self._mirror is not None:
+        if self._mirror:
             name = path.relative_to(self.root).as_posix()
             if path.exists():
                 self._mirror.put("", [name], self.root)
@@ -333,10 +327,8 @@ class Store:
 
     def has_work(self, stage: str, key: str) -> bool:
         """Whether there is unfinished work, here or in the mirror, that a build would continue."""
-        if any(not file.name.startswith(_TEMPORARY) for file in _files(self.work_path(stage, key))):
-            return True
-        copy = self._work_copy(stage, key)
-        return copy is not None and copy.exists()
+        is_here = any(not file.name.startswith(_TEMPORARY) for file in _files(self.work_path(stage, key)))
+        return is_here or (self._mirror is not None and self._work_copy(self._mirror, stage, key).exists())
 
     def work_dir(self, stage: str, key: str, *, fresh: bool = False) -> tuple[Path, bool]:
         """The folder to build in, and whether it holds earlier work, of another machine too.  Needs the lock.
@@ -350,8 +342,9 @@ class Store:
             EnvironmentFailure: the mirror cannot be read and written.
         """
         path = self.work_path(stage, key)
-        if self._mirror is not None and (copy := self._work_copy(stage, key)) is not None:
+        if self._mirror:
             self._mirror.check()
+            copy = self._work_copy(self._mirror, stage, key)
             copy.drop() if fresh else copy.fetch()
         if fresh and path.exists():
             shutil.rmtree(path)
@@ -361,7 +354,7 @@ class Store:
     def set_aside(self, stage: str, key: str) -> Path | str:
         """Rename a damaged artifact out of the way; returns where it is.  Needs the lock."""
         self._whole.pop((stage, key), None)
-        if self._mirror is not None and (data := self._mirror.read(f"{stage}/{key}/{MANIFEST}")) is not None:
+        if self._mirror and (data := self._mirror.read(f"{stage}/{key}/{MANIFEST}")) is not None:
             # the files there are replaced by the next build; without a manifest they are no artifact
             self._mirror.write(f"{stage}/.damaged-{key}.json", data)
             self._mirror.remove(f"{stage}/{key}/{MANIFEST}")
@@ -376,9 +369,9 @@ class Store:
     def remove(self, stage: str, key: str) -> None:
         """Remove an artifact and the unfinished work of its key, if they are there.  Needs the lock."""
         self._whole.pop((stage, key), None)
-        if self._mirror is not None and (copy := self._work_copy(stage, key)) is not None:
+        if self._mirror:
             self._mirror.remove_folder(f"{stage}/{key}")
-            copy.drop()
+            self._work_copy(self._mirror, stage, key).drop()
         for folder in (self.path(stage, key), self.work_path(stage, key)):
             if folder.is_dir():
                 # out of sight first: a removal that is interrupted must not leave half an artifact under its name
@@ -415,10 +408,10 @@ class Store:
         content = {**content, "schema": SCHEMA, "stage": stage, "key": key, "files": files}
         write_json(work / MANIFEST, {"content": content, "run": dict(run)})
         _sync_folder(work)
-        if self._mirror is not None:
+        if self._mirror:
             self._unsent(stage, key).touch()
         artifact = self._put_in_place(work, stage, key)
-        return artifact if self._mirror is None else self._send(artifact)
+        return self._send(self._mirror, stage, key) if self._mirror else artifact
 
     def _put_in_place(self, folder: Path, stage: str, key: str) -> Artifact:
         """Rename ``folder`` to the artifact, in the place of an older one."""
@@ -435,14 +428,14 @@ class Store:
     def _unsent(self, stage: str, key: str) -> Path:
         return self.root / stage / f".unsent-{key}"
 
-    def _send(self, artifact: Artifact) -> Artifact:
+    def _send(self, mirror: Mirror, stage: str, key: str) -> Artifact:
         """Put an artifact that is whole here into the mirror, in the place of its unfinished work there."""
-        stage, key = artifact.stage, artifact.key
-        if self._mirror is not None and (copy := self._work_copy(stage, key)) is not None:
-            self._mirror.publish(f"{stage}/{key}", artifact.path, artifact.content)
-            self._unsent(stage, key).unlink(missing_ok=True)
-            copy.drop()
-        return artifact
+        artifact = self._open(stage, key)
+        del self._whole[stage, key]  # until it is there
+        mirror.publish(f"{stage}/{key}", artifact.path, artifact.content)
+        self._unsent(stage, key).unlink(missing_ok=True)
+        self._work_copy(mirror, stage, key).drop()
+        return self._open(stage, key)
 
     # -- upkeep -------------------------------------------------------------------------------------------------------
 
@@ -450,7 +443,7 @@ class Store:
         """Read every file of an artifact, here and in the mirror, and compare it with the manifest; what is wrong."""
         problems = []
         try:
-            if (mirrored := self._mirrored_manifest(stage, key)) is not None and self._mirror is not None:
+            if self._mirror and (mirrored := self._mirrored_manifest(self._mirror, stage, key)):
                 self.root.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=self.root, prefix=".verify-") as scratch:
                     problems += self._mirror.fetch(f"{stage}/{key}", mirrored["content"]["files"], Path(scratch))
@@ -465,9 +458,9 @@ class Store:
                 _check_size(file, entry["size"])
             except DamagedFileError as error:
                 problems.append(error.message)
-                continue
-            if _sha256(file) != entry["sha256"]:
-                problems.append(f"{file}: the content differs from the manifest's sha256")
+            else:
+                if not is_whole(file, entry):
+                    problems.append(f"{file}: the content differs from the manifest's sha256")
         return problems
 
 
@@ -512,11 +505,6 @@ def _stamp(file: Path) -> _Stamp:
 def _files(folder: Path) -> list[Path]:
     """The regular files under ``folder``, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _describe_and_sync(file: Path) -> dict[str, Any]:

@@ -226,10 +226,10 @@ class Mirror:
             What is wrong with the files in the store, one line each; those are not kept here.
         """
         problems = self.find_damage(folder, files)
-        wanted = [name for name in files if name not in problems and not _is_whole(into / name, files[name])]
+        wanted = [name for name in files if name not in problems and not is_whole(into / name, files[name])]
         self.get(folder, wanted, into)
         for name in wanted:
-            if not _is_whole(into / name, files[name]):
+            if not is_whole(into / name, files[name]):
                 (into / name).unlink()
                 problems[name] = f"{self.url}/{folder}/{name}: the content differs from the manifest's sha256"
         return sorted(problems.values())
@@ -345,7 +345,7 @@ def is_inside(name: object) -> bool:
     return isinstance(name, str) and not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
 
 
-def _is_whole(file: Path, expected: Mapping[str, Any]) -> bool:
+def is_whole(file: Path, expected: Mapping[str, Any]) -> bool:
     """Whether a file is there with the size and the sha256 of its manifest."""
     if not file.is_file() or file.stat().st_size != expected["size"]:
         return False

@@ -240,9 +240,7 @@ def test_two_kinds_of_locks_on_one_store_are_refused(tmp_path: Path) -> None:
     with lock:
         lock.check_held()
         (tmp_path / USE_LEASES).unlink()
-        with pytest.raises(
-            EnvironmentFailure, match=r"a\.lease: expected no lease, .* make that file again"
-        ):
+        with pytest.raises(EnvironmentFailure, match=r"a\.lease: expected no lease, .* make that file again"):
             ArtifactLock(tmp_path / "a").try_acquire()
 
 

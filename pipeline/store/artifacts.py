@@ -372,6 +372,7 @@ class Store:
         if self._mirror:
             self._mirror.remove_folder(f"{stage}/{key}")
             self._work_copy(self._mirror, stage, key).drop()
+            self._unsent(stage, key).unlink(missing_ok=True)
         for folder in (self.path(stage, key), self.work_path(stage, key)):
             if folder.is_dir():
                 # out of sight first: a removal that is interrupted must not leave half an artifact under its name

@@ -195,7 +195,7 @@ class ArtifactLock:
         for lock in (self._flock, self._lease):
             if lock.is_locked:
                 with contextlib.suppress(OSError):  # a mount that is gone: the lease ends by itself
-                    lock.release()
+                    lock.release(force=True)
 
     def _loss(self) -> EnvironmentFailure:
         return EnvironmentFailure(

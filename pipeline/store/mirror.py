@@ -180,8 +180,9 @@ class Mirror:
     def remove_folder(self, folder: str, *, first: str = MANIFEST) -> None:
         """Remove every object under ``folder``, and ``first`` before the others."""
         self.remove(f"{folder}/{first}")
-        for name in self.sizes(folder):
-            self.remove(f"{folder}/{name}")
+        if names := self.sizes(folder):
+            with self._objects(folder) as (system, path), contextlib.suppress(FileNotFoundError):
+                system.rm([f"{path}/{name}" for name in names])
 
     # -- artifacts ----------------------------------------------------------------------------------------------------
 
@@ -204,8 +205,9 @@ class Mirror:
             EnvironmentFailure: the store failed; without a manifest there is no artifact there.
         """
         with contextlib.suppress(DamagedFileError):
-            if (found := self.read_manifest(folder)) is not None and found.get("content") != content:
-                self.remove_folder(folder)
+            found = self.read_manifest(folder)
+            if found is not None and not (isinstance(found, dict) and found.get("content") == content):
+                self.remove_folder(folder)  # until the end there is no artifact
         self.put(folder, list(content["files"]), path)
         self.put(folder, [MANIFEST], path)
 

@@ -243,6 +243,7 @@ def test_file_damaged_in_the_mirror_is_named_never_used_and_healed_by_building_a
 ) -> None:
     build(first)
     mirror.write(f"{FOLDER}/masks/a.png", b"MASK")
+    mirror.write(f"{FOLDER}/masks/[a]?.png", b"a stranger")
     problem = f"{mirror.url}/{FOLDER}/masks/a.png: the content differs from the manifest's sha256"
     assert second.verify(STAGE, KEY) == [problem]
     with pytest.raises(DamagedFileError, match="Run the same command again: it rebuilds make_masks") as caught:
@@ -268,6 +269,7 @@ def escape(mirror: Mirror, folder: str) -> None:
         (lambda m, f: m.write(f"{f}/masks/a.png", b"ma"), "masks/a.png has 2 bytes instead of 4"),
         (lambda m, f: m.write(f"{f}/manifest.json", b"{"), "manifest.json is not readable JSON"),
         (lambda m, f: m.write(f"{f}/manifest.json", b"{}"), f"does not describe {STAGE} {KEY}"),
+        (lambda m, f: m.write(f"{f}/manifest.json", b"[]"), f"does not describe {STAGE} {KEY}"),
         (escape, "names a file outside of its artifact: ../../x"),
     ],
 )

@@ -104,12 +104,11 @@ def prune_artifacts(
     from pipeline.engine.records import prune
     from pipeline.report.tables import format_value
     from pipeline.store.artifacts import open_store
-    from pipeline.store.remote_store import RemoteStore
     from stages.errors import InputError
 
     output = get_output(context)
     store = open_store(artifacts)
-    if isinstance(store, RemoteStore):
+    if store.is_mirrored:
         raise InputError(
             f"{store.location}: prune works on folders only, since it cannot know the runs of every machine; see what "
             "is there with `wsss artifacts list`, and remove STAGE/KEY folders with the tool of your object store"

@@ -194,18 +194,18 @@ def check_store(artifacts: str | Path) -> Check:
     """
     from pipeline.store.artifacts import open_store
     from pipeline.store.locks import USE_LEASES
-    from pipeline.store.remote_store import RemoteStore
 
     store = open_store(artifacts)
-    is_remote = isinstance(store, RemoteStore)
-    if not is_remote and not store.root.exists():
+    if store.is_mirrored:
+        store.check_visible()
+    elif not store.root.exists():
         return Check("store", "ok", f"{store.location} is made with the first artifact")
     lock = store.lock("doctor", "check")
     if lock.try_acquire():
         lock.check_held()
         lock.release()
-    kind = "leases" if is_remote or (store.root / ".locks" / USE_LEASES).exists() else "flock"
-    cache = f", files under {store.root}" if is_remote else ""
+    kind = "leases" if (store.root / ".locks" / USE_LEASES).exists() else "flock"
+    cache = f" under {store.root}, mirrored" if store.is_mirrored else ""
     return Check("store", "ok", f"{store.location}: locked by {kind}{cache}")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.store.artifacts import Artifact, Store
-from pipeline.store.lock_protocol import ArtifactLock
+from pipeline.store.locks import ArtifactLock
 from pipeline.store.provenance import describe_machine
 from stages.contracts import Part, Progress, StageResult, read_json, write_json
 from stages.errors import ConfigError, DamagedFileError

@@ -21,8 +21,7 @@ from typing import Any
 
 from pipeline.engine.plan import Plan
 from pipeline.store.artifacts import Store
-from pipeline.store.leases import STALE_S
-from pipeline.store.locks import KeyLock
+from pipeline.store.locks import LEASE_S, ArtifactLock
 from stages.contracts import read_json, write_json
 from stages.errors import DamagedFileError, EnvironmentFailure, WsssError
 
@@ -61,7 +60,7 @@ class RunRecord:
             keys=dict(plan.keys),
             config=plan.run.model_dump(mode="json"),
         )
-        lock = KeyLock(record._lock_path)
+        lock = ArtifactLock(record._lock_path)
         with contextlib.suppress(EnvironmentFailure):  # where it cannot be had, nothing can be pruned either
             lock.try_acquire()
         try:
@@ -95,8 +94,8 @@ class RunRecord:
         """
         if self.state != "running" or not self._lock_path.exists():
             return False
-        lock = KeyLock(self._lock_path)
-        is_free = lock.try_acquire(patience_s=STALE_S + 2.0)
+        lock = ArtifactLock(self._lock_path)
+        is_free = lock.try_acquire(patience_s=LEASE_S + 2.0)
         lock.release()
         return not is_free
 
@@ -200,7 +199,7 @@ def _remove(store: Store, path: Path) -> bool:
         return True
     stage, key = path.parent.name, _key_of(path)
     lock = store.lock(stage, key)
-    if not lock.try_acquire(patience_s=STALE_S + 2.0):
+    if not lock.try_acquire(patience_s=LEASE_S + 2.0):
         return False
     try:
         # out of sight first: a removal that is interrupted must not leave half an artifact under its name

@@ -3,11 +3,13 @@
     <root>/<stage>/<key>/            a published artifact: its files and manifest.json
     <root>/<stage>/.work-<key>/      unfinished work; a later build of the same key continues there
     <root>/<stage>/.damaged-<key>-n/ an artifact that lost a file, set aside
-    <root>/.locks/<stage>-<key>      one lock per key
+    <root>/<stage>/.unsent-<key>     the artifact of this key is not wholly in the mirror yet
+    <root>/.locks/<stage>-<key>      one lock per key; with .<part> behind it, one per part of the work
     <root>/runs/<name>-<run>.json    which artifacts a run used
 
 An artifact is published by writing manifest.json last and one rename.  ``content`` of the manifest is identical for
-identical results; ``run`` says when, where and how long.
+identical results; ``run`` says when, where and how long.  A store behind a URL is such a folder in this machine's cache
+with a mirror (pipeline.store.mirror): what is not here is looked for there, what is published here is published there.
 """
 
 from __future__ import annotations
@@ -18,35 +20,36 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pipeline.store.lock_protocol import ArtifactLock
-from pipeline.store.locks import KeyLock
-from pipeline.store.object_store import is_url
+from pipeline.store.locks import ArtifactLock
+from pipeline.store.mirror import MANIFEST, Mirror, WorkCopy, cache_folder, is_inside, is_url, is_whole
 from stages.contracts import read_json, write_json
 from stages.errors import DamagedFileError, EnvironmentFailure, MissingArtifactError
 
 SCHEMA = 1
 """Version of the manifest's layout; another one is no hit."""
 
-MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
+_Stamp = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published artifact whose files were all there, with their sizes, when it was looked up."""
+    """A published artifact whose files were all there, with their sizes, when it was looked up.
+
+    They lie under ``path`` where the store has no mirror, and once ``Store.require`` has brought them.
+    """
 
     stage: str
     key: str
     path: Path
     manifest: Mapping[str, Any]
-    is_local: bool = True
-    """Whether the files lie under ``path``; those of a remote store's artifact do once ``Store.require`` has run."""
 
     @property
     def content(self) -> Mapping[str, Any]:
@@ -80,31 +83,41 @@ class Artifact:
 
 
 class Store:
-    """The artifacts under one folder."""
+    """The artifacts under one folder, and in its mirror."""
 
     poll_s: ClassVar[float] = 0.5
     """Seconds between two looks at what others build."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, mirror: Mirror | None = None) -> None:
         """Use ``root``; it is made when the first artifact is built."""
         self.root = root
         self.on_lost: Callable[[EnvironmentFailure], None] | None = None
-        """Called from another thread when a lock that only a heartbeat keeps was taken over: the work must stop.  Holds
-        for the locks that are made after it is set; without it a build goes on, and is refused when it publishes."""
+        """Called from another thread when a lock that only a heartbeat keeps was lost: the work must stop.  Holds for
+        the locks that are made after it is set; without it a build goes on, and is refused when it publishes."""
+        self._mirror = mirror
         self._locks: dict[tuple[str, str], ArtifactLock] = {}
+        self._whole: dict[tuple[str, str], tuple[_Stamp, Artifact]] = {}
+        """Artifacts whose files were found here; they are not looked at again until the manifest is another."""
 
     @property
     def location(self) -> str:
         """What ``open_store`` makes this store of again, in whatever process: the folder, or a URL."""
-        return str(self.root)
+        return str(self.root) if self._mirror is None else self._mirror.url
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether the store is behind a URL, and other machines publish there too."""
+        return self._mirror is not None
 
     def check_visible(self) -> None:
         """Make sure, in a worker that joins a run, that it sees the store in which the run's artifacts are.
 
         Raises:
-            EnvironmentFailure: it does not.
+            EnvironmentFailure: it does not, or the mirror cannot be read and written.
         """
-        if not self.root.is_dir():
+        if self._mirror is not None:
+            self._mirror.check()
+        elif not self.root.is_dir():
             raise EnvironmentFailure(
                 f"{self.root.absolute()} is not to be seen on {socket.gethostname()}; mount it here under this name, "
                 "or let the run use a store that every worker reaches (--artifacts /mnt/…, --artifacts s3://…)"
@@ -126,37 +139,102 @@ class Store:
     ) -> Artifact | None:
         """The artifact, or None when there is none that is whole.
 
+        One that was found whole is not looked at again while its manifest is the same file.  Of the mirror only the
+        manifest and a listing are read.  Under the lock of the key an upload that was cut off is finished.
+
         Args:
             stage: Stage name.
             key: Cache key.
             damaged: Called with what is wrong when there is an artifact that cannot be used.
+            fresh: Look at every file again, whatever was found before.
+
+        Raises:
+            EnvironmentFailure: the mirror cannot be read.
         """
-        path = self.path(stage, key)
-        if not path.is_dir():
-            return None
+        known = self._whole.pop((stage, key), None)
+        if not fresh and known is not None and known[0] == _stamp(self.path(stage, key) / MANIFEST):
+            self._whole[stage, key] = known
+            return known[1]
+        problem = None
         try:
-            return self._open(stage, key)
+            if self.path(stage, key).is_dir():
+                if not (self._mirror and self._unsent(stage, key).exists()):
+                    return self._open(stage, key)
+                return self._send(self._mirror, stage, key) if self._holds(stage, key) else None
         except DamagedFileError as error:
-            if damaged is not None:
-                damaged(error.message)
-            return None
+            problem = error.message
+        try:
+            if self._mirror and (manifest := self._mirrored_manifest(self._mirror, stage, key)):
+                damage = self._mirror.find_damage(f"{stage}/{key}", manifest["content"]["files"])
+                if not damage:
+                    return Artifact(stage, key, self.path(stage, key), manifest)
+                problem = next(iter(damage.values()))
+        except DamagedFileError as error:
+            problem = error.message
+        if problem is not None and damaged is not None:
+            damaged(problem)
+        return None
 
     def require(self, stage: str, key: str) -> Artifact:
-        """The artifact.
+        """The artifact with its files here, each compared with the manifest's sha256 as it came from a mirror.
 
         Raises:
             MissingArtifactError: there is none that is whole.
+            DamagedFileError: a file in the mirror is damaged; it is set aside, so that the next run builds it again.
+            EnvironmentFailure: the mirror cannot be read, or the cache not written.
         """
         artifact = self.lookup(stage, key)
         if artifact is None:
-            raise MissingArtifactError(f"{self.path(stage, key)} is missing or damaged; run the stage {stage} again")
-        return artifact
+            place = f"{self.location}/{stage}/{key}"
+            raise MissingArtifactError(f"{place} is missing or damaged; run the stage {stage} again")
+        if not self._mirror or (stage, key) in self._whole:
+            return artifact
+        with ArtifactLock(self.root / ".locks" / f"fetch-{stage}-{key}"):
+            with contextlib.suppress(DamagedFileError):  # another process may have been first
+                return self._open(stage, key)
+            return self._fetch(self._mirror, artifact)
+
+    def _fetch(self, mirror: Mirror, artifact: Artifact) -> Artifact:
+        stage, key, files = artifact.stage, artifact.key, artifact.content["files"]
+        part = artifact.path.with_name(f".fetch-{key}")
+        part.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(part).free
+        if free < artifact.size_bytes:
+            raise EnvironmentFailure(
+                f"{part.parent}: {free / 2**20:.0f} MB free, {artifact.size_bytes / 2**20:.0f} MB are needed; remove "
+                "old folders of the cache, or set WSSS_CACHE to a folder on another disk"
+            )
+        for stranger in {file.relative_to(part).as_posix() for file in _files(part)} - files.keys():
+            (part / stranger).unlink()
+        problems = mirror.fetch(f"{stage}/{key}", files, part)
+        if problems and (problems := mirror.fetch(f"{stage}/{key}", files, part)):  # not only damaged on its way
+            aside = self.set_aside(stage, key)
+            shutil.rmtree(part)
+            raise DamagedFileError(
+                f"{stage} {key} is damaged in {mirror.url}; set aside as {aside}. Run the same command again: it "
+                f"rebuilds {stage}",
+                problems,
+            )
+        write_json(part / MANIFEST, dict(artifact.manifest))
+        self._unsent(stage, key).unlink(missing_ok=True)
+        return self._put_in_place(part, stage, key)
 
     def _open(self, stage: str, key: str) -> Artifact:
-        manifest = self.manifest(stage, key)
+        path = self.path(stage, key)
+        stamp, manifest = _stamp(path / MANIFEST), self.manifest(stage, key)
         for name, entry in manifest["content"]["files"].items():
-            _check_size(self.path(stage, key) / name, entry["size"])
-        return Artifact(stage, key, self.path(stage, key), manifest)
+            _check_size(path / name, entry["size"])
+        self._whole[stage, key] = (stamp, Artifact(stage, key, path, manifest))
+        return self._whole[stage, key][1]
+
+    def _mirrored_manifest(self, mirror: Mirror, stage: str, key: str) -> dict[str, Any] | None:
+        if (manifest := mirror.read_manifest(f"{stage}/{key}")) is None:
+            return None
+        where = f"{mirror.url}/{stage}/{key}/{MANIFEST}"
+        self._check_manifest(manifest, stage, key, where)
+        if outside := [name for name in manifest["content"]["files"] if not is_inside(name)]:
+            raise DamagedFileError(f"{where} names a file outside of its artifact: {outside[0]}")
+        return manifest
 
     def manifest(self, stage: str, key: str) -> dict[str, Any]:
         """The manifest, checked to be one of this schema and of this artifact; the files are not looked at.
@@ -183,16 +261,18 @@ class Store:
     def newest_manifests(self, stage: str) -> Iterator[dict[str, Any]]:
         """The manifests of a stage's artifacts, the newest first; damaged ones are left out."""
         files = [file for file in self.root.glob(f"{stage}/*/{MANIFEST}") if not file.parent.name.startswith(".")]
-        for file in sorted(files, key=_modified_ns, reverse=True):
+        for file in sorted(files, key=_stamp, reverse=True):
             with contextlib.suppress(DamagedFileError):
                 yield self.manifest(stage, file.parent.name)
 
     def folders(self) -> Iterator[tuple[str, str]]:
-        """(stage, key) of every artifact folder, whole or damaged, sorted."""
-        for folder in sorted(self.root.glob("*/*/")):
-            is_ours = not folder.parent.name.startswith(".") and re.fullmatch(r"[0-9a-f]{20}", folder.name)
-            if is_ours:
-                yield folder.parent.name, folder.name
+        """(stage, key) of every artifact folder here and in the mirror, whole or damaged, sorted."""
+        found = {(folder.parent.name, folder.name) for folder in self.root.glob("*/*/")}
+        if self._mirror:
+            found |= {(stage, key) for stage in self._mirror.names() for key in self._mirror.names(stage)}
+        for stage, key in sorted(found):
+            if not stage.startswith(".") and re.fullmatch(r"[0-9a-f]{20}", key):
+                yield stage, key
 
     def artifacts(self) -> Iterator[Artifact]:
         """All whole artifacts, by stage and key."""
@@ -211,54 +291,61 @@ class Store:
         Args:
             stage: Stage name.
             key: Cache key.
+            part: Name of a part of the work, such as ``3of8``, to lock that alone.
             waiting: Called once with a description of the holder when another holds it.
         """
-        if part:
-            return KeyLock(self.root / ".locks" / f"{stage}-{key}.{part}", waiting=waiting, lost=self.on_lost)
-        lock = self._new_lock(stage, key, waiting)
-        if not self._holds(stage, key):
+        name = f"{stage}-{key}.{part}" if part else f"{stage}-{key}"
+        lock = ArtifactLock(self.root / ".locks" / name, waiting=waiting, lost=self.on_lost)
+        if not part and not self._holds(stage, key):
             self._locks[stage, key] = lock
         return lock
 
-    def _new_lock(self, stage: str, key: str, waiting: Callable[[str], None] | None) -> ArtifactLock:
-        return KeyLock(self.root / ".locks" / f"{stage}-{key}", waiting=waiting, lost=self.on_lost)
-
     def _holds(self, stage: str, key: str) -> bool:
         """Whether a lock that this store handed out is held."""
-        lock = self._locks.get((stage, key))
-        return lock is not None and lock.is_held
-
-    def _check_held(self, stage: str, key: str) -> None:
-        """Publish nothing under a lock that another worker has taken over meanwhile."""
-        if self._holds(stage, key):
-            self._locks[stage, key].check_held()
+        return (stage, key) in self._locks and self._locks[stage, key].is_held
 
     def mirror(self, stage: str, key: str) -> AbstractContextManager[object]:
-        """Keep unfinished work safe from the loss of this machine while ``with`` lasts; here the folder itself does."""
-        del stage, key
-        return contextlib.nullcontext()
+        """Keep unfinished work safe from the loss of this machine while ``with`` lasts: a copy in the mirror."""
+        return self._work_copy(self._mirror, stage, key) if self._mirror else contextlib.nullcontext()
+
+    def _work_copy(self, mirror: Mirror, stage: str, key: str) -> WorkCopy:
+        note = self.root / stage / f".mirror-{key}.json"
+        return WorkCopy(mirror, f"{stage}/.work-{key}", self.work_path(stage, key), note)
 
     def share(self, path: Path) -> None:
-        """Let other machines see a file under ``root`` that is no artifact (a run's record); here they do."""
-        del path
+        """Put a file under ``root`` that is no artifact (a run's record) into the mirror too, or remove it there."""
+        if self._mirror:
+            name = path.relative_to(self.root).as_posix()
+            if path.exists():
+                self._mirror.put("", [name], self.root)
+            else:
+                self._mirror.remove(name)
 
     def work_path(self, stage: str, key: str) -> Path:
         """Where unfinished work of this key lies; it need not exist."""
         return self.root / stage / f".work-{key}"
 
     def has_work(self, stage: str, key: str) -> bool:
-        """Whether there is unfinished work that a build would continue."""
-        return any(not file.name.startswith(_TEMPORARY) for file in _files(self.work_path(stage, key)))
+        """Whether there is unfinished work, here or in the mirror, that a build would continue."""
+        is_here = any(not file.name.startswith(_TEMPORARY) for file in _files(self.work_path(stage, key)))
+        return is_here or (self._mirror is not None and self._work_copy(self._mirror, stage, key).exists())
 
     def work_dir(self, stage: str, key: str, *, fresh: bool = False) -> tuple[Path, bool]:
-        """The folder to build in, and whether it holds earlier work.  Needs the lock.
+        """The folder to build in, and whether it holds earlier work, of another machine too.  Needs the lock.
 
         Args:
             stage: Stage name.
             key: Cache key.
             fresh: Throw earlier work away.
+
+        Raises:
+            EnvironmentFailure: the mirror cannot be read and written.
         """
         path = self.work_path(stage, key)
+        if self._mirror:
+            self._mirror.check()
+            copy = self._work_copy(self._mirror, stage, key)
+            copy.drop() if fresh else copy.fetch()
         if fresh and path.exists():
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -266,6 +353,13 @@ class Store:
 
     def set_aside(self, stage: str, key: str) -> Path | str:
         """Rename a damaged artifact out of the way; returns where it is.  Needs the lock."""
+        self._whole.pop((stage, key), None)
+        if self._mirror and (data := self._mirror.read(f"{stage}/{key}/{MANIFEST}")) is not None:
+            # the files there are replaced by the next build; without a manifest they are no artifact
+            self._mirror.write(f"{stage}/.damaged-{key}.json", data)
+            self._mirror.remove(f"{stage}/{key}/{MANIFEST}")
+            if not self.path(stage, key).exists():
+                return f"{self._mirror.url}/{stage}/.damaged-{key}.json"
         number = 0
         while (target := self.root / stage / f".damaged-{key}-{number}").exists():
             number += 1
@@ -274,6 +368,11 @@ class Store:
 
     def remove(self, stage: str, key: str) -> None:
         """Remove an artifact and the unfinished work of its key, if they are there.  Needs the lock."""
+        self._whole.pop((stage, key), None)
+        if self._mirror:
+            self._mirror.remove_folder(f"{stage}/{key}")
+            self._work_copy(self._mirror, stage, key).drop()
+            self._unsent(stage, key).unlink(missing_ok=True)
         for folder in (self.path(stage, key), self.work_path(stage, key)):
             if folder.is_dir():
                 # out of sight first: a removal that is interrupted must not leave half an artifact under its name
@@ -283,7 +382,7 @@ class Store:
                 shutil.rmtree(doomed)
 
     def publish(self, stage: str, key: str, *, content: Mapping[str, Any], run: Mapping[str, Any]) -> Artifact:
-        """Turn the work folder into the artifact in one rename, replacing an older one.  Needs the lock.
+        """Turn the work folder into the artifact in one rename, replacing an older one, and mirror it.  Needs the lock.
 
         Args:
             stage: Stage name.
@@ -292,10 +391,12 @@ class Store:
             run: Times, host, packages, revision, metrics and warnings.
 
         Raises:
-            EnvironmentFailure: the lock was taken over by another worker meanwhile.
+            EnvironmentFailure: the lock was lost meanwhile, or the mirror failed; then the artifact is whole here, and
+                the next build of it only sends it.
         """
-        self._check_held(stage, key)
-        work, final = self.work_path(stage, key), self.path(stage, key)
+        if self._holds(stage, key):
+            self._locks[stage, key].check_held()
+        work = self.work_path(stage, key)
         (work / MANIFEST).unlink(missing_ok=True)
         files = {}
         for file in _files(work):
@@ -308,33 +409,59 @@ class Store:
         content = {**content, "schema": SCHEMA, "stage": stage, "key": key, "files": files}
         write_json(work / MANIFEST, {"content": content, "run": dict(run)})
         _sync_folder(work)
+        if self._mirror:
+            self._unsent(stage, key).touch()
+        artifact = self._put_in_place(work, stage, key)
+        return self._send(self._mirror, stage, key) if self._mirror else artifact
+
+    def _put_in_place(self, folder: Path, stage: str, key: str) -> Artifact:
+        """Rename ``folder`` to the artifact, in the place of an older one."""
+        final = self.path(stage, key)
         replaced = final.with_name(f".replaced-{key}")
         shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
             final.rename(replaced)
-        work.rename(final)
+        folder.rename(final)
         _sync_folder(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
+        return self._open(stage, key)
+
+    def _unsent(self, stage: str, key: str) -> Path:
+        return self.root / stage / f".unsent-{key}"
+
+    def _send(self, mirror: Mirror, stage: str, key: str) -> Artifact:
+        """Put an artifact that is whole here into the mirror, in the place of its unfinished work there."""
+        artifact = self._open(stage, key)
+        del self._whole[stage, key]  # until it is there
+        mirror.publish(f"{stage}/{key}", artifact.path, artifact.content)
+        self._unsent(stage, key).unlink(missing_ok=True)
+        self._work_copy(mirror, stage, key).drop()
         return self._open(stage, key)
 
     # -- upkeep -------------------------------------------------------------------------------------------------------
 
     def verify(self, stage: str, key: str) -> list[str]:
-        """Read every file of an artifact and compare it with the manifest; what is wrong, file by file."""
+        """Read every file of an artifact, here and in the mirror, and compare it with the manifest; what is wrong."""
+        problems = []
         try:
+            if self._mirror and (mirrored := self._mirrored_manifest(self._mirror, stage, key)):
+                self.root.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=self.root, prefix=".verify-") as scratch:
+                    problems += self._mirror.fetch(f"{stage}/{key}", mirrored["content"]["files"], Path(scratch))
+                if not self.path(stage, key).exists():
+                    return problems
             manifest = self.manifest(stage, key)
         except DamagedFileError as error:
-            return [error.message]
-        problems = []
+            return [*problems, error.message]
         for name, entry in manifest["content"]["files"].items():
             file = self.path(stage, key) / name
             try:
                 _check_size(file, entry["size"])
             except DamagedFileError as error:
                 problems.append(error.message)
-                continue
-            if _sha256(file) != entry["sha256"]:
-                problems.append(f"{file}: the content differs from the manifest's sha256")
+            else:
+                if not is_whole(file, entry):
+                    problems.append(f"{file}: the content differs from the manifest's sha256")
         return problems
 
 
@@ -350,9 +477,8 @@ def open_store(location: str | Path) -> Store:
     """
     location = str(location).removeprefix("file://")
     if is_url(location):
-        from pipeline.store.remote_store import RemoteStore
-
-        return RemoteStore(location)
+        mirror = Mirror(location)
+        return Store(cache_folder(mirror.url), mirror)
     root = Path(location)
     if root.exists() and not root.is_dir():
         raise EnvironmentFailure(f"{root} is no folder; choose another one with --artifacts DIR")
@@ -368,22 +494,18 @@ def _check_size(file: Path, size: int) -> None:
         raise DamagedFileError(f"{file} has {found} bytes instead of {size}")
 
 
-def _modified_ns(file: Path) -> int:
-    """When ``file`` was written; 0 for one that another process has removed meanwhile."""
+def _stamp(file: Path) -> _Stamp:
+    """When ``file`` was written, and its inode; zeros for one that another process has removed meanwhile."""
     try:
-        return file.stat().st_mtime_ns
+        found = file.stat()
     except OSError:
-        return 0
+        return 0, 0
+    return found.st_mtime_ns, found.st_ino
 
 
 def _files(folder: Path) -> list[Path]:
     """The regular files under ``folder``, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _describe_and_sync(file: Path) -> dict[str, Any]:

@@ -1,50 +1,45 @@
-"""One process at a time per artifact: an flock that ends with its holder, however the holder ends.
+"""One process at a time per artifact, by filelock: an flock, or a lease where the mount has no flock.
 
-Writes a lock file that stays; it holds one line about the holder for those who wait.
-The lock is the descriptor: it is closed on exec, and in every forked child, so a DataLoader worker that outlives the
-holder does not keep it.
-Where the file system has no flock, a lease beside the file takes its place, and a file ``use-leases`` in the folder
-says so to every other process, on whatever machine: the two kinds do not see each other.
+Writes ``.locks/<name>``, which is what an flock locks and holds one line about the holder for those who wait, and
+``.locks/<name>.lease``, which its holder renews.  An flock ends with its holder, however the holder ends; a lease when
+it was not renewed for LEASE_S, or at once when the holder ended on the waiter's own machine.  Forked children hold
+neither.  A lease does not fence: who was suspended learns of its loss late, so ``check_held`` comes before publishing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
-import json
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from pipeline.store.lease_places import LeaseFolder
-from pipeline.store.leases import LeaseLock
-from pipeline.store.lock_protocol import ArtifactLock
+from filelock import FileLock, LeaseSettingsMismatch, SoftFileLease, Timeout
+
 from stages.errors import EnvironmentFailure
 
 USE_LEASES = "use-leases"
-"""A file of this name in the folder of the locks turns flock off there; a user may make it too, for a mount whose flock
-does not reach other machines."""
+"""A file of this name in the folder of the locks turns flock off there, for every process on whatever machine."""
 
-_HELD_ELSEWHERE = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK}
+LEASE_S = 15.0
+"""A lease that was not renewed for so many seconds of the waiter's own clock is free; the same for every process."""
+
+HEARTBEAT_S = 3.0
+"""Seconds between two renewals."""
+
 _NO_FLOCK = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
-_open_locks: set[int] = set()
 
+class ArtifactLock:
+    """Exclusive right to build, replace or remove one artifact, from ``with`` to its end or the process's death."""
 
-def _close_in_child() -> None:
-    for descriptor in _open_locks:
-        os.close(descriptor)
-    _open_locks.clear()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
-
-
-class KeyLock(ArtifactLock):
-    """Exclusive lock on one file, held from ``with`` to its end or to the death of the process."""
+    poll_s = 0.2
+    """Seconds between two tries while waiting."""
 
     def __init__(
         self,
@@ -58,104 +53,153 @@ class KeyLock(ArtifactLock):
         Args:
             path: The lock file; made when missing, never removed.
             waiting: Called once with a description of the holder when the lock is held elsewhere.
-            lost: As of LeaseLock, where a lease takes the place of flock.
+            lost: Called once, from another thread, when a lease was lost; the work under it must stop then.
         """
-        super().__init__(waiting)
         self.path = path
-        self._descriptor: int | None = None
-        self._lease = LeaseLock(LeaseFolder(path.with_name(f"{path.name}.lease")), lost=lost)
+        self._waiting = waiting
+        self._flock = FileLock(path, thread_local=False, fallback_to_soft=False)
+        self._lease = SoftFileLease(
+            f"{path}.lease",
+            thread_local=False,
+            lease_duration=LEASE_S,
+            heartbeat_interval=HEARTBEAT_S,
+            on_compromise=lambda _: None if lost is None else lost(self._loss()),
+        )
+        self._nameless: dict[int, float] = {}
+        """When a lease that names no holder was last written → when this process first saw it."""
 
     @property
-    def _is_lease(self) -> bool:
+    def _uses_leases(self) -> bool:
         return (self.path.parent / USE_LEASES).exists()
 
+    def __enter__(self) -> Self:
+        """Wait until the lock is ours."""
+        is_told = False
+        while not self.try_acquire():
+            if not is_told and self._waiting is not None:
+                self._waiting(self.holder())
+            is_told = True
+            time.sleep(self.poll_s)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release."""
+        self.release()
+
     def try_acquire(self, *, patience_s: float = 0.0) -> bool:
-        """Take the lock now or not at all; ``patience_s`` matters only where a lease takes the place of flock.
+        """Take the lock now or not at all.
+
+        Args:
+            patience_s: How long to watch a lease for a sign of life before taking its holder for alive.
 
         Raises:
-            EnvironmentFailure: the file may not be written, or flock failed.
+            EnvironmentFailure: the lock cannot be written or read, or both kinds of locks are in use.
         """
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
+            is_ours = self._try_flock() if not self._uses_leases else self._try_lease(patience_s)
+        except (OSError, LeaseSettingsMismatch) as error:
+            words = getattr(error, "strerror", None) or error
             raise EnvironmentFailure(
-                f"{self.path} cannot be opened ({error.strerror}); choose --artifacts DIR"
+                f"{self.path} cannot be opened and locked ({words}); make it a file that can be written, or choose "
+                "another store with --artifacts DIR (WSSS_CACHE for the cache of a bucket)"
             ) from error
-        if self._is_lease:
-            os.close(descriptor)
-            return self._lease.try_acquire(patience_s=patience_s)
-        _open_locks.add(descriptor)
+        if is_ours:
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            with contextlib.suppress(OSError):  # only words
+                self.path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+        return is_ours
+
+    def _try_flock(self) -> bool:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._flock.acquire(blocking=False)
+        except Timeout:
+            return False
         except OSError as error:
-            self._close(descriptor)
-            if error.errno in _HELD_ELSEWHERE:
-                return False
-            if error.errno in _NO_FLOCK:
-                self._turn_to_leases(error)
-                return self._lease.try_acquire(patience_s=patience_s)
+            if error.errno not in _NO_FLOCK:
+                raise
+            with contextlib.suppress(FileExistsError):
+                (self.path.parent / USE_LEASES).touch(exist_ok=False)
+                sys.stderr.write(f"{self.path.parent}: no flock here ({error.strerror}); using leases from now on\n")
+            return self._try_lease(0.0)
+        if self._uses_leases:  # made by another process since the look above
+            self._flock.release()
+            return self._try_lease(0.0)
+        if os.path.lexists(self._lease.lock_file):
+            self._flock.release()
             raise EnvironmentFailure(
-                f"{self.path} cannot be locked ({error.strerror}); choose a local disk with --artifacts DIR"
-            ) from error
-        if self._is_lease:  # made by another process since the look above
-            self._close(descriptor)
-            return self._lease.try_acquire(patience_s=patience_s)
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-        self._descriptor = descriptor
+                f"{self._lease.lock_file}: expected no lease, since {USE_LEASES} beside it is missing, found one; "
+                "make that file again, or remove the lease once no run is at work on this store"
+            )
         return True
+
+    def _try_lease(self, patience_s: float) -> bool:
+        seen = self._renewed_ns()
+        try:
+            self._lease.acquire(
+                timeout=patience_s, poll_interval=self.poll_s, cancel_check=lambda: self._renewed_ns() != seen
+            )
+        except Timeout:
+            now = time.monotonic()
+            if seen is None or self._lease.owner is not None or now - self._nameless.setdefault(seen, now) <= LEASE_S:
+                return False
+            raise EnvironmentFailure(
+                f"{self._lease.lock_file}: expected a lease, found a file that names no holder (a machine went down "
+                "while writing it?); remove it once no run is at work on this store"
+            ) from None
+        return True
+
+    def _renewed_ns(self) -> int | None:
+        try:
+            return os.lstat(self._lease.lock_file).st_mtime_ns
+        except FileNotFoundError:
+            return None
 
     def holder(self) -> str:
         """Who holds the lock, in words."""
-        if self._is_lease:
-            return self._lease.holder()
-        try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            return f"process {found['pid']} on {found['host']} since {found['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "another process"
+        with contextlib.suppress(OSError, ValueError):
+            words = self.path.read_text(encoding="utf-8").strip()
+            if words.startswith("process "):
+                return words
+        return "another process"
 
     @property
     def is_held(self) -> bool:
         """Whether this process has taken it and not released it; a forked child has not."""
-        return self._lease.is_held or self._descriptor in _open_locks
+        return self._flock.is_locked or self._lease.is_locked
 
     def check_held(self) -> None:
-        """The kernel keeps an flock for as long as the descriptor is open; a lease is asked.
+        """Make sure, just before something is published, that the lock is still this process's.
 
         Raises:
-            EnvironmentFailure: it is not held, or no longer.
+            EnvironmentFailure: it was never taken, a lease was lost, or the store turned to leases meanwhile.
         """
-        if self._descriptor is None:
-            self._lease.check_held()
-        elif not self.is_held:
+        if not self.is_held:
             raise EnvironmentFailure(f"{self.path}: this process does not hold the lock")
+        if self._flock.is_locked:
+            if self._uses_leases:
+                raise EnvironmentFailure(
+                    f"{self.path}: held by flock, but {USE_LEASES} was made beside it meanwhile, so another worker "
+                    "may be at the same artifact; nothing was published. Run the same command again"
+                )
+            return
+        owner = self._lease.owner
+        if owner is None or owner.token != self._lease.token or self._lease.compromise is not None:
+            raise self._loss()
+        with contextlib.suppress(OSError):
+            os.utime(self._lease.lock_file)  # the full LEASE_S from now, also after standing still
 
     def release(self) -> None:
-        """Give the lock back; harmless when it is not held."""
-        self._lease.release()
-        if self._descriptor is not None:
-            self._close(self._descriptor)
-            self._descriptor = None
+        """Give the lock back; harmless when it is not held, was lost, or is a parent process's."""
+        for lock in (self._flock, self._lease):
+            if lock.is_locked:
+                with contextlib.suppress(OSError):  # a mount that is gone: the lease ends by itself
+                    lock.release(force=True)
 
-    def _turn_to_leases(self, error: OSError) -> None:
-        """Let every process use leases here, and say so once per folder."""
-        marker = self.path.parent / USE_LEASES
-        try:
-            marker.touch(exist_ok=False)
-        except FileExistsError:
-            return
-        except OSError as failure:
-            raise EnvironmentFailure(
-                f"{self.path}: this file system has no working flock ({error.strerror}) and {marker} cannot be "
-                f"written ({failure.strerror}); choose a local disk with --artifacts DIR"
-            ) from failure
-        sys.stderr.write(f"{self.path.parent}: this file system has no flock ({error.strerror}); using leases there\n")
-
-    @staticmethod
-    def _close(descriptor: int) -> None:
-        if descriptor in _open_locks:
-            _open_locks.discard(descriptor)
-            os.close(descriptor)
+    def _loss(self) -> EnvironmentFailure:
+        return EnvironmentFailure(
+            f"{self._lease.lock_file}: the lease was lost, since it was not renewed for {LEASE_S:.0f} s (this machine "
+            "was suspended, or the store out of reach), and another worker may have taken over the lock; nothing was "
+            "published. Run the same command again: it goes on, or waits for the other worker and reuses its result"
+        )

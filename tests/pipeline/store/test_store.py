@@ -95,7 +95,7 @@ def rewrite(path: Path, **content: object) -> None:
 def test_damage_is_named_and_never_a_hit(store: Store, damage, expected: str) -> None:
     damage(build(store).path)
     heard: list[str] = []
-    assert store.lookup(STAGE, KEY, damaged=heard.append) is None
+    assert store.lookup(STAGE, KEY, damaged=heard.append, fresh=True) is None
     assert len(heard) == 1
     assert expected in heard[0]
     with pytest.raises(MissingArtifactError, match="run the stage make_masks again"):
@@ -127,7 +127,7 @@ def test_verify_reads_every_byte(store: Store) -> None:
     assert store.verify(STAGE, KEY) == []
     (artifact.path / "masks" / "a.png").write_text("MASK")
     (artifact.path / "stats.json").unlink()
-    assert store.lookup(STAGE, KEY) is None
+    assert store.lookup(STAGE, KEY, fresh=True) is None
     problems = [problem.replace(f"{artifact.path}/", "") for problem in store.verify(STAGE, KEY)]
     assert problems == ["masks/a.png: the content differs from the manifest's sha256", "stats.json is missing"]
 
@@ -135,7 +135,7 @@ def test_verify_reads_every_byte(store: Store) -> None:
 def test_same_size_change_passes_lookup_and_fails_verify(store: Store) -> None:
     artifact = build(store)
     (artifact.path / "masks" / "a.png").write_text("MASK")
-    assert store.lookup(STAGE, KEY) is not None
+    assert store.lookup(STAGE, KEY, fresh=True) is not None
     assert len(store.verify(STAGE, KEY)) == 1
 
 
@@ -143,8 +143,23 @@ def test_artifacts_lists_whole_ones_and_folders_all(store: Store) -> None:
     build(store, "a" * 20)
     build(store, "b" * 20)
     (store.path(STAGE, "a" * 20) / "stats.json").unlink()
+    store = Store(store.root)
     store.work_dir(STAGE, "c" * 20)
     (store.root / "reports" / "demo").mkdir(parents=True)
     assert [artifact.key for artifact in store.artifacts()] == ["b" * 20]
     assert list(store.folders()) == [(STAGE, "a" * 20), (STAGE, "b" * 20)]
     assert store.verify(STAGE, "a" * 20) == [f"{store.path(STAGE, 'a' * 20) / 'stats.json'} is missing"]
+
+
+def test_whole_artifact_is_looked_at_once_until_it_is_another_or_a_fresh_look_is_asked_for(store: Store) -> None:
+    (build(store).path / "stats.json").unlink()
+    assert store.lookup(STAGE, KEY) is not None, "its files were all there"
+    assert store.lookup(STAGE, KEY, fresh=True) is None
+    assert store.lookup(STAGE, KEY) is None
+    other = Store(store.root)
+    build(other, metrics={"m": 1.0})
+    assert store.lookup(STAGE, KEY).metrics == {"m": 1.0}
+    build(other, metrics={"m": 2.0})
+    assert store.lookup(STAGE, KEY).metrics == {"m": 2.0}
+    other.remove(STAGE, KEY)
+    assert store.lookup(STAGE, KEY) is None

@@ -1,0 +1,367 @@
+"""A store's mirror in an object store (s3, gs, …), through fsspec; no locks, since equal keys have equal bytes.
+
+    <url>/<stage>/<key>/…                    an artifact: its files, and manifest.json, which is written last
+    <url>/<stage>/.work-<key>/index.json     the last copy of unfinished work: its id, its folder, its files
+    <url>/<stage>/.work-<key>/<copier>/…     those files; each process that copies has a folder of its own
+    <url>/runs/<name>-<run>.json             which artifacts a run used
+
+A plain copy of the bucket is a local store.  Needs the driver of the URL's protocol (``pip install
+'wsss-pipeline[s3]'``), imported at the first access.  Endpoint and credentials come from the driver's own variables and
+files; nothing here reads, keeps or prints them.  Listings are never cached: other machines write too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from stages.contracts import read_json, write_json
+from stages.errors import DamagedFileError, EnvironmentFailure, InputError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+DRIVERS = {"s3": "'wsss-pipeline[s3]'", "s3a": "'wsss-pipeline[s3]'", "gs": "gcsfs", "gcs": "gcsfs"}
+DRIVERS |= {"abfs": "adlfs", "az": "adlfs", "memory": "fsspec"}
+"""Protocol → what pip installs for it."""
+
+MIRROR_EVERY_S = 180.0
+"""Seconds between two copies of unfinished work: what a machine's death costs, beside what is not written."""
+
+MANIFEST = "manifest.json"
+_NUM_TRANSFERS = 8
+_INDEX = "index.json"
+
+
+def is_url(location: str) -> bool:
+    """Whether ``location`` names a store by a URL and not a folder.
+
+    Raises:
+        InputError: it was a URL and lost a slash on its way through a path.
+    """
+    if re.match(rf"({'|'.join(DRIVERS)}):/[^/]", location):
+        raise InputError(f"{location} looks like a URL that lost a slash; write {location.replace(':/', '://', 1)}")
+    return "://" in location
+
+
+def cache_folder(url: str) -> Path:
+    """Where the store at ``url`` lies on this machine: under WSSS_CACHE, or the user's cache folder."""
+    base = os.environ.get("WSSS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wsss"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2])[:40].strip("-.")
+    return Path(base) / "artifacts" / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+
+
+class Mirror:
+    """The objects under one URL, by names relative to it; every failure is one line that says what to do."""
+
+    def __init__(self, url: str) -> None:
+        """Name the place; nothing is imported and nothing asked yet.
+
+        Raises:
+            InputError: a protocol that is not known, or credentials in the URL.
+        """
+        protocol, _, rest = url.partition("://")
+        if protocol not in DRIVERS:
+            known = ", ".join(f"{name}://" for name in DRIVERS if name != "memory")
+            raise InputError(
+                f"{protocol}:// cannot hold artifacts; use one of {known}, or mount it and give the folder"
+            )
+        if "@" in rest.partition("/")[0] and protocol not in ("abfs", "az"):
+            raise InputError(f"{protocol}://…: credentials do not belong in a URL; set the driver's variables instead")
+        if not rest.strip("/"):
+            raise InputError(f"{protocol}://: the bucket is missing; write {protocol}://BUCKET/FOLDER")
+        self.url = f"{protocol}://{rest.strip('/')}"
+
+    @cached_property
+    def _access(self) -> tuple[AbstractFileSystem, str]:
+        from fsspec.core import url_to_fs
+
+        return url_to_fs(self.url, use_listings_cache=False)
+
+    @contextlib.contextmanager
+    def _objects(self, name: str, *, passing: bool = False) -> Iterator[tuple[Any, str]]:
+        """The file system and the path of ``name``; a missing object is passed on where the caller expects it."""
+        try:
+            system, root = self._access
+            yield system, f"{root}/{name}".rstrip("/")
+        except Exception as error:
+            if isinstance(error, FileNotFoundError) and passing and "bucket does not exist" not in str(error).lower():
+                raise
+            if isinstance(error, OSError) and str(error.filename or "").startswith("/"):
+                raise  # about a file of this machine; the drivers' own errors carry no such name
+            raise EnvironmentFailure(f"{self.url}/{name}".rstrip("/") + f": {self._explain(error)}") from error
+
+    def _explain(self, error: Exception) -> str:
+        kind = type(error).__name__
+        # the driver's words, without what a URL may carry before its host
+        words = re.sub(r"//[^/@\s]+@", "//", " ".join(str(error).split()) or kind)[:300]
+        if isinstance(error, ImportError):
+            return f"the driver is not installed; pip install {DRIVERS[self.url.partition('://')[0]]}"
+        if "bucket does not exist" in words.lower():
+            return "the bucket does not exist; make it, or correct --artifacts"
+        if "Credential" in kind or "AuthenticationError" in kind:
+            remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or what your store's driver reads"
+            return f"no credentials were found; {remedy}"
+        if isinstance(error, PermissionError):
+            remedy = "check which credentials this machine uses and that they may list, read, write and delete there"
+            return f"access was denied ({words}); {remedy}"
+        if isinstance(error, (ConnectionError, TimeoutError)) or re.search("Connect|Timeout|Endpoint", kind):
+            remedy = "check the network and the endpoint (AWS_ENDPOINT_URL), then run the same command again"
+            return f"the store does not answer ({words}); {remedy}"
+        return f"the store failed ({kind}: {words}); run the same command again"
+
+    # -- objects ------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Make sure, before any work, that objects can be listed, written and deleted here.
+
+        Raises:
+            EnvironmentFailure: they cannot.
+        """
+        self.names()
+        self.write(name := f".check-{secrets.token_hex(8)}", b"")
+        self.remove(name)
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names directly under ``folder``, without what is below them, sorted."""
+        try:
+            with self._objects(folder, passing=True) as (system, path):
+                return sorted(found.rstrip("/").rpartition("/")[2] for found in system.ls(path, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Size in bytes of every object under ``folder``, by its name relative to that."""
+        with self._objects(folder) as (system, path):
+            found = system.find(f"{path}/", detail=True)  # empty where there is nothing
+        return {name.removeprefix(f"{path}/"): entry["size"] for name, entry in sorted(found.items())}
+
+    def read(self, name: str) -> bytes | None:
+        """What is in an object; None when there is none."""
+        try:
+            with self._objects(name, passing=True) as (system, path):
+                return system.cat_file(path)
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Make or replace an object."""
+        with self._objects(name) as (system, path):
+            system.pipe_file(path, data)
+
+    def put(self, folder: str, names: Sequence[str], source: Path) -> None:
+        """Copy files of a local folder up, several at a time; each object is there whole or not at all."""
+        with self._objects(folder) as (system, path):
+            targets = [f"{path}/{name}" for name in names]
+            system.put([str(source / name) for name in names], targets, batch_size=_NUM_TRANSFERS)
+
+    def get(self, folder: str, names: Sequence[str], into: Path) -> None:
+        """Copy objects down, several at a time."""
+        with self._objects(folder) as (system, path):
+            targets = [str(into / name) for name in names]
+            system.get([f"{path}/{name}" for name in names], targets, batch_size=_NUM_TRANSFERS)
+
+    def remove(self, name: str) -> None:
+        """Remove an object; harmless when it is not there."""
+        with self._objects(name) as (system, path), contextlib.suppress(FileNotFoundError):
+            system.rm_file(path)
+
+    def remove_folder(self, folder: str, *, first: str = MANIFEST) -> None:
+        """Remove every object under ``folder``, and ``first`` before the others."""
+        self.remove(f"{folder}/{first}")
+        if names := self.sizes(folder):
+            with self._objects(folder) as (system, path), contextlib.suppress(FileNotFoundError):
+                system.rm([f"{path}/{name}" for name in names])
+
+    # -- artifacts ----------------------------------------------------------------------------------------------------
+
+    def read_manifest(self, folder: str) -> Any:  # noqa: ANN401 - JSON is any
+        """The manifest of an artifact, as it is; None where there is none.
+
+        Raises:
+            DamagedFileError: it does not read back.
+        """
+        data = self.read(f"{folder}/{MANIFEST}")
+        try:
+            return None if data is None else json.loads(data)
+        except ValueError as error:
+            raise DamagedFileError(f"{self.url}/{folder}/{MANIFEST} is not readable JSON ({error})") from error
+
+    def publish(self, folder: str, path: Path, content: Mapping[str, Any]) -> None:
+        """Send an artifact up, its manifest last; whatever is there is replaced, since it may be damaged.
+
+        Raises:
+            EnvironmentFailure: the store failed; without a manifest there is no artifact there.
+        """
+        with contextlib.suppress(DamagedFileError):
+            found = self.read_manifest(folder)
+            if found is not None and not (isinstance(found, dict) and found.get("content") == content):
+                self.remove_folder(folder)  # until the end there is no artifact
+        self.put(folder, list(content["files"]), path)
+        self.put(folder, [MANIFEST], path)
+
+    def find_damage(self, folder: str, files: Mapping[str, Any]) -> dict[str, str]:
+        """What a listing tells of an artifact's files: name of each missing or cut one → what is wrong."""
+        sizes, problems = self.sizes(folder), {}
+        for name, entry in files.items():
+            if name not in sizes:
+                problems[name] = f"{self.url}/{folder}/{name} is missing"
+            elif sizes[name] != entry["size"]:
+                problems[name] = f"{self.url}/{folder}/{name} has {sizes[name]} bytes instead of {entry['size']}"
+        return problems
+
+    def fetch(self, folder: str, files: Mapping[str, Any], into: Path) -> list[str]:
+        """Bring an artifact's files into a folder; what an earlier call brought whole is kept.
+
+        Returns:
+            What is wrong with the files in the store, one line each; those are not kept here.
+        """
+        problems = self.find_damage(folder, files)
+        wanted = [name for name in files if name not in problems and not is_whole(into / name, files[name])]
+        self.get(folder, wanted, into)
+        for name in wanted:
+            if not is_whole(into / name, files[name]):
+                (into / name).unlink()
+                problems[name] = f"{self.url}/{folder}/{name}: the content differs from the manifest's sha256"
+        return sorted(problems.values())
+
+
+class WorkCopy:
+    """Unfinished work in the mirror, so that another machine goes on where this one died.
+
+    A stage writes its files under a temporary name and renames them, so what has its own name is whole.  While ``with``
+    lasts, what is new is copied every few minutes, and once more when it ends in an error.  A copy that fails is tried
+    again by the next one: losing the mirror is no reason to lose the work.
+    """
+
+    def __init__(self, mirror: Mirror, folder: str, work: Path, note: Path) -> None:
+        """Copy nothing yet.
+
+        Args:
+            mirror: Where the copy is.
+            folder: Name of its folder there.
+            work: The work folder.
+            note: Local file with the id of the copy that ``work`` is level with, or ahead of.
+        """
+        self._mirror, self._folder, self._work, self._note = mirror, folder, work, note
+        self._copier = secrets.token_hex(8)
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._copy_on, daemon=True, name="work-copy")
+
+    def __enter__(self) -> Self:
+        """Begin to copy, after the first few minutes."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop; work that succeeded is published whole anyway."""
+        self._stop.set()
+        self._thread.join()
+        if kind is not None:
+            with contextlib.suppress(Exception):  # the stage's own error is the one to tell
+                self.copy()
+
+    def _copy_on(self) -> None:
+        while not self._stop.wait(MIRROR_EVERY_S):
+            with contextlib.suppress(Exception):
+                self.copy()
+
+    def copy(self) -> None:
+        """Copy what changed since the last copy, the oldest first, then the index; remove what is gone.
+
+        Raises:
+            EnvironmentFailure: the store failed.
+        """
+        found = _whole_files(self._work)
+        changed = [name for name, stamp in found.items() if self._sent.get(name) != stamp]
+        gone = self._sent.keys() - found.keys()
+        if not changed and not gone:
+            return
+        for name in sorted(changed, key=lambda name: found[name][1]):
+            if self._stop.is_set() and threading.current_thread() is self._thread:
+                return
+            with contextlib.suppress(FileNotFoundError):  # replaced or removed since: the next copy sees to it
+                self._mirror.put(f"{self._folder}/{self._copier}", [name], self._work)
+                self._sent[name] = found[name]
+        index = {"id": secrets.token_hex(8), "copier": self._copier, "files": sorted(self._sent.keys() - gone)}
+        self._mirror.write(f"{self._folder}/{_INDEX}", json.dumps(index).encode())
+        write_json(self._note, {"id": index["id"]})
+        for name in gone:
+            self._mirror.remove(f"{self._folder}/{self._copier}/{name}")
+            del self._sent[name]
+
+    def exists(self) -> bool:
+        """Whether there is a copy that can be used."""
+        return bool(self._index())
+
+    def fetch(self) -> None:
+        """Bring the copy here, unless the work that lies here is level with it or ahead of it.
+
+        Raises:
+            EnvironmentFailure: the store failed.
+        """
+        index = self._index()
+        with contextlib.suppress(DamagedFileError, TypeError, KeyError):
+            if _whole_files(self._work) and index.get("id") == read_json(self._note)["id"]:
+                return
+        if not index:
+            return
+        part = self._work.with_name(f".fetch{self._work.name}")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        self._mirror.get(f"{self._folder}/{index['copier']}", index["files"], part)
+        shutil.rmtree(self._work, ignore_errors=True)
+        part.rename(self._work)
+        write_json(self._note, {"id": index["id"]})
+
+    def drop(self) -> None:
+        """Remove the copy, its index first."""
+        self._mirror.remove_folder(self._folder, first=_INDEX)
+        self._note.unlink(missing_ok=True)
+
+    def _index(self) -> dict[str, Any]:
+        """The index; empty where there is none that can be used."""
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            index = json.loads(self._mirror.read(f"{self._folder}/{_INDEX}") or b"{}")
+            if index["id"] and all(map(is_inside, [index["copier"], *index["files"]])):
+                return index
+        return {}
+
+
+def is_inside(name: object) -> bool:
+    """Whether ``name``, which another machine wrote, is a file's name that stays inside the folder it is put in."""
+    return isinstance(name, str) and not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
+
+
+def is_whole(file: Path, expected: Mapping[str, Any]) -> bool:
+    """Whether a file is there with the size and the sha256 of its manifest."""
+    if not file.is_file() or file.stat().st_size != expected["size"]:
+        return False
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == expected["sha256"]
+
+
+def _whole_files(work: Path) -> dict[str, tuple[int, int]]:
+    """The whole files under ``work``: name → size in bytes and time of the last change in ns."""
+    found: dict[str, tuple[int, int]] = {}
+    for path in work.rglob("*"):
+        if path.name.startswith(".tmp-") or path.name.endswith(".part"):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file():
+                found[path.relative_to(work).as_posix()] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return found

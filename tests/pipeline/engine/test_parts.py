@@ -302,8 +302,7 @@ def test_a_second_build_shares_the_work_before_it_waits(store: Store, whole: Sto
     config = fake(6, diary=str(diary), item_s=0.4)
     processes = [start(store, config) for _ in range(2)]
     states = sorted(process.communicate(timeout=100)[0].strip() for process in processes)
-    assert states[-1] in ("built", "resumed")
-    assert states[0] in ("built", "cached")
+    assert states in (["built", "cached"], ["cached", "resumed"])
     assert made(diary) == list(range(ITEMS))
     assert len(Counter(line.split()[0] for line in diary.read_text().splitlines())) == 2
     assert contents(store) == contents(whole)
@@ -335,23 +334,20 @@ def start(store: Store, config: FakeRun, *part: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("victim", ["helper", "owner"])
 def test_kill_9_of_one_leaves_its_part_to_the_other(store: Store, whole: Store, tmp_path: Path, victim: str) -> None:
     diary = tmp_path / "diary"
-    config = fake(3, diary=str(diary), item_s=0.5)
+    config = fake(3, diary=str(diary), item_s=1.5)
     owner = start(store, config)
-    wait_until(diary.exists)
-    owner_pid = diary.read_text().split()[0]
-    helper = start(store, config, *(["any"] if victim == "helper" else []))
+    helper = start(store, config, "any") if victim == "helper" else start(store, config)
     try:
-        wait_until(lambda: len({line.split()[0] for line in diary.read_text().splitlines()}) == 2)
-        (helper_pid,) = {line.split()[0] for line in diary.read_text().splitlines()} - {owner_pid}
-        os.kill(int(owner_pid if victim == "owner" else helper_pid), signal.SIGKILL)  # the stage's process
-        answers = {name: process.communicate(timeout=100) for name, process in (("o", owner), ("h", helper))}
+        wait_until(lambda: diary.exists() and len({line.split()[0] for line in diary.read_text().splitlines()}) == 2)
+        holder = store.lock(STAGE, key_of(store)).holder().split()[1]  # the process of the stage, not the command
+        (other,) = {line.split()[0] for line in diary.read_text().splitlines()} - {holder}
+        os.kill(int(holder if victim == "owner" else other), signal.SIGKILL)
+        answers = [process.communicate(timeout=100) for process in (owner, helper)]
     finally:
         owner.kill()
         helper.kill()
-    dead, alive = (owner, helper) if victim == "owner" else (helper, owner)
-    assert dead.returncode != 0
-    assert alive.returncode == 0, answers
-    assert "was ended by SIGKILL" in "".join(errors for _, errors in answers.values())
+    assert sorted(process.returncode for process in (owner, helper)) == [0, 1], answers
+    assert "was ended by SIGKILL" in "".join(errors for _, errors in answers)
     assert made(diary) == list(range(ITEMS)), "the finished items of the dead process's part are continued"
     assert contents(store) == contents(whole)
     assert no_lock_is_held(store, 3)
@@ -382,7 +378,7 @@ def test_two_devices_take_parts_in_a_process_each(store: Store, whole: Store, tm
     assert made(diary) == list(range(ITEMS))
     assert len(Counter(line.split()[0] for line in diary.read_text().splitlines())) == 2
     assert contents(store) == contents(whole)
-    assert ("collect in 8 parts", ITEMS, ITEMS) in notes.steps
+    assert notes.steps[-1] == ("collect", ITEMS, ITEMS)
     artifact = store.require(STAGE, key_of(store))
     assert (artifact.run["parts"], artifact.run["runtime"]["devices"]) == (8, 1)
 

@@ -180,11 +180,11 @@ def _make_from_stored(
     jobs = stored_jobs(images.index, attention, wanted)
     if walker is not None:
         jobs = walk_jobs(walker, jobs, images.index, context.out)
-    progress.begin("masks", total=len(wanted))
     if part is not None:
-        _require_all(wanted, list(run_jobs(make_only, jobs, context, processes, progress)), attention)
+        made = run_jobs(make_only, jobs, context, processes, progress, done=0, total=len(wanted))
+        _require_all(wanted, list(made), attention)
         return Measured()
-    stats = list(run_jobs(make_and_measure, jobs, context, processes, progress))
+    stats = list(run_jobs(make_and_measure, jobs, context, processes, progress, done=0, total=len(wanted)))
     _require_all(wanted, [entry.id for entry in stats], attention)
     return Measured(stats)
 

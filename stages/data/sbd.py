@@ -54,15 +54,15 @@ def convert_sbd(sbd: Path, voc: Path, progress: Progress, *, expected: int = NUM
     _check_ids(ids, voc, expected)
     problems: list[str] = []
     official = set(train)
-    progress.begin("converting SBD", total=len(ids), unit="masks")
-    for image_id in ids:
+    for number, image_id in enumerate(ids):
+        progress.step("converting SBD", number, len(ids), unit="masks")
         target = voc / "SegmentationClassAug" / f"{image_id}.png"
         if not target.exists():
             try:
                 _write_mask(image_id, classes, voc, target, is_official=image_id in official)
             except DataError as error:
                 problems.append(str(error))
-        progress.advance()
+    progress.step("converting SBD", len(ids), len(ids), unit="masks")
     if problems:
         raise DataError(f"{len(problems):,} masks of trainaug could not be made:", problems[:PROBLEMS_SHOWN])
     write_atomic(voc / _LISTS / "trainaug.txt", "".join(f"{image_id}\n" for image_id in ids).encode())

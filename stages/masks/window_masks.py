@@ -82,13 +82,15 @@ def make_window_masks(
     kept = {window.number: _read_window(context, window) for window in wanted}
     missing = [window for window in wanted if kept[window.number] is None]
     num_images, num_missing = (sum(len(window.records) for window in some) for some in (wanted, missing))
-    progress.begin("masks", total=num_images, done=num_images - num_missing)
+    done = num_images - num_missing
+    progress.step("masks", done, num_images)
     if missing:
         censuses = {window.number: MapCensus() for window in missing}
         jobs = _jobs(open_source, missing, censuses, images, walker)
         if walker is not None:
             jobs = walk_jobs(walker, jobs, images.index, context.out)
-        for window, stats in _gather(run_jobs(make_and_measure, jobs, context, processes, progress), missing):
+        results = run_jobs(make_and_measure, jobs, context, processes, progress, done=done, total=num_images)
+        for window, stats in _gather(results, missing):
             kept[window.number] = Measured(stats, censuses[window.number])
             _keep(context, window, Measured(stats, censuses[window.number]))
     found = Measured()

@@ -186,14 +186,16 @@ def _copy(url: str, file: BinaryIO, name: str, progress: Progress | None) -> str
     received = 0
     with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
         expected = int(response.headers.get("Content-Length") or 0)
-        if progress is not None:
-            progress.begin(f"download {name}", total=max(1, -(-expected // CHUNK_BYTES)), unit="MiB")
+        task, num_chunks, total = f"download {name}", 0, max(1, -(-expected // CHUNK_BYTES))
         while chunk := response.read(CHUNK_BYTES):
+            if progress is not None:
+                progress.step(task, num_chunks, total, unit="MiB")
             file.write(chunk)
             digest.update(chunk)
             received += len(chunk)
-            if progress is not None:
-                progress.advance()
+            num_chunks += 1
+        if progress is not None:
+            progress.step(task, num_chunks, total, unit="MiB")
     if expected and received != expected:
         raise ConnectionError(f"expected {expected} bytes, received {received}")
     return digest.hexdigest()

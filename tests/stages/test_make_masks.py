@@ -144,15 +144,12 @@ def test_a_stopped_run_continues_and_ends_with_the_same_bytes(tmp_path: Path) ->
 
 
 class _Counter(SilentProgress):
-    """Keeps the size of the task and counts what is advanced."""
+    """Keeps the size of the task and how much of it is done."""
 
     total = counted = 0
 
-    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
-        self.total = total
-
-    def advance(self, count: int = 1, **values: float) -> None:
-        self.counted += count
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        self.total, self.counted = total, done
 
 
 def test_masks_that_were_there_do_not_count_for_the_pace(tmp_path: Path) -> None:
@@ -163,22 +160,22 @@ def test_masks_that_were_there_do_not_count_for_the_pace(tmp_path: Path) -> None
             super().__init__()
             self.counts: list[int] = []
 
-        def advance(self, count: int = 1, **values: float) -> None:
-            self.counts.append(count)
+        def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+            self.counts.append(done)
 
     world, config, progress = write_world(tmp_path), MakeMasksConfig(refine="none"), Told()
     prepared, data, attention = world
     inputs = {"images": prepared, "attention": attention, "data_root": data, "out": tmp_path / "out", "runtime": ONE}
     make_masks(config, **inputs, progress=progress)
-    assert progress.counts == [1] * 5
+    assert progress.counts == [0, 1, 2, 3, 4, 5]
     for name in ("t3", "t4"):
         (tmp_path / "out" / "masks" / f"{name}.png").unlink()
     progress.counts.clear()
     make_masks(config, **inputs, progress=progress)
-    assert progress.counts == [4, 1]
+    assert progress.counts == [0, 4, 5]
     progress.counts.clear()
     make_masks(config, **inputs, progress=progress)
-    assert progress.counts == [5], "all were there"
+    assert progress.counts == [0, 5], "all were there"
 
 
 @pytest.mark.parametrize("count", [2, 7])

@@ -128,14 +128,12 @@ class Counter(SilentProgress):
 
     def __init__(self, stop_after: int | None = None) -> None:
         super().__init__()
-        self.stop_after, self.begun, self.counted = stop_after, (0, 0), 0
+        self.stop_after, self.begun, self.counted = stop_after, None, 0
         self.rates: list[float] = []
 
-    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
-        self.begun = (total, done)
-
-    def advance(self, count: int = 1, **values: float) -> None:
-        self.counted += count
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        self.begun = self.begun or (total, done)
+        self.counted = done - self.begun[1]
         self.rates += [rate for name, rate in values.items() if name == "images_per_s"]
         if self.stop_after is not None and self.counted >= self.stop_after:
             raise KeyboardInterrupt
@@ -520,7 +518,7 @@ def _fill_disk(monkeypatch: pytest.MonkeyPatch, *, after: int) -> list[int]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
-    monkeypatch.setattr("stages.contracts.os.fsync", full)
+    monkeypatch.setattr("stages.contracts.files.os.fsync", full)
     return count
 
 

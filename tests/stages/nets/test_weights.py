@@ -298,19 +298,16 @@ def test_offline_says_what_to_fetch_and_which_line_to_write(tmp_path):
 
 def test_the_download_is_counted(server, tmp_path):
     class Counting(SilentProgress):
-        begun, count = None, 0
+        task, counts = None, ()
 
-        def begin(self, task, *, total, done=0, unit="images"):
-            self.begun = (task, total, unit)
-
-        def advance(self, count=1, **values):
-            self.count += count
+        def step(self, task, done, total, *, unit="images", **values):
+            self.task, self.counts = (task, total, unit), (*self.counts, done)
 
     progress = Counting()
     download_weights("squeezenet1_1", tmp_path / "cache", progress=progress)
     mebibytes = -(-len(server.body) // 2**20)
-    assert progress.begun == ("download squeezenet1_1", mebibytes, "MiB")
-    assert progress.count == mebibytes
+    assert progress.task == ("download squeezenet1_1", mebibytes, "MiB")
+    assert progress.counts == tuple(range(mebibytes + 1))
 
 
 def test_the_cache_is_torch_hubs(monkeypatch, tmp_path):

@@ -26,7 +26,7 @@ from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageResu
 from stages.errors import DamagedFileError
 from stages.growing import GrowingConfig
 from stages.masks.attention_windows import read_views
-from stages.masks.refinement_config import RefinementConfig
+from stages.masks.refinements.config import RefinementConfig
 from stages.masks.steps import has_steps
 from stages.masks.threshold_choice import with_chosen_threshold
 from stages.nets.segmenters.files import read_segmenter_record

@@ -173,7 +173,7 @@ def _store(
     for shard, records in source.batches(shards):
         made.update((record.id, record) for record in records)
         done += len(records)
-        progress.step(TASK, done, num_images, **rate.add(len(records)))
+        progress.step(TASK, done, num_images, unit="images", **rate.add(len(records)))
         if len(made) == len(shard.records):
             write_attention_shard(_shard_path(out, shard), [made[image.id] for image in shard.records])
             for record in made.values():

@@ -24,8 +24,8 @@ from stages.errors import ConfigError, DamagedFileError
 from stages.masks.attention_windows import AttentionConfig, WindowAttention, check_classes, read_views
 from stages.masks.building import Context, make_and_measure, make_only
 from stages.masks.jobs import run_jobs, stored_jobs, walk_jobs
-from stages.masks.refinement_config import WALK, RefinementConfig
-from stages.masks.refinements import refine_mask
+from stages.masks.refinements.chain import refine_mask
+from stages.masks.refinements.config import WALK, RefinementConfig
 from stages.masks.threshold_choice import ThresholdChoice, choose_threshold, with_threshold
 from stages.masks.totals import mask_metrics, warn_if_objects_vanish, write_stats
 from stages.masks.window_masks import Measured, make_window_masks
@@ -34,7 +34,7 @@ from stages.ops.crf.dense_crf import resolve_crf_backend
 from stages.ops.pool import num_processes
 
 if TYPE_CHECKING:
-    from stages.masks.walked_maps import MapWalker
+    from stages.masks.refinements.random_walk import MapWalker
 
 __all__ = ["MakeMasksConfig", "make_masks", "refine_mask"]
 
@@ -239,7 +239,7 @@ def _open_walker(
     """The classifier, where maps walk over its features."""
     if not config.walks or classifier is None:
         return None
-    from stages.masks.walked_maps import MapWalker
+    from stages.masks.refinements.random_walk import MapWalker
 
     return MapWalker(config.random_walk, classifier=classifier, images=images, progress=progress, runtime=runtime)
 

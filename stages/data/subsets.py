@@ -8,10 +8,39 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
+from pydantic import Field, model_validator
+
+from stages.contracts import StageConfig
 from stages.errors import ConfigError
-from stages.ops.seeds import SweepConfig
+
+
+class SweepConfig(StageConfig):
+    """Training images with true masks on which ``threshold`` is chosen; all are recorded as mask supervision."""
+
+    num_images: int | None = Field(default=100, ge=1)
+    """How many, drawn by ``seed`` among the training images that have a true mask and a label."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Which ones; a larger subset of one seed contains the smaller."""
+    image_list: Path | None = None
+    """File with one image id a line, instead of ``num_images`` and ``seed``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prefer_list(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic hands over whatever the user wrote
+        """A list stands instead of the default number."""
+        if isinstance(values, dict) and values.get("image_list") is not None:
+            return {"num_images": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> Self:
+        if (self.num_images is None) == (self.image_list is None):
+            raise ValueError(
+                f"give exactly one of num_images and image_list, got {self.num_images} and {self.image_list}"
+            )
+        return self
 
 
 class Candidate(Protocol):

@@ -25,13 +25,12 @@ from stages.contracts import (
     write_index_mask,
 )
 from stages.errors import DataError, EnvironmentFailure
-from stages.masks.refinement_config import RefinementConfig
-from stages.masks.refinements import Refined, refine_in_steps
+from stages.masks.label_rules import contested_pixels, initial_mask, settle_classes, upsample_maps
+from stages.masks.refinements.chain import Refined, refine_in_steps
+from stages.masks.refinements.config import RefinementConfig
 from stages.masks.soft_masks import label_confidence, write_confidence
 from stages.masks.steps import write_steps
 from stages.masks.writing import BackgroundWriter
-from stages.ops.competition import settle_classes
-from stages.ops.seeds import contested_pixels, initial_mask, upsample_maps
 
 _VANISHED = 0.1
 """An object whose area falls below this ratio has nearly vanished."""
@@ -135,7 +134,7 @@ def _find_or_make(context: Context, jobs: Sequence[Job]) -> list[Mask]:
 
 def _make(context: Context, jobs: Sequence[Job]) -> list[Mask]:
     """Refine and write the masks of some images."""
-    if context.is_pooled and "par" in context.config.chain:
+    if context.is_pooled and context.config.uses_torch:
         import torch
 
         torch.set_num_threads(1)  # the other processes have the other cores

@@ -21,7 +21,7 @@ from stages.ops.pool import map_ordered
 from stages.ops.rate import ImageRate
 
 if TYPE_CHECKING:
-    from stages.masks.walked_maps import MapWalker
+    from stages.masks.refinements.random_walk import MapWalker
 
 ResultT = TypeVar("ResultT")
 
@@ -98,7 +98,7 @@ def run_jobs(
     for results in map_ordered(function, batches, context=context, processes=processes):
         done += len(results)
         if are_new.popleft():
-            progress.step("masks", done, total, **rate.add(len(results)))
+            progress.step("masks", done, total, unit="images", **rate.add(len(results)))
             told = done
         yield from results
     if told < done:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stages.contracts import Progress, write_json
 from stages.masks.building import MaskStats
-from stages.masks.refinement_config import RefinementConfig
+from stages.masks.refinements.config import RefinementConfig
 from stages.masks.threshold_choice import ThresholdChoice
 
 _SHRUNK = 0.5

@@ -23,7 +23,7 @@ from stages.masks.jobs import run_jobs, walk_jobs
 from stages.masks.map_census import MapCensus
 
 if TYPE_CHECKING:
-    from stages.masks.walked_maps import MapWalker
+    from stages.masks.refinements.random_walk import MapWalker
 
 
 @dataclass

@@ -32,16 +32,17 @@ from stages.contracts import (
     read_json,
     write_attention_shard,
 )
+from stages.data.subsets import SweepConfig
 from stages.errors import ConfigError, DamagedFileError, DataError, EnvironmentFailure, InputError
 from stages.make_masks import MakeMasksConfig, make_masks, refine_mask
-from stages.masks.refinements import refine_masks
-from stages.masks.walked_maps import MapWalker
+from stages.masks.label_rules import ConfidentThresholds, map_probabilities, upsample_maps
+from stages.masks.refinements.chain import refine_masks
+from stages.masks.refinements.random_walk import MapWalker
 from stages.ops.crf.dense_crf import CrfConfig, dense_crf
 from stages.ops.par import ParBatch, ParConfig
 from stages.ops.pool import map_ordered, num_processes
 from stages.ops.random_walk import RandomWalkConfig, walk_maps
 from stages.ops.rate import ImageRate
-from stages.ops.seeds import ConfidentThresholds, SweepConfig, map_probabilities, upsample_maps
 from tests.stages.tiny_masks import CLASSES, COLOURS, TRAIN, attention_of, size_of, truth_of, write_world
 
 ONE = Runtime(processes=1, device="cpu")
@@ -599,7 +600,7 @@ def test_features_of_nan_leave_an_image_background_and_are_counted(
 def test_features_of_nothing_but_nan_end_the_walk_before_all_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.masks.walked_maps._ALL_BROKEN", 3)
+    monkeypatch.setattr("stages.masks.refinements.random_walk._ALL_BROKEN", 3)
     world = write_world(tmp_path)
     _write_classifier(tmp_path / "classifier")
     _break_features(monkeypatch, range(5))

@@ -288,7 +288,7 @@ def test_a_device_too_small_for_a_batch_halves_it_and_goes_on(world: World, monk
 
 def test_a_walk_by_windows_of_neighbours_gets_them_in_order(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: batches come by size, the walker wants four neighbours of the list at a time."""
-    from stages.masks.walked_maps import MapWalker
+    from stages.masks.refinements.random_walk import MapWalker
 
     walk, seen = MapWalker.walk, []
 

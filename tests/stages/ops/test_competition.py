@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 
 from stages.contracts import AttentionRecord, ClassList
-from stages.ops.competition import favour_small_areas, settle_classes, stretch_table
-from stages.ops.seeds import ConfidentThresholds, SeedConfig, initial_mask, map_probabilities, upsample_maps
+from stages.masks.label_rules import (
+    ConfidentThresholds,
+    SeedConfig,
+    favour_small_areas,
+    initial_mask,
+    map_probabilities,
+    settle_classes,
+    stretch_table,
+    upsample_maps,
+)
 
 CLASSES = ClassList(names=("cat", "dog", "bird"))
 

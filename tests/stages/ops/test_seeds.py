@@ -5,10 +5,10 @@ import pytest
 from pydantic import ValidationError
 
 from stages.contracts import AttentionRecord
-from stages.ops.seeds import (
+from stages.data.subsets import SweepConfig
+from stages.masks.label_rules import (
     ConfidentThresholds,
     SeedConfig,
-    SweepConfig,
     background_level,
     contested_pixels,
     cut_byte,

@@ -30,7 +30,7 @@ from stages.contracts import (
     write_json,
 )
 from stages.data.config import DataConfig
-from stages.data.splits import hash_half
+from stages.data.subsets import hash_half
 from stages.data.transforms import AugmentConfig
 from stages.make_attention import MakeAttentionConfig, make_attention
 from stages.masks.label_rules import cut_byte, strongest_map, to_class_indices, upsample_maps

@@ -38,7 +38,7 @@ from stages.contracts import (
     iter_attention,
     open_image_set,
 )
-from stages.data.splits import hash_half
+from stages.data.subsets import hash_half
 from stages.make_masks import MakeMasksConfig, refine_mask
 from stages.masks.label_rules import settle_classes
 from stages.masks.refinements.random_walk import MapWalker

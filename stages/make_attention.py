@@ -33,6 +33,7 @@ from stages.contracts import (
     write_attention_shard,
 )
 from stages.errors import DamagedFileError, InputError
+from stages.masks.attention_maps import MapCensus
 from stages.masks.attention_windows import (
     AttentionConfig,
     Window,
@@ -41,7 +42,6 @@ from stages.masks.attention_windows import (
     training_windows,
     write_views,
 )
-from stages.masks.map_census import MapCensus
 from stages.masks.writing import explain_full_disk
 from stages.ops.rate import ImageRate
 

@@ -14,8 +14,7 @@ from pipeline.config.run_config import RunConfig
 from stages.contracts import MAX_MASK_CLASSES
 from stages.data.listing import list_data
 from stages.data.records import DataListing
-from stages.data.splits import hold_out
-from stages.data.subsets import choose_sweep_images
+from stages.data.subsets import choose_sweep_images, hold_out
 from stages.errors import ConfigError, InputError, WeightsError
 from stages.make_masks import SWEEP_NEEDS_MAPS
 from stages.methods.classifier_files import START

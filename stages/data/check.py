@@ -31,7 +31,6 @@ from stages.contracts import (
 )
 from stages.data.boxes import box_problems, clipped_warning
 from stages.data.config import DataConfig
-from stages.data.listing import scan_data
 from stages.data.records import DataListing, ListedImage
 from stages.errors import EnvironmentFailure
 
@@ -84,7 +83,7 @@ def check_data(config: DataConfig, progress: Progress, *, processes: int = 0) ->
     Returns:
         One line per problem with path, finding and remedy; empty when the data set is fine.
     """
-    scan = scan_data(config)
+    scan = config.scan()
     for text in scan.listing.warnings:
         progress.warn(text)
     lines = scan.problems.lines()

@@ -17,8 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from stages.contracts import Progress, write_atomic, write_index_mask
 from stages.data.readers import file_names, read_id_list
-from stages.data.records import PROBLEMS_SHOWN, Problems
-from stages.data.splits import some
+from stages.data.records import PROBLEMS_SHOWN, Problems, some
 from stages.errors import DataError
 
 NUM_TRAINAUG = 10_582

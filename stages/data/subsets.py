@@ -1,18 +1,20 @@
-"""Choose the few training images whose true masks a stage may use: so many, drawn by a seed, or those of a list.
+"""Choose some images of a data set: those of a list, so many drawn by a seed, or a share by hash.
 
-Reads the list; opens no image and no mask.
+Reads the list; opens no image and no mask.  A choice by hash depends on the image id alone: adding images never moves
+those that were there.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
 
 from stages.contracts import StageConfig
+from stages.data.records import DataListing
 from stages.errors import ConfigError
 
 
@@ -163,3 +165,43 @@ def sweep_key_content(config: SweepConfig) -> dict[str, Any]:
     if config.image_list is not None:
         return {"ids": sorted(read_ids(config.image_list, _SWEEP_LIST))}
     return {"num_images": config.num_images, "seed": config.seed}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shares by hash
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hash_fraction(image_id: str, purpose: str) -> float:
+    """A number in [0, 1) that depends on ``image_id`` and ``purpose`` alone, spread evenly over ids."""
+    digest = hashlib.sha256(f"{purpose}:{image_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def hash_half(image_id: str) -> Literal["train_select", "train_report"]:
+    """The half of the training images that choices are made on, or the one that scores are reported on."""
+    return "train_select" if hashlib.sha256(image_id.encode()).digest()[0] < 128 else "train_report"
+
+
+def hash_share(ids: Iterable[str], ratio: float, purpose: str) -> tuple[str, ...]:
+    """About ``ratio`` of ``ids`` in their order, chosen by hash.
+
+    Never all of them; of two or more at least one when ``ratio`` > 0.
+    """
+    candidates = tuple(ids)
+    chosen = tuple(image_id for image_id in candidates if hash_fraction(image_id, purpose) < ratio)
+    if ratio <= 0 or len(candidates) < 2:
+        return ()
+    if len(chosen) == len(candidates):
+        last = max(candidates, key=lambda image_id: hash_fraction(image_id, purpose))
+        return tuple(image_id for image_id in candidates if image_id != last)
+    if chosen:
+        return chosen
+    return (min(candidates, key=lambda image_id: hash_fraction(image_id, purpose)),)
+
+
+def hold_out(listing: DataListing, ratio: float) -> tuple[str, ...]:
+    """Training images kept from the classifier to measure its labels: a share by hash, where val has no labels."""
+    val = set(listing.splits["val"])
+    has_val_labels = any(image.labels is not None for image in listing.images if image.id in val)
+    return () if has_val_labels else hash_share(listing.splits["train"], ratio, "holdout")

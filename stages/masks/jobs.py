@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from stages.contracts import ImageIndex, Progress
 from stages.data.whole_images import prefetch
+from stages.masks.attention_maps import find_attention
 from stages.masks.building import Context, Job, find_mask, read_ahead
-from stages.masks.stored_attention import find_attention
 from stages.ops.pool import map_ordered
 from stages.ops.rate import ImageRate
 

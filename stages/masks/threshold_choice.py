@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from stages.contracts import AttentionRecord, ClassList, ImageSet, read_json
 from stages.data.subsets import choose_sweep_images
 from stages.errors import DamagedFileError, DataError
+from stages.masks.attention_maps import find_attention
 from stages.masks.label_rules import (
     SeedConfig,
     initial_mask,
@@ -29,7 +30,6 @@ from stages.masks.label_rules import (
     to_class_indices,
     upsample_maps,
 )
-from stages.masks.stored_attention import find_attention
 from stages.ops.metrics.confusion import ThresholdSweep, confusion_matrix, mean_iou
 from stages.ops.pool import map_ordered
 

@@ -11,43 +11,19 @@ several machines are put together.  An unfinished window is computed again, but 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.contracts import AttentionRecord, ImageSet, Part, Progress, read_json, write_json
 from stages.errors import DamagedFileError
+from stages.masks.attention_maps import MapCensus
 from stages.masks.attention_windows import AttentionConfig, Window, WindowAttention, training_windows
-from stages.masks.building import Context, Job, MaskStats, make_and_measure
+from stages.masks.building import Context, Job, make_and_measure
 from stages.masks.jobs import run_jobs, walk_jobs
-from stages.masks.map_census import MapCensus
+from stages.masks.measuring import MaskStats, Measured
 
 if TYPE_CHECKING:
     from stages.masks.refinements.random_walk import MapWalker
-
-
-@dataclass
-class Measured:
-    """What is known of the masks and the maps of some images."""
-
-    stats: list[MaskStats] = field(default_factory=list)
-    maps: MapCensus = field(default_factory=MapCensus)
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it; equal content gives equal JSON, in whatever order the images came."""
-        entries = {
-            entry.id: {key: value for key, value in asdict(entry).items() if key != "id"} for entry in self.stats
-        }
-        return {"images": entries, "maps": self.maps.to_json()}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Measured:
-        """What ``to_json`` gave."""
-        stats = [
-            MaskStats(**{"id": image_id, **entry, "vanished": tuple(entry["vanished"])})
-            for image_id, entry in content["images"].items()
-        ]
-        return cls(stats, MapCensus(**content["maps"]))
 
 
 def make_window_masks(

@@ -37,7 +37,7 @@ from stages.masks.label_rules import (
     to_class_indices,
     upsample_maps,
 )
-from stages.masks.steps import step_path
+from stages.masks.mask_files import step_path
 from stages.ops.metrics.confusion import (
     SparseConfusions,
     ThresholdSweep,

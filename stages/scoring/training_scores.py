@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.masks.label_rules import cut_byte
-from stages.masks.steps import step_names
+from stages.masks.mask_files import step_names
 from stages.ops.metrics.confusion import SparseConfusions, ThresholdSweep, mean_iou
 
 THINGS = ("attention", "masks_before_crf", "masks", "masks_labelled")

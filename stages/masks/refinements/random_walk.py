@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.contracts import AttentionRecord, ImageRecord, ImageSet, Progress, Runtime
-from stages.data.splits import some
+from stages.data.records import some
 from stages.errors import ConfigError, EnvironmentFailure, InputError
-from stages.masks.map_census import BROKEN_WEIGHTS
+from stages.masks.attention_maps import BROKEN_WEIGHTS
 from stages.masks.refinements.base import Refinement
 from stages.ops.random_walk import RandomWalkConfig, walk_maps
 

@@ -19,7 +19,7 @@ from stages.data.adapters.voc import VocConfig
 from stages.data.config import DataConfig, data_root
 from stages.data.listing import digest_data, list_data
 from stages.data.records import Problems
-from stages.data.splits import hash_half, hash_share
+from stages.data.subsets import hash_half, hash_share
 from stages.errors import DataError
 
 AsCustom = Callable[..., CustomConfig]

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from stages.contracts import Part, Runtime, SilentProgress, read_index_mask, read_json, write_json
 from stages.make_masks import MakeMasksConfig, make_masks
 from stages.masks.label_rules import ConfidentThresholds, initial_mask, map_probabilities, upsample_maps
+from stages.masks.mask_files import read_steps, step_names
 from stages.masks.refinements.chain import refine_in_steps
 from stages.masks.refinements.config import REFINEMENTS
-from stages.masks.steps import read_steps, step_names
 from stages.ops.crf.dense_crf import dense_crf, label_unary
 from stages.ops.metrics.confusion import confusion_matrix, mean_iou
 from stages.ops.par import ParBatch

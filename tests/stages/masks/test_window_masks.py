@@ -32,9 +32,9 @@ from stages.errors import ConfigError, DamagedFileError, EnvironmentFailure, Inp
 from stages.evaluate import EvaluateConfig
 from stages.make_attention import MakeAttentionConfig, make_attention
 from stages.make_masks import MakeMasksConfig, make_masks
+from stages.masks.attention_maps import MapCensus
 from stages.masks.attention_windows import read_views
-from stages.masks.map_census import MapCensus
-from stages.masks.window_masks import Measured
+from stages.masks.measuring import Measured
 from stages.masks.writing import BackgroundWriter
 from stages.ops.crf.dense_crf import CrfConfig
 from stages.ops.par import ParConfig

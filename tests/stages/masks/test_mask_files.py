@@ -10,8 +10,8 @@ from stages.contracts import Runtime, SilentProgress, read_index_mask
 from stages.errors import DamagedFileError
 from stages.make_masks import MakeMasksConfig, make_masks
 from stages.masks.label_rules import ConfidentThresholds, map_probabilities
+from stages.masks.mask_files import label_confidence, read_confidence, write_confidence
 from stages.masks.refinements.chain import refine_in_steps
-from stages.masks.soft_masks import label_confidence, read_confidence, write_confidence
 from stages.ops.crf.dense_crf import CrfConfig
 from tests.stages.tiny_masks import COLOURS, TRAIN, attention_of, size_of, truth_of, write_world
 

@@ -1,8 +1,8 @@
 """What ``make_masks`` keeps beside ``masks/``: how sure each pixel is, and the masks between the steps.
 
 Writes and reads ``confidence/<id>.png`` (grey PNG at the image's size, 255 = sure, 0 where the mask is 255) and, for
-the images that ``evaluate`` scores, ``steps/<number>-<name>/<id>.png``: step 0 is the threshold rule on the maps as they
-are, then each refinement in order; the last step is the pseudo-mask itself and stands in ``masks/`` alone.
+the images that ``evaluate`` scores, ``steps/<number>-<name>/<id>.png``: step 0 is the threshold rule on the maps as
+they are, then each refinement in order; the last step is the pseudo-mask itself and stands in ``masks/`` alone.
 Shapes: n labels of one image, L = n + 1 labels with background, H W image pixels.
 """
 

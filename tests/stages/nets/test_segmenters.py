@@ -1,6 +1,7 @@
 """Every segmenter keeps the same promises; configs that cannot be built are refused early."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from stages.nets.downloads import COCO_WEIGHTS
 from stages.nets.segmenters.build import build_segmenter
 from stages.nets.segmenters.config import (
     DILATABLE_ENCODERS,
+    AnySegmenterConfig,
     DeepLabConfig,
     LargeFovConfig,
     SegmenterConfig,
@@ -65,6 +67,10 @@ def test_dilations_double_when_the_stride_is_halved():
     assert parse({"name": "deeplabv3", "output_stride": 8}).aspp_dilations == (12, 24, 36)
     assert parse({"name": "deeplabv3"}).aspp_dilations == (6, 12, 18)
     assert parse({"name": "deeplabv3", "output_stride": 8, "aspp_dilations": (1, 2, 3)}).aspp_dilations == (1, 2, 3)
+
+
+def test_the_light_nets_are_of_every_segmenter():
+    assert {type(parse(fields)) for fields in LIGHT} == set(get_args(AnySegmenterConfig))
 
 
 @pytest.mark.parametrize("fields", [*LIGHT, VGG])

@@ -30,15 +30,15 @@ from stages.contracts import (
     write_json,
 )
 from stages.data.config import DataConfig
-from stages.data.splits import hash_half
+from stages.data.subsets import hash_half
 from stages.data.transforms import AugmentConfig
 from stages.make_attention import MakeAttentionConfig, make_attention
+from stages.masks.label_rules import cut_byte, strongest_map, to_class_indices, upsample_maps
 from stages.methods import MethodConfig
 from stages.methods.cam import CamConfig
 from stages.methods.gradcam import GradCamConfig
 from stages.nets.backbones.config import BackboneConfig
 from stages.ops.metrics.confusion import ThresholdSweep, mean_iou
-from stages.ops.seeds import cut_byte, strongest_map, to_class_indices, upsample_maps
 from stages.prepare_data import PrepareDataConfig, prepare_data
 from stages.train_classifier import TrainClassifierConfig, train_classifier
 from stages.training.loop import TrainingConfig

@@ -36,6 +36,14 @@ from turns import measure
 from stages.contracts import AttentionRecord
 from stages.errors import ConfigError
 from stages.make_masks import MakeMasksConfig, refine_mask
+from stages.masks.label_rules import (
+    ConfidentThresholds,
+    combine_confident,
+    initial_mask,
+    threshold_maps,
+    to_class_indices,
+    upsample_maps,
+)
 from stages.ops.crf.cuda_presence import has_cuda
 from stages.ops.crf.dense_crf import (
     CrfConfig,
@@ -47,14 +55,6 @@ from stages.ops.crf.dense_crf import (
 )
 from stages.ops.metrics.confusion import confusion_matrix, mean_iou
 from stages.ops.pool import map_ordered, num_processes
-from stages.ops.seeds import (
-    ConfidentThresholds,
-    combine_confident,
-    initial_mask,
-    threshold_maps,
-    to_class_indices,
-    upsample_maps,
-)
 
 CONFIG = MakeMasksConfig(confident=ConfidentThresholds(), crf=CrfConfig(preset="irn", backend="pydensecrf"))
 """irn's two labellings and its CRF: 10 / 50 / 5 and 3 / 3, ten iterations, confidence 0.7."""

@@ -38,10 +38,10 @@ from stages.contracts import (
     iter_attention,
     open_image_set,
 )
-from stages.data.splits import hash_half
+from stages.data.subsets import hash_half
 from stages.make_masks import MakeMasksConfig, refine_mask
-from stages.masks.walked_maps import MapWalker
-from stages.ops.competition import settle_classes
+from stages.masks.label_rules import settle_classes
+from stages.masks.refinements.random_walk import MapWalker
 from stages.ops.metrics.confusion import confusion_matrix, mean_iou
 from stages.ops.pool import map_ordered, num_processes
 

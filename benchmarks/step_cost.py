@@ -44,10 +44,10 @@ from stages.methods.base import Method
 from stages.methods.cam import CamConfig
 from stages.methods.gain import GainConfig
 from stages.methods.gradcam import ChannelWeights, GradCamConfig, grad_cam
-from stages.nets.backbones.builders import build_backbone
-from stages.nets.backbones.config import OUTPUT_STRIDES, BackboneConfig, BackboneName, HeadName
+from stages.nets.backbones.config import BACKBONES, BackboneConfig, BackboneName, HeadName
 from stages.nets.classifier import Classifier
 from stages.nets.layers import find_layer
+from stages.nets.weights import build_backbone
 from stages.ops.devices import deterministic
 from stages.ops.gradient_maps import label_pairs
 from stages.ops.step import StepInfo
@@ -83,7 +83,7 @@ def make_classifier(name: BackboneName, head: HeadName = "gap") -> Classifier:
     """A classifier at a random start, as the training places it in memory; at the plain net's own output stride."""
     torch.manual_seed(0)
     config = BackboneConfig.model_validate(
-        {"name": name, "output_stride": OUTPUT_STRIDES[name][-1], "pretrained": False}
+        {"name": name, "output_stride": BACKBONES[name].output_strides[-1], "pretrained": False}
     )
     classifier = Classifier(build_backbone(config, {}), NUM_CLASSES, head)
     return classifier.to(device()).to(memory_format=torch.channels_last)

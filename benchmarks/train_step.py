@@ -37,7 +37,7 @@ from stages.contracts import IGNORE_INDEX, SilentProgress
 from stages.data.transforms import to_network_input
 from stages.nets.segmenters.build import build_segmenter
 from stages.nets.segmenters.config import SegmenterConfig
-from stages.nets.segmenters.largefov import Segmenter
+from stages.nets.segmenters.segmenter import Segmenter
 from stages.ops.devices import deterministic
 from stages.training.config import TrainingConfig
 from stages.training.loop import _Loop, _place

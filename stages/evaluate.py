@@ -26,8 +26,8 @@ from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageResu
 from stages.errors import DamagedFileError
 from stages.growing import GrowingConfig
 from stages.masks.attention_windows import read_views
-from stages.masks.refinement_config import RefinementConfig
-from stages.masks.steps import has_steps
+from stages.masks.mask_files import has_steps
+from stages.masks.refinements.config import RefinementConfig
 from stages.masks.threshold_choice import with_chosen_threshold
 from stages.nets.segmenters.files import read_segmenter_record
 from stages.ops.metrics.confusion import SparseConfusions, iou, mean_iou, pixel_accuracy, write_confusions

@@ -33,6 +33,7 @@ from stages.contracts import (
     write_attention_shard,
 )
 from stages.errors import DamagedFileError, InputError
+from stages.masks.attention_maps import MapCensus
 from stages.masks.attention_windows import (
     AttentionConfig,
     Window,
@@ -41,12 +42,14 @@ from stages.masks.attention_windows import (
     training_windows,
     write_views,
 )
-from stages.masks.map_census import MapCensus
 from stages.masks.writing import explain_full_disk
 from stages.ops.rate import ImageRate
 
 VERSION = 2
 """Raise when equal inputs give other bytes than before."""
+
+TASK = "attention maps"
+"""What progress is told of."""
 
 
 class MakeAttentionConfig(AttentionConfig):
@@ -101,13 +104,13 @@ def make_attention(
     census = MapCensus()
     missing = [shard for shard in wanted if not _is_finished(_shard_path(out, shard), shard.records, census, progress)]
     num_images, num_missing = (sum(len(shard.records) for shard in some) for some in (wanted, missing))
-    progress.begin("attention maps", total=num_images, done=num_images - num_missing)
+    progress.step(TASK, num_images - num_missing, num_images)
     if missing:
         source = WindowAttention(
             config, classifier=classifier, images=image_set, progress=progress, runtime=runtime or Runtime()
         )
         with explain_full_disk(out, lambda: f"{_count_shards(out)} of {len(shards)} files of maps"):
-            _store(source, missing, census, out, progress)
+            _store(source, missing, census, out, progress, num_images)
     if part is not None:
         return StageResult()
     census.conclude(num_images, progress)
@@ -156,13 +159,21 @@ def _is_finished(path: Path, shard: Sequence[ImageRecord], census: MapCensus, pr
     return True
 
 
-def _store(source: WindowAttention, shards: Sequence[Window], census: MapCensus, out: Path, progress: Progress) -> None:
+def _store(
+    source: WindowAttention,
+    shards: Sequence[Window],
+    census: MapCensus,
+    out: Path,
+    progress: Progress,
+    num_images: int,
+) -> None:
     """Make and write shards, each in the order of its images as soon as the last of them is there."""
     made: dict[str, AttentionRecord] = {}
-    rate = ImageRate()
+    rate, done = ImageRate(), num_images - sum(len(shard.records) for shard in shards)
     for shard, records in source.batches(shards):
         made.update((record.id, record) for record in records)
-        progress.advance(len(records), **rate.add(len(records)))
+        done += len(records)
+        progress.step(TASK, done, num_images, unit="images", **rate.add(len(records)))
         if len(made) == len(shard.records):
             write_attention_shard(_shard_path(out, shard), [made[image.id] for image in shard.records])
             for record in made.values():

@@ -4,9 +4,9 @@ Reads: attention shards, images, the image index, for a random walk the trained 
 of ``sweep``, which it records.  Where ``make_attention`` kept no maps it makes them by the classifier, as it goes.
 Writes: ``masks/<id>.png`` (palette PNG of class indices at the image's size, 255 = unsure) and ``stats.json`` (areas
 before and after refinement; the threshold that ``sweep`` chose); with ``soft`` also ``confidence/<id>.png``; of the
-images that ``evaluate`` will score also the masks between the steps (``stages.masks.steps``); without stored maps also
-``stats/`` (``stages.masks.window_masks``).  An image whose PNG is there is not done again, so a stopped stage
-continues. The refinements are those of ``stages.masks.refinements``, the work on an image is in
+images that ``evaluate`` will score also the masks between the steps (``stages.masks.mask_files``); without stored maps
+also ``stats/`` (``stages.masks.window_masks``).  An image whose PNG is there is not done again, so a stopped stage
+continues.  The refinements are those of ``stages.masks.refinements``, the work on an image is in
 ``stages.masks.building``.
 Source: the CRF on hard labels is irn's (Ahn, Cho and Kwak, CVPR 2019); the one on maps PSA's (Ahn and Kwak, CVPR 2018).
 """
@@ -24,17 +24,17 @@ from stages.errors import ConfigError, DamagedFileError
 from stages.masks.attention_windows import AttentionConfig, WindowAttention, check_classes, read_views
 from stages.masks.building import Context, make_and_measure, make_only
 from stages.masks.jobs import run_jobs, stored_jobs, walk_jobs
-from stages.masks.refinement_config import WALK, RefinementConfig
-from stages.masks.refinements import refine_mask
+from stages.masks.measuring import Measured, mask_metrics, warn_if_objects_vanish, write_stats
+from stages.masks.refinements.chain import refine_mask
+from stages.masks.refinements.config import WALK, RefinementConfig
 from stages.masks.threshold_choice import ThresholdChoice, choose_threshold, with_threshold
-from stages.masks.totals import mask_metrics, warn_if_objects_vanish, write_stats
-from stages.masks.window_masks import Measured, make_window_masks
+from stages.masks.window_masks import make_window_masks
 from stages.masks.writing import BackgroundWriter, explain_full_disk
 from stages.ops.crf.dense_crf import resolve_crf_backend
 from stages.ops.pool import num_processes
 
 if TYPE_CHECKING:
-    from stages.masks.walked_maps import MapWalker
+    from stages.masks.refinements.random_walk import MapWalker
 
 __all__ = ["MakeMasksConfig", "make_masks", "refine_mask"]
 
@@ -180,11 +180,11 @@ def _make_from_stored(
     jobs = stored_jobs(images.index, attention, wanted)
     if walker is not None:
         jobs = walk_jobs(walker, jobs, images.index, context.out)
-    progress.begin("masks", total=len(wanted))
     if part is not None:
-        _require_all(wanted, list(run_jobs(make_only, jobs, context, processes, progress)), attention)
+        made = run_jobs(make_only, jobs, context, processes, progress, done=0, total=len(wanted))
+        _require_all(wanted, list(made), attention)
         return Measured()
-    stats = list(run_jobs(make_and_measure, jobs, context, processes, progress))
+    stats = list(run_jobs(make_and_measure, jobs, context, processes, progress, done=0, total=len(wanted)))
     _require_all(wanted, [entry.id for entry in stats], attention)
     return Measured(stats)
 
@@ -239,7 +239,7 @@ def _open_walker(
     """The classifier, where maps walk over its features."""
     if not config.walks or classifier is None:
         return None
-    from stages.masks.walked_maps import MapWalker
+    from stages.masks.refinements.random_walk import MapWalker
 
     return MapWalker(config.random_walk, classifier=classifier, images=images, progress=progress, runtime=runtime)
 

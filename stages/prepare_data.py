@@ -19,8 +19,8 @@ from stages.data.boxes import clip_boxes, clipped_warning
 from stages.data.check import CheckedImage, check_any_object, check_images, palette_warnings
 from stages.data.config import DataConfig
 from stages.data.listing import list_data
-from stages.data.records import PROBLEMS_SHOWN, DataListing
-from stages.data.splits import hold_out, some
+from stages.data.records import PROBLEMS_SHOWN, DataListing, some
+from stages.data.subsets import hold_out
 from stages.errors import DataError
 
 VERSION = 1

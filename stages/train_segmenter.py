@@ -47,7 +47,7 @@ from stages.training.validation import HeldOutImages, ValidationConfig, choose_h
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stages.nets.segmenters.largefov import Segmenter
+    from stages.nets.segmenters.segmenter import Segmenter
 
 VERSION = 1
 """Raise when equal inputs give other bytes than before."""

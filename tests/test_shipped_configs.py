@@ -11,7 +11,6 @@ import torch
 
 from pipeline.config.run_config import RunConfig, load_config, shipped_configs
 from stages.methods import build_method
-from stages.nets.backbones.builders import build_plain_backbone
 from stages.nets.backbones.config import BackboneConfig, HeadName
 from stages.nets.classifier import Classifier
 from stages.nets.segmenters.build import build_segmenter
@@ -153,12 +152,12 @@ def _classifier(backbone: BackboneConfig, head: HeadName) -> Classifier:
     """A plain network at a random start; VGG16 with fc6 and fc7 is large, and no method inserts anything there."""
     if head == "fc":
         return _classifier_with_fc(backbone.model_dump_json())
-    return Classifier(build_plain_backbone(backbone), 3, head)
+    return Classifier(backbone.build(), 3, head)
 
 
 @functools.cache
 def _classifier_with_fc(backbone: str) -> Classifier:
-    return Classifier(build_plain_backbone(BackboneConfig.model_validate_json(backbone)), 3, "fc")
+    return Classifier(BackboneConfig.model_validate_json(backbone).build(), 3, "fc")
 
 
 def _step(module, loss):

@@ -14,13 +14,12 @@ from pipeline.config.run_config import RunConfig
 from stages.contracts import MAX_MASK_CLASSES
 from stages.data.listing import list_data
 from stages.data.records import DataListing
-from stages.data.splits import hold_out
-from stages.data.subsets import choose_sweep_images
+from stages.data.subsets import choose_sweep_images, hold_out
 from stages.errors import ConfigError, InputError, WeightsError
 from stages.make_masks import SWEEP_NEEDS_MAPS
 from stages.methods.classifier_files import START
-from stages.nets.backbones.config import BACKBONE_NAMES
-from stages.nets.segmenters.config import DILATABLE_ENCODERS, backbone_name, init_problems, pretrained_name
+from stages.nets.backbones.config import BACKBONES
+from stages.nets.segmenters.config import DILATABLE_ENCODERS, init_problems, pretrained_name
 from stages.nets.weights import weights_problems
 from stages.ops.crf.dense_crf import resolve_crf_backend
 from stages.training.distributed import device_problems
@@ -222,7 +221,7 @@ def _weight_problems(run: RunConfig) -> Iterator[str]:
     for name in dict.fromkeys(filter(None, needed)):
         for problem in weights_problems(name, run.weights):
             yield problem if problem.startswith("weights") else f"weights.{name}: {problem}"
-    known = [*BACKBONE_NAMES, *DILATABLE_ENCODERS, backbone_name(net), START, *filter(None, needed)]
+    known = [*BACKBONES, *DILATABLE_ENCODERS, net.backbone_name, START, *filter(None, needed)]
     for name in run.weights:
         if name not in known:
             yield f"weights.{name}: there is no such backbone{did_you_mean(name, known)}"

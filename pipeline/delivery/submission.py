@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pipeline.engine.run import finished_artifacts
 from stages.contracts import ImageRecord, open_image_set, write_atomic
 from stages.data.adapters.voc import VOC_CLASSES, VocConfig
-from stages.data.splits import some
+from stages.data.records import some
 from stages.errors import ConfigError, DamagedFileError, DataError, InputError, MissingArtifactError
 from stages.scoring.submission.archive import Competition, build_archive, voc_values
 from stages.scoring.submission.check import check_archive, check_stream

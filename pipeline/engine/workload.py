@@ -24,7 +24,7 @@ from pipeline.engine.disk_sizes import (
 )
 from stages.contracts import IMAGE_FORMATS, ImageIndex, ImageRecord, read_json
 from stages.data.records import DataListing, ListedImage
-from stages.data.splits import hold_out
+from stages.data.subsets import hold_out
 from stages.training.loop import TrainingConfig
 
 Content = Mapping[str, Any]

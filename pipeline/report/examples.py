@@ -26,7 +26,7 @@ from stages.contracts import (
     iter_attention,
     read_index_mask,
 )
-from stages.masks.steps import read_steps
+from stages.masks.mask_files import read_steps
 from stages.ops.metrics.confusion import SparseConfusions
 
 

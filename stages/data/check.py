@@ -31,7 +31,6 @@ from stages.contracts import (
 )
 from stages.data.boxes import box_problems, clipped_warning
 from stages.data.config import DataConfig
-from stages.data.listing import scan_data
 from stages.data.records import DataListing, ListedImage
 from stages.errors import EnvironmentFailure
 
@@ -84,7 +83,7 @@ def check_data(config: DataConfig, progress: Progress, *, processes: int = 0) ->
     Returns:
         One line per problem with path, finding and remedy; empty when the data set is fine.
     """
-    scan = scan_data(config)
+    scan = config.scan()
     for text in scan.listing.warnings:
         progress.warn(text)
     lines = scan.problems.lines()
@@ -122,27 +121,28 @@ def check_images(
         for image in listing.images
     ]
     batches = [tasks[start : start + _BATCH] for start in range(0, len(tasks), _BATCH)]
-    progress.begin("checking images", total=len(tasks))
+    done = 0
+    progress.step("checking images", done, len(tasks))
     wanted = processes or min(os.cpu_count() or 1, 1 + len(tasks) // _FILES_PER_PROCESS)
-    if wanted <= 1:
-        for batch in batches:
-            yield from _counted(_check_batch(batch), progress)
+    for checked in _check_batches(batches, wanted):
+        done += len(checked)
+        progress.step("checking images", done, len(tasks))
+        yield from checked
+
+
+def _check_batches(batches: Sequence[Sequence[_Task]], processes: int) -> Iterator[list[CheckedImage]]:
+    if processes <= 1:
+        yield from map(_check_batch, batches)
         return
     # spawn, not fork: the caller may have threads (Prefect, torch) whose locks a fork would copy in a locked state
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=min(wanted, len(batches)), mp_context=context) as pool:
+    with ProcessPoolExecutor(max_workers=min(processes, len(batches)), mp_context=context) as pool:
         try:
-            for checked in pool.map(_check_batch, batches):
-                yield from _counted(checked, progress)
+            yield from pool.map(_check_batch, batches)
         except BrokenProcessPool as error:
             raise EnvironmentFailure(
                 "a process that checks images was killed, most likely for memory; lower runtime.processes and run again"
             ) from error
-
-
-def _counted(checked: Sequence[CheckedImage], progress: Progress) -> Sequence[CheckedImage]:
-    progress.advance(len(checked))
-    return checked
 
 
 def _check_batch(tasks: Sequence[_Task]) -> list[CheckedImage]:

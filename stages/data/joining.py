@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.contracts import ClassList, LabelledBox
-from stages.data.records import DataListing, ListedImage, Problems
-from stages.data.splits import IdList, check_splits, some
+from stages.data.records import DataListing, IdList, ListedImage, Problems, some
 
 PREDICTED_SPLITS = ("train", "val", "test")
 """The splits that must not share an image; train_score is a part of train."""
@@ -44,7 +43,7 @@ class Sources:
 def join_sources(sources: Sources, problems: Problems) -> DataListing:
     """One listing out of ``sources``; images without a file are left out of it and added to ``problems``."""
     disjoint = {split: sources.lists[split] for split in PREDICTED_SPLITS if split in sources.lists}
-    check_splits(disjoint, problems)
+    _check_splits(disjoint, problems)
     for listed in dict.fromkeys(sources.lists.values()):
         _check_image_files(sources, listed, problems)
     splits = {split: _present(sources, split) for split in ("train", "val")}
@@ -145,3 +144,40 @@ def _label_warnings(sources: Sources, train: tuple[str, ...], problems: Problems
     if labels and absent:
         warnings.append(f"no training image has the class {', '.join(absent)}: it cannot be learnt")
     return warnings
+
+
+def _check_splits(lists: Mapping[str, IdList], problems: Problems) -> None:
+    """Add duplicates inside a list, empty lists, and images that stand in two of the splits.
+
+    Args:
+        lists: Split name to list; all given splits must be disjoint (train_score is not one of them).
+        problems: Receives what is found.
+    """
+    for split, listed in lists.items():
+        if not listed.entries:
+            problems.add("empty list", f"{listed.source}: the {split} list is empty; {listed.remedy}")
+        _check_duplicates(listed, problems)
+    names = list(lists)
+    for position, first in enumerate(names):
+        for second in names[position + 1 :]:
+            _check_overlap(lists, first, second, problems)
+
+
+def _check_duplicates(listed: IdList, problems: Problems) -> None:
+    first_line: dict[str, int] = {}
+    for line, image_id in listed.entries:
+        if image_id in first_line:
+            text = f"{listed.source} line {line}: image '{image_id}' stands on line {first_line[image_id]} already"
+            problems.add("duplicate", f"{text}; remove one of the two lines")
+        first_line.setdefault(image_id, line)
+
+
+def _check_overlap(lists: Mapping[str, IdList], first: str, second: str, problems: Problems) -> None:
+    shared = sorted(set(lists[first].ids) & set(lists[second].ids))
+    if shared:
+        problems.add(
+            "overlap",
+            f"{len(shared):,} images stand in both {first} ({lists[first].source}) and {second} "
+            f"({lists[second].source}): {some(shared)}; scores on trained images are worthless, "
+            f"remove them from one of the lists",
+        )

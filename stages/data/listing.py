@@ -15,31 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from stages.contracts import write_atomic
-from stages.data.adapters.cub import CubConfig, scan_cub
-from stages.data.adapters.custom import CustomConfig, scan_custom
-from stages.data.adapters.imagenet import ImageNetConfig, scan_imagenet
-from stages.data.adapters.synthetic import GENERATOR_VERSION, SyntheticConfig, scan_synthetic
-from stages.data.adapters.voc import VocConfig, scan_voc
+from stages.data.adapters.synthetic import GENERATOR_VERSION, SyntheticConfig
 from stages.data.config import DataConfig
-from stages.data.records import PROBLEMS_SHOWN, DataListing, ListedImage, Scan
-from stages.data.splits import some
+from stages.data.records import PROBLEMS_SHOWN, DataListing, ListedImage, some
 from stages.errors import DataError
 
-__all__ = ["DataListing", "ListedImage", "digest_data", "list_data", "scan_data"]
+__all__ = ["DataListing", "ListedImage", "digest_data", "list_data"]
 
 _SETTLED_NS = 2_000_000_000
 """A file younger than this is hashed each time: a second write within the clock's step would go unseen."""
-
-
-def scan_data(config: DataConfig) -> Scan:
-    """List the data set and everything that is wrong with its lists and labels; never raises for a defect."""
-    if isinstance(config, VocConfig):
-        return scan_voc(config)
-    if isinstance(config, CubConfig):
-        return scan_cub(config)
-    if isinstance(config, ImageNetConfig):
-        return scan_imagenet(config)
-    return scan_custom(config) if isinstance(config, CustomConfig) else scan_synthetic(config)
 
 
 def list_data(config: DataConfig) -> DataListing:
@@ -49,7 +33,7 @@ def list_data(config: DataConfig) -> DataListing:
         DataError: with every problem that shows without decoding an image, e.g. a missing list or image, a label
             without an image, an unknown class name, an overlap of train and val.
     """
-    scan = scan_data(config)
+    scan = config.scan()
     if scan.problems:
         where = "" if scan.listing.root is None else f" in {scan.listing.root}"
         raise DataError(f"the data set{where} cannot be used:", scan.problems.lines(PROBLEMS_SHOWN))

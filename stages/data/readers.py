@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from xml.etree import ElementTree
 
-from stages.data.records import IMAGE_SUFFIXES, Problems
-from stages.data.splits import IdList
+from stages.data.records import IMAGE_SUFFIXES, IdList, Problems
 
 CSV_HEADER = ["image", "labels"]
 

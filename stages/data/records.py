@@ -1,10 +1,11 @@
-"""What the adapters find in a data set before anything is decoded: images, splits, problems.
+"""What the adapters find in a data set before anything is decoded: lists, images, splits, problems.
 
 Pure records; nothing is read or written here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,3 +96,27 @@ def empty_scan(root: Path | None, names: tuple[str, ...], problems: Problems) ->
     """A scan that found nothing to list, only problems."""
     classes = ClassList(names=names or ("none",))
     return Scan(DataListing(root, classes, (), {"train": (), "train_score": (), "val": ()}, {}), problems)
+
+
+@dataclass(frozen=True)
+class IdList:
+    """The ids of one split as a file lists them."""
+
+    source: str
+    """How messages name the file, e.g. ``ImageSets/Segmentation/val.txt``."""
+    entries: tuple[tuple[int, str], ...]
+    """(line number, image id)."""
+    remedy: str = "put one image id on each line"
+    """What to do where the list is empty."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids in list order, each once."""
+        return tuple(dict.fromkeys(image_id for _, image_id in self.entries))
+
+
+def some(ids: Sequence[str], limit: int = 5) -> str:
+    """The first few of ``ids`` for a message; a file name that is not UTF-8 is spelled so that it can be written."""
+    shown = ", ".join(f"'{image_id}'" for image_id in ids[:limit])
+    shown = shown.encode(errors="backslashreplace").decode()
+    return shown if len(ids) <= limit else f"{shown}, …"

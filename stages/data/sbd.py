@@ -17,8 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from stages.contracts import Progress, write_atomic, write_index_mask
 from stages.data.readers import file_names, read_id_list
-from stages.data.records import PROBLEMS_SHOWN, Problems
-from stages.data.splits import some
+from stages.data.records import PROBLEMS_SHOWN, Problems, some
 from stages.errors import DataError
 
 NUM_TRAINAUG = 10_582
@@ -54,15 +53,15 @@ def convert_sbd(sbd: Path, voc: Path, progress: Progress, *, expected: int = NUM
     _check_ids(ids, voc, expected)
     problems: list[str] = []
     official = set(train)
-    progress.begin("converting SBD", total=len(ids), unit="masks")
-    for image_id in ids:
+    for number, image_id in enumerate(ids):
+        progress.step("converting SBD", number, len(ids), unit="masks")
         target = voc / "SegmentationClassAug" / f"{image_id}.png"
         if not target.exists():
             try:
                 _write_mask(image_id, classes, voc, target, is_official=image_id in official)
             except DataError as error:
                 problems.append(str(error))
-        progress.advance()
+    progress.step("converting SBD", len(ids), len(ids), unit="masks")
     if problems:
         raise DataError(f"{len(problems):,} masks of trainaug could not be made:", problems[:PROBLEMS_SHOWN])
     write_atomic(voc / _LISTS / "trainaug.txt", "".join(f"{image_id}\n" for image_id in ids).encode())

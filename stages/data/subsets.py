@@ -1,17 +1,48 @@
-"""Choose the few training images whose true masks a stage may use: so many, drawn by a seed, or those of a list.
+"""Choose some images of a data set: those of a list, so many drawn by a seed, or a share by hash.
 
-Reads the list; opens no image and no mask.
+Reads the list; opens no image and no mask.  A choice by hash depends on the image id alone: adding images never moves
+those that were there.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, Self
 
+from pydantic import Field, model_validator
+
+from stages.contracts import StageConfig
+from stages.data.records import DataListing
 from stages.errors import ConfigError
-from stages.ops.seeds import SweepConfig
+
+
+class SweepConfig(StageConfig):
+    """Training images with true masks on which ``threshold`` is chosen; all are recorded as mask supervision."""
+
+    num_images: int | None = Field(default=100, ge=1)
+    """How many, drawn by ``seed`` among the training images that have a true mask and a label."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Which ones; a larger subset of one seed contains the smaller."""
+    image_list: Path | None = None
+    """File with one image id a line, instead of ``num_images`` and ``seed``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prefer_list(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic hands over whatever the user wrote
+        """A list stands instead of the default number."""
+        if isinstance(values, dict) and values.get("image_list") is not None:
+            return {"num_images": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> Self:
+        if (self.num_images is None) == (self.image_list is None):
+            raise ValueError(
+                f"give exactly one of num_images and image_list, got {self.num_images} and {self.image_list}"
+            )
+        return self
 
 
 class Candidate(Protocol):
@@ -134,3 +165,43 @@ def sweep_key_content(config: SweepConfig) -> dict[str, Any]:
     if config.image_list is not None:
         return {"ids": sorted(read_ids(config.image_list, _SWEEP_LIST))}
     return {"num_images": config.num_images, "seed": config.seed}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shares by hash
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hash_fraction(image_id: str, purpose: str) -> float:
+    """A number in [0, 1) that depends on ``image_id`` and ``purpose`` alone, spread evenly over ids."""
+    digest = hashlib.sha256(f"{purpose}:{image_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def hash_half(image_id: str) -> Literal["train_select", "train_report"]:
+    """The half of the training images that choices are made on, or the one that scores are reported on."""
+    return "train_select" if hashlib.sha256(image_id.encode()).digest()[0] < 128 else "train_report"
+
+
+def hash_share(ids: Iterable[str], ratio: float, purpose: str) -> tuple[str, ...]:
+    """About ``ratio`` of ``ids`` in their order, chosen by hash.
+
+    Never all of them; of two or more at least one when ``ratio`` > 0.
+    """
+    candidates = tuple(ids)
+    chosen = tuple(image_id for image_id in candidates if hash_fraction(image_id, purpose) < ratio)
+    if ratio <= 0 or len(candidates) < 2:
+        return ()
+    if len(chosen) == len(candidates):
+        last = max(candidates, key=lambda image_id: hash_fraction(image_id, purpose))
+        return tuple(image_id for image_id in candidates if image_id != last)
+    if chosen:
+        return chosen
+    return (min(candidates, key=lambda image_id: hash_fraction(image_id, purpose)),)
+
+
+def hold_out(listing: DataListing, ratio: float) -> tuple[str, ...]:
+    """Training images kept from the classifier to measure its labels: a share by hash, where val has no labels."""
+    val = set(listing.splits["val"])
+    has_val_labels = any(image.labels is not None for image in listing.images if image.id in val)
+    return () if has_val_labels else hash_share(listing.splits["train"], ratio, "holdout")

@@ -28,7 +28,7 @@ from stages.contracts import (
     write_json,
 )
 from stages.errors import DamagedFileError, DataError, InputError
-from stages.masks.map_census import BROKEN_WEIGHTS
+from stages.masks.attention_maps import BROKEN_WEIGHTS
 
 if TYPE_CHECKING:
     from stages.masks.extraction import AttentionExtractor

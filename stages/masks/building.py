@@ -2,7 +2,7 @@
 
 Reads images and masks that an earlier call finished; writes ``<id>.png`` under the context's folder, and with ``soft``
 ``confidence/<id>.png`` beside that; of the images that are scored also the masks between the steps
-(``stages.masks.steps``).  Needs no torch but for refinements that work with it.
+(``stages.masks.mask_files``).  Needs no torch but for refinements that work with it.
 Shapes: H W image pixels.
 """
 
@@ -25,16 +25,12 @@ from stages.contracts import (
     write_index_mask,
 )
 from stages.errors import DataError, EnvironmentFailure
-from stages.masks.refinement_config import RefinementConfig
-from stages.masks.refinements import Refined, refine_in_steps
-from stages.masks.soft_masks import label_confidence, write_confidence
-from stages.masks.steps import write_steps
+from stages.masks.label_rules import contested_pixels, initial_mask, settle_classes, upsample_maps
+from stages.masks.mask_files import label_confidence, write_confidence, write_steps
+from stages.masks.measuring import MaskStats, measure_mask
+from stages.masks.refinements.chain import Refined, refine_in_steps
+from stages.masks.refinements.config import RefinementConfig
 from stages.masks.writing import BackgroundWriter
-from stages.ops.competition import settle_classes
-from stages.ops.seeds import contested_pixels, initial_mask, upsample_maps
-
-_VANISHED = 0.1
-"""An object whose area falls below this ratio has nearly vanished."""
 
 Mask = NDArray[np.uint8]
 """Class indices (H, W), 255 = unsure."""
@@ -75,24 +71,11 @@ class Context:
     """Writes beside the work where this process refines on a device; never sent to another process."""
 
 
-@dataclass(frozen=True)
-class MaskStats:
-    """Areas in pixels of one image's mask."""
-
-    id: str
-    pixels: int
-    foreground_before: int
-    foreground_after: int
-    unsure: int
-    vanished: tuple[int, ...]
-    """Label indices whose area fell below a tenth by refinement."""
-
-
 def make_and_measure(context: Context, jobs: Sequence[Job]) -> list[MaskStats]:
     """Make the masks of some images and measure them."""
     measured = []
     for job, mask in zip(jobs, _find_or_make(context, jobs), strict=True):
-        measured.append(_measure(job.record, _thresholded(context, job.record), mask))
+        measured.append(measure_mask(job.record, _thresholded(context, job.record), mask))
     return measured
 
 
@@ -135,7 +118,7 @@ def _find_or_make(context: Context, jobs: Sequence[Job]) -> list[Mask]:
 
 def _make(context: Context, jobs: Sequence[Job]) -> list[Mask]:
     """Refine and write the masks of some images."""
-    if context.is_pooled and "par" in context.config.chain:
+    if context.is_pooled and context.config.uses_torch:
         import torch
 
         torch.set_num_threads(1)  # the other processes have the other cores
@@ -206,21 +189,3 @@ def _read_image(context: Context, job: Job) -> NDArray[np.uint8]:
             f"{image.shape[:2]}; the file changed since prepare_data ran: run it again"
         )
     return image
-
-
-def _measure(record: AttentionRecord, before: Mask, after: Mask) -> MaskStats:
-    counts_before = np.bincount(before.ravel(), minlength=256)
-    counts_after = np.bincount(after.ravel(), minlength=256)
-    classes = [ClassList.class_index(label) for label in record.labels]
-    return MaskStats(
-        id=record.id,
-        pixels=before.size,
-        foreground_before=int(counts_before[classes].sum()),
-        foreground_after=int(counts_after[classes].sum()),
-        unsure=int(counts_after[IGNORE_INDEX]),
-        vanished=tuple(
-            label
-            for label, index in zip(record.labels, classes, strict=True)
-            if counts_after[index] < _VANISHED * counts_before[index]
-        ),
-    )

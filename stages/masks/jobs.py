@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from stages.contracts import ImageIndex, Progress
 from stages.data.whole_images import prefetch
+from stages.masks.attention_maps import find_attention
 from stages.masks.building import Context, Job, find_mask, read_ahead
-from stages.masks.stored_attention import find_attention
 from stages.ops.pool import map_ordered
 from stages.ops.rate import ImageRate
 
 if TYPE_CHECKING:
-    from stages.masks.walked_maps import MapWalker
+    from stages.masks.refinements.random_walk import MapWalker
 
 ResultT = TypeVar("ResultT")
 
@@ -71,6 +71,9 @@ def run_jobs(
     context: Context,
     processes: int,
     progress: Progress,
+    *,
+    done: int,
+    total: int,
 ) -> Iterator[ResultT]:
     """``function`` of every job, in their order, each told to ``progress``.
 
@@ -83,20 +86,23 @@ def run_jobs(
         context: What all jobs share.
         processes: How many work; 1 is this process.
         progress: Hears of every finished image and, from the second batch on, of images per second.
+        done: Images that were finished before the first job.
+        total: Images that are finished after the last.
     """
-    rate, num_held = ImageRate(), 0
+    progress.step("masks", done, total)
+    rate, told = ImageRate(), done
     are_new: deque[bool] = deque()
     batches = _noted(_batches(jobs, 1 if context.device == "cpu" else _GPU_BATCH_IMAGES), context.out, are_new)
     if context.writer is not None:  # a device waits neither for a disk nor for a decoder
         batches = (ready for _, ready in prefetch(partial(read_ahead, context), batches, workers=_READING_THREADS))
     for results in map_ordered(function, batches, context=context, processes=processes):
-        num_held += len(results)
+        done += len(results)
         if are_new.popleft():
-            progress.advance(num_held, **rate.add(len(results)))
-            num_held = 0
+            progress.step("masks", done, total, unit="images", **rate.add(len(results)))
+            told = done
         yield from results
-    if num_held:
-        progress.advance(num_held)
+    if told < done:
+        progress.step("masks", done, total)
 
 
 def _batches(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:

@@ -21,11 +21,17 @@ from numpy.typing import NDArray
 from stages.contracts import AttentionRecord, ClassList, ImageSet, read_json
 from stages.data.subsets import choose_sweep_images
 from stages.errors import DamagedFileError, DataError
-from stages.masks.stored_attention import find_attention
-from stages.ops.competition import settle_classes
+from stages.masks.attention_maps import find_attention
+from stages.masks.label_rules import (
+    SeedConfig,
+    initial_mask,
+    settle_classes,
+    strongest_map,
+    to_class_indices,
+    upsample_maps,
+)
 from stages.ops.metrics.confusion import ThresholdSweep, confusion_matrix, mean_iou
 from stages.ops.pool import map_ordered
-from stages.ops.seeds import SeedConfig, initial_mask, strongest_map, to_class_indices, upsample_maps
 
 ConfigT = TypeVar("ConfigT", bound=SeedConfig)
 

@@ -11,43 +11,19 @@ several machines are put together.  An unfinished window is computed again, but 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.contracts import AttentionRecord, ImageSet, Part, Progress, read_json, write_json
 from stages.errors import DamagedFileError
+from stages.masks.attention_maps import MapCensus
 from stages.masks.attention_windows import AttentionConfig, Window, WindowAttention, training_windows
-from stages.masks.building import Context, Job, MaskStats, make_and_measure
+from stages.masks.building import Context, Job, make_and_measure
 from stages.masks.jobs import run_jobs, walk_jobs
-from stages.masks.map_census import MapCensus
+from stages.masks.measuring import MaskStats, Measured
 
 if TYPE_CHECKING:
-    from stages.masks.walked_maps import MapWalker
-
-
-@dataclass
-class Measured:
-    """What is known of the masks and the maps of some images."""
-
-    stats: list[MaskStats] = field(default_factory=list)
-    maps: MapCensus = field(default_factory=MapCensus)
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it; equal content gives equal JSON, in whatever order the images came."""
-        entries = {
-            entry.id: {key: value for key, value in asdict(entry).items() if key != "id"} for entry in self.stats
-        }
-        return {"images": entries, "maps": self.maps.to_json()}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Measured:
-        """What ``to_json`` gave."""
-        stats = [
-            MaskStats(**{"id": image_id, **entry, "vanished": tuple(entry["vanished"])})
-            for image_id, entry in content["images"].items()
-        ]
-        return cls(stats, MapCensus(**content["maps"]))
+    from stages.masks.refinements.random_walk import MapWalker
 
 
 def make_window_masks(
@@ -82,13 +58,15 @@ def make_window_masks(
     kept = {window.number: _read_window(context, window) for window in wanted}
     missing = [window for window in wanted if kept[window.number] is None]
     num_images, num_missing = (sum(len(window.records) for window in some) for some in (wanted, missing))
-    progress.begin("masks", total=num_images, done=num_images - num_missing)
+    done = num_images - num_missing
+    progress.step("masks", done, num_images)
     if missing:
         censuses = {window.number: MapCensus() for window in missing}
         jobs = _jobs(open_source, missing, censuses, images, walker)
         if walker is not None:
             jobs = walk_jobs(walker, jobs, images.index, context.out)
-        for window, stats in _gather(run_jobs(make_and_measure, jobs, context, processes, progress), missing):
+        results = run_jobs(make_and_measure, jobs, context, processes, progress, done=done, total=num_images)
+        for window, stats in _gather(results, missing):
             kept[window.number] = Measured(stats, censuses[window.number])
             _keep(context, window, Measured(stats, censuses[window.number]))
     found = Measured()

@@ -98,14 +98,14 @@ def _build_network(
     description: ClassifierDescription, weights: Mapping[str, Path], progress: Progress | None
 ) -> Classifier:
     """Backbone and head; what public weights there are for them, loaded."""
-    from stages.nets.backbones.builders import build_backbone, build_plain_backbone
     from stages.nets.classifier import Classifier
     from stages.nets.heads import FcHead, load_vgg16
+    from stages.nets.weights import build_backbone
 
     config, num_foreground = description.backbone, description.classes.num_foreground
     if description.head == "gap":
         return Classifier(build_backbone(config, weights, progress), num_foreground)
-    classifier = Classifier(build_plain_backbone(config), num_foreground, description.head)
+    classifier = Classifier(config.build(), num_foreground, description.head)
     if config.pretrained and isinstance(classifier.head, FcHead):
         report = load_vgg16(classifier.backbone, classifier.head, _weight_file(config.name, weights, progress))
         if progress is not None:

@@ -21,7 +21,7 @@ from stages.methods.cam import Cam
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from stages.nets.backbones.builders import Backbone
+    from stages.nets.backbones.network import Backbone
     from stages.nets.classifier import Classifier, ClassifierOutput
     from stages.ops.step import StepInfo
 

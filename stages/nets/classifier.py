@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from stages.nets.backbones.builders import Backbone
 from stages.nets.backbones.config import HeadName
+from stages.nets.backbones.network import Backbone
 from stages.nets.heads import FcHead
-from stages.nets.segmenters.largefov import parameter_groups
+from stages.nets.layers import parameter_groups
 
 
 class ClassifierOutput(NamedTuple):

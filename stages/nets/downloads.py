@@ -11,73 +11,38 @@ import os
 import tempfile
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from stages.contracts import Progress
 from stages.errors import EnvironmentFailure, WeightsError
+from stages.nets.backbones.config import BACKBONES
+from stages.nets.backbones.spec import PublicWeights, torchvision_file
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True)
-class PublicWeights:
-    """A public file of ImageNet weights."""
-
-    url: str
-    sha_prefix: str | None
-    """First hex digits of the file's sha256; None where the publisher states none."""
-
-    @property
-    def file_name(self) -> str:
-        """Name in the cache folder and in cache keys; unique by content."""
-        repository, _, rest = self.url.partition("/resolve/")
-        name = self.url.rsplit("/", 1)[-1]
-        return f"{repository.rsplit('/', 1)[-1]}-{name}" if rest else name
-
-
-def _torchvision(name: str) -> PublicWeights:
-    """Torchvision writes the sha prefix into the file's name."""
-    sha_prefix = name.removesuffix(".pth").rsplit("-", 1)[-1]
-    return PublicWeights(f"https://download.pytorch.org/models/{name}", sha_prefix)
-
-
-PUBLIC_WEIGHTS: dict[str, PublicWeights] = {
-    "vgg16": _torchvision("vgg16-397923af.pth"),
-    "resnet18": _torchvision("resnet18-f37072fd.pth"),
-    "resnet34": _torchvision("resnet34-b627a593.pth"),
-    "resnet50": _torchvision("resnet50-0676ba61.pth"),
-    "resnet101": _torchvision("resnet101-63fe2227.pth"),
-    "resnet152": _torchvision("resnet152-394f9c45.pth"),
-    "resnext50_32x4d": _torchvision("resnext50_32x4d-7cdf4587.pth"),
-    "squeezenet1_1": _torchvision("squeezenet1_1-b8a52dc0.pth"),
-    "inception_v3": _torchvision("inception_v3_google-0cc3c7bd.pth"),
-    "mobilenet_v2": _torchvision("mobilenet_v2-b0353104.pth"),
-    "seresnet50": PublicWeights(
-        "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-rsb-weights/"
-        "seresnet50_a1_0-ffa00869.pth",
-        "ffa00869",
-    ),
-    "mobilenetv1_100": PublicWeights(
-        "https://huggingface.co/timm/mobilenetv1_100.ra4_e3600_r224_in1k/resolve/main/model.safetensors", None
-    ),
+ENCODER_WEIGHTS: dict[str, PublicWeights] = {
+    "resnet18": torchvision_file("resnet18-f37072fd.pth"),
+    "resnet34": torchvision_file("resnet34-b627a593.pth"),
+    "resnet152": torchvision_file("resnet152-394f9c45.pth"),
+    "resnext50_32x4d": torchvision_file("resnext50_32x4d-7cdf4587.pth"),
 }
+"""Of encoders of segmentation-models-pytorch that are no backbones of ours."""
+
+PUBLIC_WEIGHTS = {name: spec.public for name, spec in BACKBONES.items() if spec.public is not None} | ENCODER_WEIGHTS
 """Torchvision's IMAGENET1K_V1 and timm's defaults; tests compare the table with both libraries."""
-
-
-COCO_WEIGHTS: dict[str, PublicWeights] = {
-    "resnet50_coco": _torchvision("deeplabv3_resnet50_coco-cd0a2569.pth"),
-    "resnet101_coco": _torchvision("deeplabv3_resnet101_coco-586e9e4e.pth"),
-}
-"""Torchvision's COCO_WITH_VOC_LABELS_V1: DeepLabV3 trained on COCO's masks of VOC's classes; its backbone is read."""
 
 
 def coco_name(backbone: str) -> str:
     """The entry of ``weights:`` and of ``COCO_WEIGHTS`` for a backbone trained on COCO."""
     return f"{backbone}_coco"
+
+
+COCO_WEIGHTS = {coco_name(name): spec.coco for name, spec in BACKBONES.items() if spec.coco is not None}
+"""Torchvision's COCO_WITH_VOC_LABELS_V1: DeepLabV3 trained on COCO's masks of VOC's classes; its backbone is read."""
 
 
 def public_source(name: str) -> PublicWeights:
@@ -186,14 +151,16 @@ def _copy(url: str, file: BinaryIO, name: str, progress: Progress | None) -> str
     received = 0
     with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
         expected = int(response.headers.get("Content-Length") or 0)
-        if progress is not None:
-            progress.begin(f"download {name}", total=max(1, -(-expected // CHUNK_BYTES)), unit="MiB")
+        task, num_chunks, total = f"download {name}", 0, max(1, -(-expected // CHUNK_BYTES))
         while chunk := response.read(CHUNK_BYTES):
+            if progress is not None:
+                progress.step(task, num_chunks, total, unit="MiB")
             file.write(chunk)
             digest.update(chunk)
             received += len(chunk)
-            if progress is not None:
-                progress.advance()
+            num_chunks += 1
+        if progress is not None:
+            progress.step(task, num_chunks, total, unit="MiB")
     if expected and received != expected:
         raise ConnectionError(f"expected {expected} bytes, received {received}")
     return digest.hexdigest()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
 from stages.errors import WeightsError
-from stages.nets.backbones.builders import Backbone
+from stages.nets.backbones.network import Backbone
 from stages.nets.weights import WeightsReport, load_tensors, read_tensors
 
 GRID = 7

@@ -1,6 +1,7 @@
-"""Reach into a network by layer name: read what a layer makes, or change what it passes on, and keep every tensor name.
+"""Reach into a network by layer name: read what a layer makes, or change what it passes on; group its parameters.
 
-Pure network code; reads and writes nothing.  Names are those of ``named_modules()`` (``features.29``, ``layer4.2``).
+Pure network code; reads and writes nothing, and every tensor keeps its name.  Layers are named as by
+``named_modules()`` (``features.29``, ``layer4.2``).
 """
 
 from __future__ import annotations
@@ -109,3 +110,13 @@ def batch_norm_in_evaluation(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in switched:
             layer.training = True
+
+
+def parameter_groups(module: nn.Module, trunk: nn.Module, head_lr_factor: float) -> list[dict[str, Any]]:
+    """Parameters of ``trunk`` at factor 1, the others of ``module`` at ``head_lr_factor``; none twice."""
+    trunk_ids = {id(parameter) for parameter in trunk.parameters()}
+    head = [parameter for parameter in module.parameters() if id(parameter) not in trunk_ids]
+    return [
+        {"params": list(trunk.parameters()), "lr_factor": 1.0},
+        {"params": head, "lr_factor": head_lr_factor},
+    ]

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING
 
 from stages.contracts import Progress, write_atomic
 from stages.errors import DamagedFileError, WeightsError
+from stages.nets.backbones.config import BackboneConfig
 from stages.nets.downloads import digest_file, download_weights, public_source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from stages.nets.backbones.network import Backbone
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 """Weight files that are read."""
@@ -117,6 +120,25 @@ def load_pretrained(
     """
     file = fetch_weights(name, path, cache_dir=cache_dir, progress=progress)
     return load_tensors(module, read_tensors(file), source=f"{name} from {file.name}")
+
+
+def build_backbone(config: BackboneConfig, weights: Mapping[str, Path], progress: Progress | None = None) -> Backbone:
+    """The backbone at its start: ImageNet weights where the config says ``pretrained``, else random.
+
+    Args:
+        config: Which backbone.
+        weights: Weight files by backbone name; a name that is not there is downloaded.
+        progress: Told what was loaded.
+
+    Raises:
+        WeightsError: weights are missing or do not fit; the tensors are named.
+    """
+    backbone = config.build()
+    if config.pretrained:
+        report = load_pretrained(backbone, config.name, weights.get(config.name), progress=progress)
+        if progress is not None:
+            progress.info(report.describe())
+    return backbone
 
 
 def fetch_weights(

@@ -18,7 +18,7 @@ class ImageRate:
         self._count = 0
 
     def add(self, count: int) -> dict[str, float]:
-        """Note that ``count`` images are finished just now; what ``Progress.advance`` should be told beside."""
+        """Note that ``count`` images are finished just now; what ``Progress.step`` should be told beside."""
         self._count += count
         self._ends.append((monotonic(), self._count))
         (since, before), (now, after) = self._ends[0], self._ends[-1]

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from stages.nets.segmenters.largefov import Segmenter
+    from stages.nets.segmenters.segmenter import Segmenter
 
 OPSET = 17
 """ONNX operators of 2022: runtimes from onnxruntime 1.12 on know them."""

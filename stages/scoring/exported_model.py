@@ -26,7 +26,7 @@ from stages.scoring.image_prediction import SegmenterSource
 from stages.scoring.prediction import PredictionConfig
 
 if TYPE_CHECKING:
-    from stages.nets.segmenters.largefov import Segmenter
+    from stages.nets.segmenters.segmenter import Segmenter
 
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "model.safetensors"

@@ -44,7 +44,7 @@ from stages.scoring.prediction_files import (
 )
 
 if TYPE_CHECKING:
-    from stages.nets.segmenters.largefov import Segmenter
+    from stages.nets.segmenters.segmenter import Segmenter
 
 _BATCH = 8
 """Images of one size that go through the network together."""

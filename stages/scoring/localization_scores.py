@@ -34,10 +34,10 @@ from stages.contracts import (
     write_json,
 )
 from stages.errors import DamagedFileError
+from stages.masks.label_rules import cut_byte
 from stages.ops.metrics.box_accuracy import NUM_CUTS, BoxAccuracy, PixelPrecision, cut_overlaps
 from stages.ops.metrics.boxes import boxes_of_class
 from stages.ops.pool import map_ordered, num_processes
-from stages.ops.seeds import cut_byte
 
 if TYPE_CHECKING:
     from stages.masks.extraction import AttentionExtractor

@@ -27,8 +27,17 @@ from stages.contracts import (
     write_json,
 )
 from stages.errors import DamagedFileError, DataError
-from stages.masks.steps import step_path
-from stages.ops.competition import settle_classes
+from stages.masks.label_rules import (
+    SeedConfig,
+    background_level,
+    cut_byte,
+    initial_mask,
+    settle_classes,
+    strongest_map,
+    to_class_indices,
+    upsample_maps,
+)
+from stages.masks.mask_files import step_path
 from stages.ops.metrics.confusion import (
     SparseConfusions,
     ThresholdSweep,
@@ -37,15 +46,6 @@ from stages.ops.metrics.confusion import (
     write_confusions,
 )
 from stages.ops.pool import map_ordered
-from stages.ops.seeds import (
-    SeedConfig,
-    background_level,
-    cut_byte,
-    initial_mask,
-    strongest_map,
-    to_class_indices,
-    upsample_maps,
-)
 from stages.scoring.training_scores import THINGS, TrainingScores, step_things
 
 _SHARD_IMAGES = 64

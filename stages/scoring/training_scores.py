@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.masks.steps import step_names
+from stages.masks.label_rules import cut_byte
+from stages.masks.mask_files import step_names
 from stages.ops.metrics.confusion import SparseConfusions, ThresholdSweep, mean_iou
-from stages.ops.seeds import cut_byte
 
 THINGS = ("attention", "masks_before_crf", "masks", "masks_labelled")
 """Attention at the configured threshold for all classes, the strongest map winning (so that methods compare, and the

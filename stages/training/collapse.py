@@ -15,7 +15,7 @@ from stages.ops.devices import resolve_device
 
 if TYPE_CHECKING:
     from stages.data.batches import TrainingData
-    from stages.nets.segmenters.largefov import Segmenter
+    from stages.nets.segmenters.segmenter import Segmenter
 
 NUM_COLLAPSE_SAMPLES = 16
 """Training crops that are looked at after the training."""

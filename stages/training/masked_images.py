@@ -25,7 +25,7 @@ from stages.contracts import (
 )
 from stages.data.transforms import Augmenter
 from stages.errors import DamagedFileError, DataError, MissingArtifactError
-from stages.masks.soft_masks import read_confidence
+from stages.masks.mask_files import read_confidence
 from stages.training.randomness import sample_seed
 
 NUM_CHECKED_MASKS = 16

@@ -101,7 +101,7 @@ class SegmenterObjective:
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], step: StepInfo) -> dict[str, Tensor]:
         """The losses of all views of the network, summed; each mean over labelled pixels with its share of them."""
-        from stages.nets.segmenters.largefov import Segmenter
+        from stages.nets.segmenters.segmenter import Segmenter
 
         images = batch["images"]
         views = model.training_logits(images) if isinstance(model, Segmenter) else [model(images)]

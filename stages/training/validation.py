@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from stages.contracts import BACKGROUND_INDEX, ImageRecord, Progress, SilentProgress, StageConfig
-from stages.data.splits import hash_share
+from stages.data.subsets import hash_share
 from stages.data.transforms import to_network_input
 from stages.errors import EnvironmentFailure, InputError, is_out_of_memory
 from stages.ops.metrics.confusion import confusion_matrix, mean_iou, pixel_accuracy

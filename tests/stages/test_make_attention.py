@@ -29,11 +29,9 @@ class Recorder(SilentProgress):
         super().__init__()
         self.stop_after, self.begun, self.counted, self.lines = stop_after, None, 0, []
 
-    def begin(self, task, *, total, done=0, unit="images"):
-        self.begun = (task, total, done, unit)
-
-    def advance(self, count=1, **values):
-        self.counted += count
+    def step(self, task, done, total, *, unit="images", **values):
+        self.begun = self.begun or (task, total, done, unit)
+        self.counted = done - self.begun[2]
         if self.stop_after is not None and self.counted >= self.stop_after:
             raise KeyboardInterrupt
 

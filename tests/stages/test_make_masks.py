@@ -32,16 +32,17 @@ from stages.contracts import (
     read_json,
     write_attention_shard,
 )
+from stages.data.subsets import SweepConfig
 from stages.errors import ConfigError, DamagedFileError, DataError, EnvironmentFailure, InputError
 from stages.make_masks import MakeMasksConfig, make_masks, refine_mask
-from stages.masks.refinements import refine_masks
-from stages.masks.walked_maps import MapWalker
+from stages.masks.label_rules import ConfidentThresholds, map_probabilities, upsample_maps
+from stages.masks.refinements.chain import refine_masks
+from stages.masks.refinements.random_walk import MapWalker
 from stages.ops.crf.dense_crf import CrfConfig, dense_crf
 from stages.ops.par import ParBatch, ParConfig
 from stages.ops.pool import map_ordered, num_processes
 from stages.ops.random_walk import RandomWalkConfig, walk_maps
 from stages.ops.rate import ImageRate
-from stages.ops.seeds import ConfidentThresholds, SweepConfig, map_probabilities, upsample_maps
 from tests.stages.tiny_masks import CLASSES, COLOURS, TRAIN, attention_of, size_of, truth_of, write_world
 
 ONE = Runtime(processes=1, device="cpu")
@@ -144,15 +145,12 @@ def test_a_stopped_run_continues_and_ends_with_the_same_bytes(tmp_path: Path) ->
 
 
 class _Counter(SilentProgress):
-    """Keeps the size of the task and counts what is advanced."""
+    """Keeps the size of the task and how much of it is done."""
 
     total = counted = 0
 
-    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
-        self.total = total
-
-    def advance(self, count: int = 1, **values: float) -> None:
-        self.counted += count
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        self.total, self.counted = total, done
 
 
 def test_masks_that_were_there_do_not_count_for_the_pace(tmp_path: Path) -> None:
@@ -163,22 +161,22 @@ def test_masks_that_were_there_do_not_count_for_the_pace(tmp_path: Path) -> None
             super().__init__()
             self.counts: list[int] = []
 
-        def advance(self, count: int = 1, **values: float) -> None:
-            self.counts.append(count)
+        def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+            self.counts.append(done)
 
     world, config, progress = write_world(tmp_path), MakeMasksConfig(refine="none"), Told()
     prepared, data, attention = world
     inputs = {"images": prepared, "attention": attention, "data_root": data, "out": tmp_path / "out", "runtime": ONE}
     make_masks(config, **inputs, progress=progress)
-    assert progress.counts == [1] * 5
+    assert progress.counts == [0, 1, 2, 3, 4, 5]
     for name in ("t3", "t4"):
         (tmp_path / "out" / "masks" / f"{name}.png").unlink()
     progress.counts.clear()
     make_masks(config, **inputs, progress=progress)
-    assert progress.counts == [4, 1]
+    assert progress.counts == [0, 4, 5]
     progress.counts.clear()
     make_masks(config, **inputs, progress=progress)
-    assert progress.counts == [5], "all were there"
+    assert progress.counts == [0, 5], "all were there"
 
 
 @pytest.mark.parametrize("count", [2, 7])
@@ -602,7 +600,7 @@ def test_features_of_nan_leave_an_image_background_and_are_counted(
 def test_features_of_nothing_but_nan_end_the_walk_before_all_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.masks.walked_maps._ALL_BROKEN", 3)
+    monkeypatch.setattr("stages.masks.refinements.random_walk._ALL_BROKEN", 3)
     world = write_world(tmp_path)
     _write_classifier(tmp_path / "classifier")
     _break_features(monkeypatch, range(5))

@@ -19,7 +19,7 @@ from stages.contracts import (
 )
 from stages.data.transforms import to_network_input
 from stages.errors import DamagedFileError, DataError, EnvironmentFailure, InputError, MissingArtifactError
-from stages.masks.soft_masks import write_confidence
+from stages.masks.mask_files import write_confidence
 from stages.nets.segmenters.build import build_segmenter
 from stages.nets.segmenters.files import load_segmenter
 from stages.training.loop import TrainingConfig

@@ -19,8 +19,7 @@ from stages.contracts import MAX_MASK_CLASSES, Box, StageConfig
 from stages.data.boxes import make_box
 from stages.data.joining import Sources, join_sources
 from stages.data.readers import check_mask_folder, file_names, image_id_of, is_plain_id, read_text
-from stages.data.records import Problems, Scan, empty_scan
-from stages.data.splits import IdList
+from stages.data.records import IdList, Problems, Scan, empty_scan
 
 Value = TypeVar("Value")
 
@@ -39,8 +38,12 @@ class CubConfig(StageConfig):
     on_bad_image: Literal["fail", "skip"] = "fail"
     """Whether an image that does not decode ends the run or is left out with a warning."""
 
+    def scan(self) -> Scan:
+        """List the data set and everything that is wrong with its lists and labels; never raises for a defect."""
+        return _scan(self)
 
-def scan_cub(config: CubConfig) -> Scan:
+
+def _scan(config: CubConfig) -> Scan:
     """List CUB and everything that is wrong with it, without opening an image."""
     problems = Problems()
     if not _check_root(config.root, problems):

@@ -27,8 +27,8 @@ from stages.data.readers import (
     read_id_list,
     read_labels_csv,
 )
-from stages.data.records import IMAGE_SUFFIXES, Problems, Scan, empty_scan
-from stages.data.splits import IdList, hash_share, some
+from stages.data.records import IMAGE_SUFFIXES, IdList, Problems, Scan, empty_scan, some
+from stages.data.subsets import hash_share
 
 FREQUENT_RATIO = 10
 """A name is suspected of being a misspelling of one that stands on this many times as many lines."""
@@ -78,8 +78,12 @@ class CustomConfig(StageConfig):
         """The CSV that is read."""
         return self.root / "labels.csv" if self.labels is None else self.labels
 
+    def scan(self) -> Scan:
+        """List the data set and everything that is wrong with its lists and labels; never raises for a defect."""
+        return _scan(self)
 
-def scan_custom(config: CustomConfig) -> Scan:
+
+def _scan(config: CustomConfig) -> Scan:
     """List a custom data set and everything that is wrong with it, without opening an image."""
     problems = Problems()
     images = _images(config, problems)

@@ -19,8 +19,7 @@ from stages.contracts import Box, StageConfig
 from stages.data.boxes import read_box_annotation, read_box_list
 from stages.data.joining import Sources, join_sources
 from stages.data.readers import file_names, image_id_of, is_plain_id, nearest, read_text
-from stages.data.records import IMAGE_SUFFIXES, Problems, Scan, empty_scan
-from stages.data.splits import IdList, some
+from stages.data.records import IMAGE_SUFFIXES, IdList, Problems, Scan, empty_scan, some
 
 _LABELS, _BOXES = "val_labels.txt", "localization.txt"
 
@@ -53,6 +52,10 @@ class ImageNetConfig(StageConfig):
             raise ValueError("a class is named twice; name each class once")
         return names
 
+    def scan(self) -> Scan:
+        """List the data set and everything that is wrong with its lists and labels; never raises for a defect."""
+        return _scan(self)
+
 
 @dataclass
 class _Found:
@@ -84,7 +87,7 @@ class _Found:
         return ids
 
 
-def scan_imagenet(config: ImageNetConfig) -> Scan:
+def _scan(config: ImageNetConfig) -> Scan:
     """List the images and everything that is wrong with them, without opening one."""
     problems = Problems()
     names = _class_names(config, problems)

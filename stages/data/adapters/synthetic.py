@@ -16,8 +16,7 @@ from pydantic import Field, model_validator
 
 from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, StageConfig
 from stages.data.joining import Sources, join_sources
-from stages.data.records import Problems, Scan
-from stages.data.splits import IdList
+from stages.data.records import IdList, Problems, Scan
 
 GENERATOR_VERSION = 1
 """Bumped when the same config gives other pictures: it is in the digest of the data."""
@@ -83,6 +82,10 @@ class SyntheticConfig(StageConfig):
         """Images of a split."""
         return self.num_train if split == "train" else self.num_val
 
+    def scan(self) -> Scan:
+        """List the data set and everything that is wrong with its lists and labels; never raises for a defect."""
+        return _scan(self)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is in each picture: cheap, and all that a listing needs
@@ -135,7 +138,7 @@ def image_labels(config: SyntheticConfig, split: Split, index: int) -> tuple[tup
     return tuple(labels), group == "on"
 
 
-def scan_synthetic(config: SyntheticConfig) -> Scan:
+def _scan(config: SyntheticConfig) -> Scan:
     """List the pictures that ``generate_synthetic`` draws, without drawing them; never finds a problem."""
     lists: dict[str, IdList] = {}
     labels: dict[str, tuple[int, ...]] = {}

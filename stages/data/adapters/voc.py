@@ -25,8 +25,7 @@ from stages.data.readers import (
     read_id_list,
     read_labels_csv,
 )
-from stages.data.records import Problems, Scan, empty_scan
-from stages.data.splits import IdList
+from stages.data.records import IdList, Problems, Scan, empty_scan
 
 VOC_CLASSES = (
     "aeroplane",
@@ -99,6 +98,10 @@ class VocConfig(StageConfig):
         """The K foreground classes in order."""
         return VOC_CLASSES if self.classes is None else self.classes
 
+    def scan(self) -> Scan:
+        """List the data set and everything that is wrong with its lists and labels; never raises for a defect."""
+        return _scan(self)
+
 
 def voc_mask_values(config: VocConfig) -> dict[int, int]:
     """Raw VOC mask value (0 … 20, 255) to class index."""
@@ -110,7 +113,7 @@ def voc_mask_values(config: VocConfig) -> dict[int, int]:
     return values
 
 
-def scan_voc(config: VocConfig) -> Scan:
+def _scan(config: VocConfig) -> Scan:
     """List a VOC data set and everything that is wrong with it, without opening an image."""
     problems = Problems()
     if not _check_root(config.root, problems):

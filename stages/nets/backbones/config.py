@@ -1,6 +1,6 @@
 """Which backbones there are, and how a config asks for one; torch-free.
 
-Reads and writes nothing.  The modules themselves are made in ``stages.nets.backbones.builders``.
+Reads and writes nothing.  A new backbone is one file beside this one and its line in ``BACKBONES``.
 A backbone turns images (B, 3, H, W) into features (B, D, h, w) with h = H / output stride, up to one cell.
 The output stride is lowered without touching a weight: late strides become 1 and the convolutions behind them are
 dilated, so public ImageNet weights fit at every stride.
@@ -9,46 +9,47 @@ Source: Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
 from stages.contracts import StageConfig
+from stages.nets.backbones.inception_v3 import INCEPTION_V3
+from stages.nets.backbones.mobilenet_v2 import MOBILENET_V2
+from stages.nets.backbones.resnet import RESNET50, RESNET101
+from stages.nets.backbones.small import SMALL
+from stages.nets.backbones.spec import BackboneSpec
+from stages.nets.backbones.squeezenet import SQUEEZENET1_1
+from stages.nets.backbones.timm_nets import MOBILENETV1_100, SERESNET50
+from stages.nets.backbones.vgg16 import VGG16
 
-BackboneName = Literal[
-    "small",
-    "vgg16",
-    "resnet50",
-    "resnet101",
-    "squeezenet1_1",
-    "inception_v3",
-    "mobilenet_v2",
-    "seresnet50",
-    "mobilenetv1_100",
-]
+if TYPE_CHECKING:
+    from stages.nets.backbones.network import Backbone
 
-BACKBONE_NAMES: tuple[str, ...] = get_args(BackboneName)
-
-OUTPUT_STRIDES: Mapping[str, tuple[int, ...]] = {
-    "small": (4,),
-    "vgg16": (4, 8, 16),
-    "resnet50": (4, 8, 16, 32),
-    "resnet101": (4, 8, 16, 32),
-    "squeezenet1_1": (4, 8, 16),
-    "inception_v3": (8, 16, 32),
-    "mobilenet_v2": (4, 8, 16, 32),
-    "seresnet50": (8, 16, 32),
-    "mobilenetv1_100": (8, 16, 32),
+BACKBONES: dict[str, BackboneSpec] = {
+    spec.name: spec
+    for spec in (
+        SMALL,
+        VGG16,
+        RESNET50,
+        RESNET101,
+        SQUEEZENET1_1,
+        INCEPTION_V3,
+        MOBILENET_V2,
+        SERESNET50,
+        MOBILENETV1_100,
+    )
 }
-"""Allowed output strides by backbone; the last one is the plain net's own (VGG16 without its final pool: 16)."""
+"""The backbones by name."""
+
+if TYPE_CHECKING:
+    BackboneName = str
+else:
+    BackboneName = Literal[tuple(BACKBONES)]
 
 HeadName = Literal["gap", "fc"]
 """What stands on the classifier's backbone: ``gap``, a 1×1 convolution whose score maps are averaged to the logits;
 ``fc``, VGG16's own fc6 and fc7 with a last layer for our classes, which has no score maps."""
-
-UNTRAINED: frozenset[str] = frozenset({"small"})
-"""Backbones that no public weights exist for: they train from scratch."""
 
 
 class BackboneConfig(StageConfig):
@@ -67,30 +68,31 @@ class BackboneConfig(StageConfig):
     @classmethod
     def _fill_defaults(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic hands over whatever the user wrote
         """Defaults that depend on the name, so that ``{name: small}`` alone is a complete config."""
-        if isinstance(values, dict) and values.get("name") in UNTRAINED:
-            return {"output_stride": OUTPUT_STRIDES[values["name"]][0], "pretrained": False, **values}
+        spec = BACKBONES.get(str(values.get("name"))) if isinstance(values, dict) else None
+        if spec is not None and spec.public is None:
+            return {"output_stride": spec.output_strides[0], "pretrained": False, **values}
         return values
 
     @model_validator(mode="after")
     def _check(self) -> BackboneConfig:
-        problems = backbone_problems(self.name, self.output_stride, pretrained=self.pretrained)
+        problems = []
+        if self.output_stride not in self.spec.output_strides:
+            allowed = ", ".join(map(str, self.spec.output_strides))
+            problems.append(f"{self.name} has no output_stride {self.output_stride}; choose one of: {allowed}")
+        if self.pretrained and self.spec.public is None:
+            problems.append(f"{self.name} has no public weights; write pretrained: false")
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
+    @property
+    def spec(self) -> BackboneSpec:
+        """What is known of this backbone."""
+        return BACKBONES[self.name]
 
-def backbone_problems(name: str, output_stride: int, *, pretrained: bool) -> list[str]:
-    """What is wrong with this choice of a known backbone; empty when it can be built.
-
-    Args:
-        name: One of ``BACKBONE_NAMES``.
-        output_stride: Pixels per feature cell.
-        pretrained: Whether ImageNet weights are asked for.
-    """
-    problems = []
-    if output_stride not in OUTPUT_STRIDES[name]:
-        allowed = ", ".join(map(str, OUTPUT_STRIDES[name]))
-        problems.append(f"{name} has no output_stride {output_stride}; choose one of: {allowed}")
-    if pretrained and name in UNTRAINED:
-        problems.append(f"{name} has no public weights; write pretrained: false")
-    return problems
+    def build(self) -> Backbone:
+        """The backbone at a random start, in training mode."""
+        backbone = self.spec.build(self.output_stride)
+        backbone.name = self.name
+        backbone.freeze_bn = self.freeze_bn
+        return backbone.train()

@@ -13,29 +13,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stages.nets.backbones.builders import freeze_batch_norm
-from stages.nets.segmenters.config import REFUSALS, DeepLabConfig, encoder_refusal
-from stages.nets.segmenters.largefov import Segmenter
+from stages.nets.backbones.network import freeze_batch_norm
+from stages.nets.segmenters.segmenter import Segmenter
 
 
 class DeepLab(Segmenter):
     """An SMP model without its final upsampling, for images of any size."""
 
-    def __init__(self, config: DeepLabConfig, num_classes: int) -> None:
-        """Build the net at a random start.
-
-        Args:
-            config: Encoder and decoder.
-            num_classes: C.
-
-        Raises:
-            ConfigError: the encoder cannot be built at this stride.
-        """
+    def __init__(self, model: Any, num_classes: int, *, output_stride: int, freeze_bn: bool) -> None:  # noqa: ANN401
+        """Adopt encoder, decoder and classifier of ``model``, whose class of SMP has no types."""
         super().__init__()
         self.num_classes = num_classes
-        self.output_stride = config.output_stride
-        self.freeze_bn = config.freeze_bn
-        model = _build_model(config, num_classes)
+        self.output_stride = output_stride
+        self.freeze_bn = freeze_bn
         self.encoder: nn.Module = model.encoder
         self.decoder: nn.Module = model.decoder
         self.classifier: nn.Module = model.segmentation_head[0]
@@ -70,21 +60,3 @@ class DeepLab(Segmenter):
 
     def _score(self, images: Tensor) -> Tensor:
         return self.classifier(self.decoder(self.encoder(images)))
-
-
-def _build_model(config: DeepLabConfig, num_classes: int) -> Any:  # noqa: ANN401 - SMP's classes are untyped
-    import segmentation_models_pytorch as smp
-
-    make = smp.DeepLabV3 if config.name == "deeplabv3" else smp.DeepLabV3Plus
-    try:
-        return make(
-            encoder_name=config.encoder,
-            encoder_weights=None,
-            encoder_output_stride=config.output_stride,
-            decoder_channels=config.decoder_channels,
-            decoder_atrous_rates=config.aspp_dilations,
-            decoder_aspp_dropout=config.aspp_dropout,
-            classes=num_classes,
-        )
-    except REFUSALS as error:
-        raise encoder_refusal(config.encoder, config.output_stride, error) from error

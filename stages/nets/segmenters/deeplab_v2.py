@@ -9,38 +9,37 @@ Differs: torchvision's ResNet (stride in the 3×3 convolution), whose public wei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stages.nets.backbones.builders import Backbone, build_plain_backbone
-from stages.nets.segmenters.config import DeepLabV2Config
-from stages.nets.segmenters.largefov import Segmenter, vgg_pool5, widen_vgg_pools
+from stages.nets.backbones.network import Backbone
+from stages.nets.segmenters.segmenter import Segmenter
 
 
 class DeepLabV2(Segmenter):
     """backbone → sum of 3×3 classifiers of several dilations, without a hidden layer (the paper's ResNet-101)."""
 
-    def __init__(self, config: DeepLabV2Config, num_classes: int) -> None:
-        """Build the net at a random start.
-
-        Args:
-            config: Backbone, dilations and scales.
-            num_classes: C.
-        """
+    def __init__(
+        self,
+        backbone: Backbone,
+        pool5: nn.Module,
+        num_classes: int,
+        *,
+        dilations: Sequence[int],
+        scales: Sequence[float],
+    ) -> None:
+        """Put classifiers at a random start behind ``pool5`` behind ``backbone``; options as in ``DeepLabV2Config``."""
         super().__init__()
         self.num_classes = num_classes
-        self.scales = config.scales
-        self.backbone = build_plain_backbone(config.backbone)
-        is_vgg = config.backbone.name == "vgg16"
-        if is_vgg:
-            widen_vgg_pools(self.backbone)
-        self.pool5 = vgg_pool5() if is_vgg else nn.Identity()
-        if config.backbone.freeze_bn:
-            keep_batch_norm(self.backbone)
-        self.aspp = nn.ModuleList(
-            _classifier(self.backbone.num_channels, num_classes, dilation) for dilation in config.dilations
-        )
+        self.scales = scales
+        self.backbone = backbone
+        self.pool5 = pool5
+        if backbone.freeze_bn:
+            keep_batch_norm(backbone)
+        self.aspp = nn.ModuleList(_classifier(backbone.num_channels, num_classes, dilation) for dilation in dilations)
 
     @property
     def trunk(self) -> Backbone:

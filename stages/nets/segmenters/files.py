@@ -18,7 +18,7 @@ from stages.nets.segmenters.config import AnySegmenterConfig, SegmenterConfig
 if TYPE_CHECKING:
     import torch
 
-    from stages.nets.segmenters.largefov import Segmenter
+    from stages.nets.segmenters.segmenter import Segmenter
 
 RECORD_FILE = "segmenter.json"
 WEIGHTS_FILE = "segmenter.safetensors"

@@ -1,4 +1,4 @@
-"""DeepLab-LargeFOV on any of our backbones, and what all segmenters have in common.
+"""DeepLab-LargeFOV on any of our backbones.
 
 Network code; reads VGG16's weight file where fc6 and fc7 start at its own, writes nothing.
 Shapes: B images, C classes with background, D feature channels, H W pixels, h w cells.
@@ -17,74 +17,41 @@ from torch import Tensor, nn
 
 from stages.contracts import Progress
 from stages.errors import WeightsError
-from stages.nets.backbones.builders import Backbone, build_plain_backbone
-from stages.nets.segmenters.config import LargeFovConfig
+from stages.nets.backbones.network import Backbone
+from stages.nets.layers import parameter_groups
+from stages.nets.segmenters.segmenter import Segmenter
 from stages.nets.weights import WeightsReport, fetch_weights, read_tensors
-
-
-class Segmenter(nn.Module):
-    """A network that scores C classes per cell; ``trunk`` is the part that pretrained weights go into."""
-
-    num_classes: int
-
-    @property
-    def trunk(self) -> nn.Module:
-        """The backbone or encoder, with the plain network's tensor names."""
-        raise NotImplementedError
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C, h, w) of normalised images (B, 3, H, W); the caller resizes them to (H, W)."""
-        raise NotImplementedError
-
-    def training_logits(self, images: Tensor) -> list[Tensor]:
-        """Logits (B, C, h, w) that each have a loss in training, the whole image's first; mostly one."""
-        return [self(images)]
-
-    def parameter_groups(self, head_lr_factor: float = 10.0) -> list[dict[str, Any]]:
-        """All parameters for the optimiser, each once: the trunk at factor 1, the head faster.
-
-        Args:
-            head_lr_factor: The head's learning rate as a multiple of the trunk's.
-
-        Returns:
-            Dicts with ``params`` and ``lr_factor``.
-        """
-        return parameter_groups(self, self.trunk, head_lr_factor)
-
-
-def parameter_groups(module: nn.Module, trunk: nn.Module, head_lr_factor: float) -> list[dict[str, Any]]:
-    """Parameters of ``trunk`` at factor 1, the others of ``module`` at ``head_lr_factor``; none twice."""
-    trunk_ids = {id(parameter) for parameter in trunk.parameters()}
-    head = [parameter for parameter in module.parameters() if id(parameter) not in trunk_ids]
-    return [
-        {"params": list(trunk.parameters()), "lr_factor": 1.0},
-        {"params": head, "lr_factor": head_lr_factor},
-    ]
 
 
 class LargeFov(Segmenter):
     """backbone → fc6 (3×3, dilated) → [fc7 (1×1)] → classifier (1×1); ReLU and dropout behind fc6 and fc7."""
 
-    def __init__(self, config: LargeFovConfig, num_classes: int) -> None:
-        """Build the net at a random start.
-
-        Args:
-            config: Backbone and head.
-            num_classes: C.
-        """
+    def __init__(
+        self,
+        backbone: Backbone,
+        pool5: nn.Module,
+        num_classes: int,
+        *,
+        dilation: int,
+        channels: int,
+        has_fc7: bool,
+        batch_norm: bool,
+        dropout: float,
+        is_decimated: bool,
+        align_corners: bool,
+    ) -> None:
+        """Put a head at a random start behind ``pool5`` behind ``backbone``; options as in ``LargeFovConfig``."""
         super().__init__()
         self.num_classes = num_classes
-        self.backbone = build_plain_backbone(config.backbone)
-        if config.backbone.name == "vgg16":
-            widen_vgg_pools(self.backbone)
-            self.pool5 = vgg_pool5()
-        else:
-            self.pool5 = nn.Identity()
-        self.fc6 = _stage(config, self.backbone.num_channels, kernel_size=3, dilation=config.dilation)
-        self.fc7 = _stage(config, config.channels, kernel_size=1) if config.fc7 else nn.Identity()
-        self.is_decimated = config.fc_init == "decimated"
-        self.align_corners = config.align_corners
-        self.classifier = nn.Conv2d(config.channels, num_classes, kernel_size=1)
+        self.backbone = backbone
+        self.pool5 = pool5
+        self.fc6 = _stage(backbone.num_channels, channels, 3, dilation, batch_norm=batch_norm, dropout=dropout)
+        self.fc7 = nn.Identity()
+        if has_fc7:
+            self.fc7 = _stage(channels, channels, 1, 1, batch_norm=batch_norm, dropout=dropout)
+        self.is_decimated = is_decimated
+        self.align_corners = align_corners
+        self.classifier = nn.Conv2d(channels, num_classes, kernel_size=1)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type] - a Conv2d made with a bias has one
 
@@ -105,29 +72,23 @@ class LargeFov(Segmenter):
         plain = nn.ModuleList([self.backbone, self.fc6, self.fc7])
         return parameter_groups(self, plain, head_lr_factor)
 
+    def load_imagenet(self, name: str, path: Path | None, progress: Progress | None) -> list[WeightsReport]:
+        """As every segmenter's, and fc6 and fc7 where they start decimated."""
+        reports = super().load_imagenet(name, path, progress)
+        return [*reports, load_decimated(self, path, progress=progress)] if self.is_decimated else reports
 
-def _stage(config: LargeFovConfig, in_channels: int, *, kernel_size: int, dilation: int = 1) -> nn.Sequential:
+
+def _stage(
+    in_channels: int, channels: int, kernel_size: int, dilation: int, *, batch_norm: bool, dropout: float
+) -> nn.Sequential:
     """Convolution, [BatchNorm], ReLU, dropout of whole channels' cells; the convolution starts at He's scale."""
-    conv = nn.Conv2d(
-        in_channels,
-        config.channels,
-        kernel_size,
-        padding=dilation * (kernel_size // 2),
-        dilation=dilation,
-        bias=not config.batch_norm,
-    )
+    padding = dilation * (kernel_size // 2)
+    conv = nn.Conv2d(in_channels, channels, kernel_size, padding=padding, dilation=dilation, bias=not batch_norm)
     nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
-    norm = [nn.BatchNorm2d(config.channels)] if config.batch_norm else []
-    return nn.Sequential(conv, *norm, nn.ReLU(inplace=True), nn.Dropout(config.dropout))
-
-
-def widen_vgg_pools(backbone: Backbone) -> None:
-    """Make VGG's 2×2 pools 3×3 with padding 1, as DeepLab does: 321 px give 161, 81 and 41 cells."""
-    for layer in backbone.modules():
-        if isinstance(layer, nn.MaxPool2d):
-            layer.kernel_size, layer.padding = 3, layer.dilation
+    norm = [nn.BatchNorm2d(channels)] if batch_norm else []
+    return nn.Sequential(conv, *norm, nn.ReLU(inplace=True), nn.Dropout(dropout))
 
 
 def move_to_centres(logits: Tensor, size: Sequence[int], stride: int) -> Tensor:
@@ -154,16 +115,6 @@ def _weights_at_centres(cells: int, pixels: int, stride: int, device: torch.devi
     numbers = torch.arange(cells, dtype=torch.float32, device=device)
     centres = ((numbers + 0.5) * (pixels / cells) - 0.5) / stride
     return (1 - (centres.clamp(0, cells - 1)[:, None] - numbers).abs()).clamp(min=0)
-
-
-def vgg_pool5() -> nn.Sequential:
-    """DeepLab's pool5 and pool5a: a 3×3 maximum, then a 3×3 mean, both at stride 1 and the same size.
-
-    Differs: at the rim the mean is that of the cells that are there; Caffe counts its padding as zeros.
-    """
-    return nn.Sequential(
-        nn.MaxPool2d(3, stride=1, padding=1), nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,7 @@ def compiled(function: FunctionT) -> FunctionT:
     """Compile a function for one thread on its first call, or load what an earlier process compiled.
 
     Where no cache folder can be written, each process compiles for itself.  A function may call compiled functions of
-    its own file only: numba knows a cached function as stale by that file alone.  Whoever changes an intrinsic of
-    ``stages.ops.crf.numba_simd`` has to touch the files that use it.
+    its own file only: numba knows a cached function as stale by that file alone.
     """
     # a product may join the sum that it is for (fma); the order of sums stays, so equal inputs give equal bytes
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}

@@ -7,15 +7,18 @@ all, padded to a multiple of 4 (a SIMD register).
 Source: Krähenbühl and Koltun, 2011; the exponential's polynomial is Cephes' ``expf`` (Moshier).
 """
 
+# ruff: noqa: ANN401 - numba and llvmlite give their builders, contexts and values no public types
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from stages.ops.crf.numba_compiled import compiled
-from stages.ops.crf.numba_simd import add_row, blur_row
 
 Floats = NDArray[np.float32]
 Integers = NDArray[Any]
@@ -30,6 +33,77 @@ _LOG2_E = np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _LEAST = np.float32(-50)
 """exp(-50) = 2e-22 changes no sum of a softmax, and below -87 the result would be no normal float32."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two operations of four float32 at once
+#
+# numba turns simple loops over long rows into SIMD by itself, but not the four labels of a lattice vertex (its pass for
+# that is off by default).  They are written in LLVM's vector type here: each is one load, sum or product of a register.
+# ---------------------------------------------------------------------------------------------------------------------
+
+_FOUR = ir.VectorType(ir.FloatType(), 4)
+_FUSED = ("contract",)
+"""A product may join its sum in one instruction."""
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, row: Any) -> Any:
+    """The address of a row of an array (rows, 4)."""
+    data = context.make_array(array_type)(context, builder, array).data
+    place = builder.mul(row, ir.Constant(row.type, 4))
+    return builder.bitcast(builder.gep(data, [place]), _FOUR.as_pointer())
+
+
+def _load_row(builder: Any, pointer: Any) -> Any:
+    return builder.load(pointer, align=4)
+
+
+def _spread(builder: Any, number: Any) -> Any:
+    """The number in all four places."""
+    first = builder.insert_element(ir.Constant(_FOUR, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    places = ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4)
+    return builder.shuffle_vector(first, ir.Constant(_FOUR, ir.Undefined), places)
+
+
+def _add_row(typing: Any, target: Any, t: Any, source: Any, s: Any, factor: Any) -> Any:
+    """``target[t] += factor * source[s]`` for contiguous float32 arrays (rows, 4)."""
+    del typing, t, s, factor
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        target, t, source, s, factor = arguments
+        into = _pointer(context, builder, signature.args[0], target, t)
+        row = _load_row(builder, _pointer(context, builder, signature.args[2], source, s))
+        product = builder.fmul(_spread(builder, factor), row, flags=_FUSED)
+        builder.store(builder.fadd(_load_row(builder, into), product, flags=_FUSED), into, align=4)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, source, types.intp, types.float32), generate
+
+
+def _blur_row(typing: Any, target: Any, source: Any, row: Any, ahead: Any, behind: Any) -> Any:
+    """``target[row] = source[row] + (source[ahead] + source[behind]) / 2`` for contiguous float32 arrays (rows, 4)."""
+    del typing, row, ahead, behind
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        target, source, *rows = arguments
+        at = [_load_row(builder, _pointer(context, builder, signature.args[1], source, row)) for row in rows]
+        half = ir.Constant(_FOUR, [0.5] * 4)
+        sides = builder.fmul(half, builder.fadd(at[1], at[2]), flags=_FUSED)
+        into = _pointer(context, builder, signature.args[0], target, rows[0])
+        builder.store(builder.fadd(at[0], sides, flags=_FUSED), into, align=4)
+        return context.get_dummy_value()
+
+    return types.void(target, source, types.intp, types.intp, types.intp), generate
+
+
+# the first argument is numba's: callers leave it out
+add_row: Any = intrinsic(_add_row)
+blur_row: Any = intrinsic(_blur_row)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loops
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @compiled

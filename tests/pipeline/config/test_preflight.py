@@ -215,11 +215,10 @@ def test_a_layer_that_the_network_lacks_is_refused_with_the_nearest() -> None:
 def test_the_tensors_of_the_head_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from stages.nets.backbones.builders import build_plain_backbone
     from stages.nets.backbones.config import BackboneConfig
 
     monkeypatch.setattr("stages.nets.heads.FC_CHANNELS", 8)
-    features = build_plain_backbone(BackboneConfig(name="vgg16", pretrained=False)).state_dict()
+    features = BackboneConfig(name="vgg16", pretrained=False).build().state_dict()
     torch.save(features, tmp_path / "w.pth")
     vgg = ["train_classifier.backbone={name: vgg16}", "train_segmenter.init=random", f"weights.vgg16={tmp_path}/w.pth"]
     check_networks(config(*vgg), SilentProgress())
@@ -231,14 +230,13 @@ def test_the_tensors_of_the_head_are_checked_too(tmp_path: Path, monkeypatch: py
 
 
 def test_a_trained_classifier_is_checked_with_the_classes_of_the_data(tmp_path: Path) -> None:
-    from stages.nets.backbones.builders import build_plain_backbone
     from stages.nets.backbones.config import BackboneConfig
     from stages.nets.classifier import Classifier
     from stages.nets.weights import save_weights
 
     num_foreground = len(preflight(config()).classes.names)
     for k in (num_foreground, num_foreground + 1):
-        save_weights(Classifier(build_plain_backbone(BackboneConfig(name="small")), k), tmp_path / f"{k}.safetensors")
+        save_weights(Classifier(BackboneConfig(name="small").build(), k), tmp_path / f"{k}.safetensors")
     check_networks(config(f"weights.classifier={tmp_path}/{num_foreground}.safetensors"), SilentProgress())
     with pytest.raises(WeightsError) as caught:
         check_networks(config(f"weights.classifier={tmp_path}/{num_foreground + 1}.safetensors"), SilentProgress())

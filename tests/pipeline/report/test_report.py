@@ -42,7 +42,7 @@ from stages.contracts import (
     write_json,
 )
 from stages.evaluate import EvaluateConfig
-from stages.masks.steps import step_path
+from stages.masks.mask_files import step_path
 from stages.ops.metrics.confusion import SparseConfusions, confusion_matrix, write_confusions
 
 CLASSES = ClassList(names=("red fox", "<b>owl</b>"))

@@ -11,8 +11,7 @@ from pydantic import ValidationError
 
 from stages.data.adapters.custom import CustomConfig
 from stages.data.listing import list_data
-from stages.data.records import DataListing
-from stages.data.splits import some
+from stages.data.records import DataListing, some
 from stages.errors import DataError
 
 

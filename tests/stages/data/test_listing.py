@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -18,8 +19,8 @@ from stages.data.adapters.synthetic import SyntheticConfig
 from stages.data.adapters.voc import VocConfig
 from stages.data.config import DataConfig, data_root
 from stages.data.listing import digest_data, list_data
-from stages.data.records import Problems
-from stages.data.splits import hash_half, hash_share
+from stages.data.records import Problems, Scan
+from stages.data.subsets import hash_half, hash_share
 from stages.errors import DataError
 
 AsCustom = Callable[..., CustomConfig]
@@ -147,6 +148,19 @@ def test_the_format_chooses_the_adapter(tmp_path: Path) -> None:
     assert (data_root(voc), data_root(SyntheticConfig())) == (tmp_path, None)
     with pytest.raises(ValidationError):
         adapter.validate_python({"format": "coco"})
+
+
+ADAPTERS = get_args(get_args(DataConfig)[0])
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_every_adapter_lists_all_problems_of_an_empty_folder_instead_of_raising(adapter: type, tmp_path: Path) -> None:
+    needed = {name: tmp_path for name, field in adapter.model_fields.items() if field.is_required()}
+    config = adapter(**needed)
+    assert set(needed) <= {"root"}, "a folder is a complete config"
+    scan = config.scan()
+    assert isinstance(scan, Scan)
+    assert bool(scan.problems) == (data_root(config) is not None), "what is generated has none"
 
 
 def test_configs_and_listings_need_no_heavy_library() -> None:

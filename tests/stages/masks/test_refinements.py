@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,13 +11,13 @@ from pydantic import ValidationError
 
 from stages.contracts import Part, Runtime, SilentProgress, read_index_mask, read_json, write_json
 from stages.make_masks import MakeMasksConfig, make_masks
-from stages.masks.refinement_config import RefinementName
-from stages.masks.refinements import REFINEMENTS, refine_in_steps
-from stages.masks.steps import read_steps, step_names
+from stages.masks.label_rules import ConfidentThresholds, initial_mask, map_probabilities, upsample_maps
+from stages.masks.mask_files import read_steps, step_names
+from stages.masks.refinements.chain import refine_in_steps
+from stages.masks.refinements.config import REFINEMENTS
 from stages.ops.crf.dense_crf import dense_crf, label_unary
 from stages.ops.metrics.confusion import confusion_matrix, mean_iou
 from stages.ops.par import ParBatch
-from stages.ops.seeds import ConfidentThresholds, initial_mask, map_probabilities, upsample_maps
 from tests.stages.test_make_masks import ONE, SMALL_CRF, SMALL_PAR, SMALL_WALK, _noisy, _write_classifier
 from tests.stages.tiny_masks import TRAIN, attention_of, size_of, truth_of, write_world
 
@@ -50,8 +49,29 @@ def step_files(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in (out / "steps").rglob("*.png")}
 
 
-def test_every_name_has_its_line_in_the_registry_and_its_section() -> None:
-    assert set(get_args(RefinementName)) == set(REFINEMENTS) <= set(MakeMasksConfig.model_fields)
+@pytest.mark.parametrize("name", REFINEMENTS)
+def test_every_refinement_has_options_that_enter_the_key_only_where_it_is_in_the_chain(name: str) -> None:
+    config = MakeMasksConfig(refine=name)
+    assert config.chain == (name,)
+    assert name in config.key_content()
+    assert name == "crf" or name not in MakeMasksConfig(refine="none").key_content(), "make_masks' key has its own CRF"
+
+
+@pytest.mark.parametrize("name", [name for name, refinement in REFINEMENTS.items() if refinement.open is not None])
+@pytest.mark.parametrize("refine_again", [False, True])
+def test_every_refinement_of_pixels_gives_probabilities_of_the_labels_at_hand(name: str, refine_again: bool) -> None:
+    chain = [*(other for other in ("par", "crf") if other != name), name] if refine_again else name
+    config = MakeMasksConfig.model_validate({**SMALL, "refine": chain})
+    images = {"t2": (0, 2), "t1": (1,)}
+    pixels = [_noisy(truth_of(labels, size_of(image_id))) for image_id, labels in images.items()]
+    found = refine_in_steps(pixels, [attention_of(*image) for image in images.items()], config)
+    for made, (image_id, labels) in zip(found, images.items(), strict=True):
+        size = size_of(image_id)
+        assert made.mask.shape == size
+        assert set(np.unique(made.mask)) <= {0, *(label + 1 for label in labels)}
+        (state,) = made.states
+        assert state.shape == (len(labels) + 1, *size)
+        np.testing.assert_allclose(state.sum(axis=0), 1, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,12 +18,12 @@ from stages.contracts import (
     write_index_mask,
     write_json,
 )
-from stages.data.subsets import choose_sweep_images, sweep_key_content
+from stages.data.subsets import SweepConfig, choose_sweep_images, sweep_key_content
 from stages.errors import ConfigError, DamagedFileError, DataError
 from stages.make_masks import MakeMasksConfig, make_masks
+from stages.masks.label_rules import SeedConfig, initial_mask
 from stages.masks.threshold_choice import choose_threshold, count_thresholds, with_chosen_threshold
 from stages.ops.metrics.confusion import confusion_matrix
-from stages.ops.seeds import SeedConfig, SweepConfig, initial_mask
 from stages.scoring.mask_scores import ScoringContext, collect_training, score_training
 from tests.stages.tiny_masks import CLASSES, TRAIN, attention_of, size_of, write_world
 

@@ -32,9 +32,9 @@ from stages.errors import ConfigError, DamagedFileError, EnvironmentFailure, Inp
 from stages.evaluate import EvaluateConfig
 from stages.make_attention import MakeAttentionConfig, make_attention
 from stages.make_masks import MakeMasksConfig, make_masks
+from stages.masks.attention_maps import MapCensus
 from stages.masks.attention_windows import read_views
-from stages.masks.map_census import MapCensus
-from stages.masks.window_masks import Measured
+from stages.masks.measuring import Measured
 from stages.masks.writing import BackgroundWriter
 from stages.ops.crf.dense_crf import CrfConfig
 from stages.ops.par import ParConfig
@@ -128,14 +128,12 @@ class Counter(SilentProgress):
 
     def __init__(self, stop_after: int | None = None) -> None:
         super().__init__()
-        self.stop_after, self.begun, self.counted = stop_after, (0, 0), 0
+        self.stop_after, self.begun, self.counted = stop_after, None, 0
         self.rates: list[float] = []
 
-    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
-        self.begun = (total, done)
-
-    def advance(self, count: int = 1, **values: float) -> None:
-        self.counted += count
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        self.begun = self.begun or (total, done)
+        self.counted = done - self.begun[1]
         self.rates += [rate for name, rate in values.items() if name == "images_per_s"]
         if self.stop_after is not None and self.counted >= self.stop_after:
             raise KeyboardInterrupt
@@ -290,7 +288,7 @@ def test_a_device_too_small_for_a_batch_halves_it_and_goes_on(world: World, monk
 
 def test_a_walk_by_windows_of_neighbours_gets_them_in_order(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: batches come by size, the walker wants four neighbours of the list at a time."""
-    from stages.masks.walked_maps import MapWalker
+    from stages.masks.refinements.random_walk import MapWalker
 
     walk, seen = MapWalker.walk, []
 
@@ -520,7 +518,7 @@ def _fill_disk(monkeypatch: pytest.MonkeyPatch, *, after: int) -> list[int]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
-    monkeypatch.setattr("stages.contracts.os.fsync", full)
+    monkeypatch.setattr("stages.contracts.files.os.fsync", full)
     return count
 
 

@@ -14,8 +14,7 @@ from stages.errors import ConfigError
 from stages.methods.adl import PRESETS, AdlConfig, attention_dropout, drop_mask
 from stages.methods.cam import CamConfig
 from stages.methods.classifier_files import ClassifierDescription, build_classifier
-from stages.nets.backbones.builders import build_plain_backbone
-from stages.nets.backbones.config import BACKBONE_NAMES, BackboneConfig
+from stages.nets.backbones.config import BACKBONES, BackboneConfig
 from stages.nets.classifier import Classifier
 from stages.nets.layers import capture_output, find_layer
 from stages.nets.weights import load_pretrained
@@ -95,7 +94,7 @@ def test_the_gradient_is_none_where_dropped():
 
 def test_in_evaluation_the_network_is_the_plain_one():
     classifier = _classifier("small").eval()
-    plain = Classifier(build_plain_backbone(_backbone("small")), 2).eval()
+    plain = Classifier(_backbone("small").build(), 2).eval()
     plain.load_state_dict(classifier.state_dict())
     images = torch.randn(2, 3, 32, 48)
     assert torch.equal(classifier(images).scores, plain(images).scores)
@@ -139,10 +138,10 @@ def test_every_layer_draws_for_itself():
 
 
 def test_every_backbone_has_a_preset_whose_layers_exist_and_are_rectified():
-    assert set(PRESETS) >= set(BACKBONE_NAMES)
+    assert set(PRESETS) >= set(BACKBONES)
     images = torch.randn(1, 3, 64, 64)
-    for name in BACKBONE_NAMES:
-        backbone = build_plain_backbone(_backbone(name)).eval()
+    for name in BACKBONES:
+        backbone = _backbone(name).build().eval()
         for layer in PRESETS[name].layers:
             with capture_output(backbone, layer) as captured, torch.no_grad():
                 backbone(images)
@@ -161,7 +160,7 @@ def test_vgg16_has_them_after_pool3_pool4_and_conv5_3():
 
 
 def test_seresnet50_has_them_after_the_first_blocks_of_the_last_two_groups_and_at_the_end():
-    backbone = build_plain_backbone(_backbone("seresnet50"))
+    backbone = _backbone("seresnet50").build()
     assert PRESETS["seresnet50"].layers == ("layer3.0", "layer4.0", "layer4.2")
     assert [len(group) for group in (backbone.layer3, backbone.layer4)] == [6, 3]
     assert (PRESETS["seresnet50"].gamma, PRESETS["seresnet50"].published) == (0.9, True)
@@ -225,7 +224,7 @@ def test_a_batch_norm_is_refused():
 
 
 def test_a_backbone_without_a_preset_needs_layers_and_gamma():
-    classifier = Classifier(build_plain_backbone(_backbone("small")), 2)
+    classifier = Classifier(_backbone("small").build(), 2)
     classifier.backbone.name = "other"
     with pytest.raises(ConfigError, match=r"no preset for backbone 'other' \(it has: .*vgg16\); write method.layers"):
         AdlConfig(layers=("features.8",)).build().prepare(classifier)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from stages.methods.cam import Cam, CamConfig
-from stages.nets.backbones.builders import build_backbone
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.classifier import Classifier
+from stages.nets.weights import build_backbone
 from stages.ops.step import StepInfo
 
 

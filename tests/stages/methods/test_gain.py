@@ -8,9 +8,9 @@ from torch import nn
 from stages.contracts import ImageRecord
 from stages.errors import ConfigError
 from stages.methods.gain import GAIN_PAPER, GainConfig, GainExtConfig
-from stages.nets.backbones.builders import build_backbone
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.classifier import Classifier
+from stages.nets.weights import build_backbone
 from stages.ops.mining import (
     erase,
     mean_over_classes_then_images,

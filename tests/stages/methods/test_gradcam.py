@@ -8,10 +8,10 @@ from torch import nn
 from stages.errors import ConfigError
 from stages.methods.cam import Cam
 from stages.methods.gradcam import GradCamConfig, find_evidence, grad_cam
-from stages.nets.backbones.builders import build_backbone
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.classifier import Classifier
 from stages.nets.layers import capture_output
+from stages.nets.weights import build_backbone
 from stages.ops.attention import normalise_attention
 from stages.ops.gradient_maps import gradient_weights, label_pairs, linear_weights, scatter_maps, weighted_maps
 

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from stages.methods import METHODS, MethodConfig, build_method, method_union
 from stages.methods.classifier_files import ClassifierDescription, build_classifier, load_classifier, save_classifier
-from stages.nets.backbones.builders import build_backbone
 from stages.nets.backbones.config import BackboneConfig
+from stages.nets.weights import build_backbone
 from stages.ops.step import StepInfo
 from tests.stages.methods.tiny_data import CLASSES
 

@@ -10,9 +10,9 @@ import torch
 from pydantic import TypeAdapter
 
 from stages.methods import METHODS, build_method, method_union
-from stages.nets.backbones.builders import build_backbone
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.classifier import Classifier
+from stages.nets.weights import build_backbone
 from stages.ops.step import StepInfo
 
 DOCS = Path(__file__).parents[3] / "docs" / "methods.md"

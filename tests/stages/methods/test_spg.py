@@ -10,8 +10,7 @@ from stages.contracts import ClassList
 from stages.errors import ConfigError
 from stages.methods.classifier_files import ClassifierDescription, build_classifier
 from stages.methods.spg import LAYERS, SpgConfig, num_layer_channels
-from stages.nets.backbones.builders import build_plain_backbone
-from stages.nets.backbones.config import BACKBONE_NAMES, BackboneConfig
+from stages.nets.backbones.config import BACKBONES, BackboneConfig
 from stages.nets.classifier import Classifier
 from stages.ops.attention import sure_pixels
 from stages.ops.losses import multilabel_soft_margin, object_cross_entropy
@@ -142,16 +141,16 @@ def test_every_branch_learns():
 
 
 def test_every_backbone_has_its_layers():
-    assert set(LAYERS) >= set(BACKBONE_NAMES)
+    assert set(LAYERS) >= set(BACKBONES)
     expected = {"vgg16": [512, 512], "resnet50": [1024, 1024], "inception_v3": [288, 768], "small": [48, 64]}
-    for name in BACKBONE_NAMES:
+    for name in BACKBONES:
         options = {} if name == "small" else {"output_stride": 16, "pretrained": False}
-        channels = num_layer_channels(build_plain_backbone(BackboneConfig(name=name, **options)), LAYERS[name])
+        channels = num_layer_channels(BackboneConfig(name=name, **options).build(), LAYERS[name])
         assert channels == expected.get(name, channels)
 
 
 def test_counting_channels_draws_nothing_and_changes_nothing():
-    backbone = build_plain_backbone(BackboneConfig(name="small"))
+    backbone = BackboneConfig(name="small").build()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     random_state = torch.get_rng_state()
     assert num_layer_channels(backbone, ("features.2", "features.5")) == [16, 32]
@@ -161,7 +160,7 @@ def test_counting_channels_draws_nothing_and_changes_nothing():
 
 
 def test_frozen_batch_norm_stays_frozen():
-    backbone = build_plain_backbone(BackboneConfig(name="small", freeze_bn=True))
+    backbone = BackboneConfig(name="small", freeze_bn=True).build()
     modes = [layer.training for layer in backbone.modules()]
     num_layer_channels(backbone, ("features.2",))
     assert [layer.training for layer in backbone.modules()] == modes
@@ -174,14 +173,14 @@ def test_an_unknown_layer_is_refused_with_the_nearest_names():
 
 
 def test_a_layer_without_a_map_is_refused():
-    backbone = build_plain_backbone(BackboneConfig(name="small"))
+    backbone = BackboneConfig(name="small").build()
     backbone.add_module("flat", torch.nn.Flatten())
     with pytest.raises(ConfigError, match=r"layer 'flat' puts out \(1, 16384\), not a map"):
         num_layer_channels(backbone, ("features.5", "flat"))
 
 
 def test_a_backbone_without_a_preset_needs_layers():
-    classifier = Classifier(build_plain_backbone(BackboneConfig(name="small")), 2)
+    classifier = Classifier(BackboneConfig(name="small").build(), 2)
     classifier.backbone.name = "other"
     with pytest.raises(ConfigError, match=r"spg has no layers for backbone 'other' \(it has: .*vgg16\)"):
         SpgConfig().build().prepare(classifier)

@@ -12,24 +12,21 @@ from torch import nn
 from torchvision import models
 
 from stages.errors import WeightsError
-from stages.nets.backbones.builders import (
-    BUILDERS,
+from stages.nets.backbones.config import BACKBONES, BackboneConfig
+from stages.nets.backbones.network import (
     Backbone,
-    build_backbone,
-    build_plain_backbone,
     freeze_batch_norm,
+    limit_stride,
     renormalise_half,
 )
-from stages.nets.backbones.config import BACKBONE_NAMES, OUTPUT_STRIDES, BackboneConfig
-from stages.nets.backbones.dilation import limit_stride
-from stages.nets.weights import load_weights, save_weights
+from stages.nets.weights import build_backbone, load_weights, save_weights
 
 HEIGHT, WIDTH = 65, 97  # neither square nor a multiple of any stride
 
 
 def make(name, output_stride=None, **fields) -> Backbone:
-    stride = output_stride or OUTPUT_STRIDES[name][-1]
-    return build_plain_backbone(BackboneConfig(name=name, output_stride=stride, pretrained=False, **fields))
+    stride = output_stride or BACKBONES[name].output_strides[-1]
+    return BackboneConfig(name=name, output_stride=stride, pretrained=False, **fields).build()
 
 
 def plain_net(name) -> nn.Module:
@@ -42,12 +39,20 @@ def plain_net(name) -> nn.Module:
         return timm.create_model(name, pretrained=False)
 
 
-def test_every_named_backbone_has_strides_and_a_builder():
-    assert set(OUTPUT_STRIDES) == set(BACKBONE_NAMES) == set(BUILDERS)
+def test_every_backbone_has_strides_that_a_config_can_name_and_a_name_of_its_own():
+    for name, spec in BACKBONES.items():
+        assert spec.name == name
+        assert set(spec.output_strides) <= {4, 8, 16, 32}
+        assert list(spec.output_strides) == sorted(spec.output_strides)
+
+
+def test_an_unknown_backbone_is_refused_with_the_menu():
+    with pytest.raises(ValidationError, match="Input should be 'small', 'vgg16', 'resnet50'"):
+        BackboneConfig(name="resnet5")
 
 
 @pytest.mark.parametrize(
-    ("name", "stride"), [(name, stride) for name in BACKBONE_NAMES for stride in OUTPUT_STRIDES[name]]
+    ("name", "stride"), [(name, stride) for name in BACKBONES for stride in BACKBONES[name].output_strides]
 )
 def test_feature_size_is_the_image_size_over_the_declared_stride(name, stride):
     with torch.device("meta"):  # shapes without numbers
@@ -81,7 +86,7 @@ def test_inception_computes_finite_features_of_small_images():
     assert features.std() > 0
 
 
-@pytest.mark.parametrize("name", [name for name in BACKBONE_NAMES if name != "small"])
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "small"])
 def test_tensor_names_and_shapes_are_those_of_the_plain_net_without_its_classifier(name):
     with torch.device("meta"):
         ours = make(name, 8).state_dict()

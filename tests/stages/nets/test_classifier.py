@@ -1,14 +1,11 @@
 import torch
 
-from stages.nets.backbones.builders import build_plain_backbone
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.classifier import Classifier
 
 
 def make(num_foreground=3):
-    return Classifier(
-        build_plain_backbone(BackboneConfig(name="small", output_stride=4, pretrained=False)), num_foreground
-    )
+    return Classifier(BackboneConfig(name="small", output_stride=4, pretrained=False).build(), num_foreground)
 
 
 def test_logits_are_the_mean_of_the_class_maps_of_a_non_square_image():
@@ -44,11 +41,11 @@ def test_layers_that_a_method_adds_join_the_head_group():
 
 def test_the_default_head_draws_the_numbers_that_it_always_drew():
     torch.manual_seed(3)
-    backbone = build_plain_backbone(BackboneConfig(name="small"))
+    backbone = BackboneConfig(name="small").build()
     expected = torch.nn.Conv2d(64, 5, 1, bias=False).weight
     torch.nn.init.normal_(expected, std=0.01)
     torch.manual_seed(3)
-    classifier = Classifier(build_plain_backbone(BackboneConfig(name="small")), 5)
+    classifier = Classifier(BackboneConfig(name="small").build(), 5)
     assert torch.equal(classifier.head.weight, expected)
     assert [name for name in classifier.state_dict() if name.startswith("head")] == ["head.weight"]
     assert torch.equal(

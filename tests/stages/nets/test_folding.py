@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.nets.backbones.builders import build_plain_backbone
-from stages.nets.backbones.config import BACKBONE_NAMES, OUTPUT_STRIDES, BackboneConfig
+from stages.nets.backbones.config import BACKBONES, BackboneConfig
 from stages.nets.folding import fold_batch_norm
 
 FOLDED = {"small": 6, "resnet50": 53, "resnet101": 104, "inception_v3": 94, "mobilenet_v2": 52}
@@ -23,11 +22,11 @@ def _with_statistics(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-@pytest.mark.parametrize("name", BACKBONE_NAMES)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_a_folded_backbone_gives_the_same_features(name):
     torch.manual_seed(0)
-    config = BackboneConfig(name=name, output_stride=OUTPUT_STRIDES[name][-1], pretrained=False)
-    backbone = _with_statistics(build_plain_backbone(config))
+    config = BackboneConfig(name=name, output_stride=BACKBONES[name].output_strides[-1], pretrained=False)
+    backbone = _with_statistics(config.build())
     images = torch.randn(2, 3, 80, 96)
     with torch.inference_mode():
         before = backbone(images)

@@ -10,7 +10,6 @@ from stages.errors import WeightsError
 from stages.methods.classifier_files import ClassifierDescription, build_classifier, load_classifier, save_classifier
 from stages.methods.gradcam import GradCamConfig
 from stages.nets import heads
-from stages.nets.backbones.builders import build_plain_backbone
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.classifier import Classifier
 from stages.nets.heads import FcHead, average_to_grid, load_vgg16
@@ -33,7 +32,7 @@ def test_with_torchvisions_weights_it_is_torchvisions_vgg16(monkeypatch, tmp_pat
     plain = models.vgg16(weights=None, init_weights=False).eval()
     tensors = plain.state_dict()
     monkeypatch.setattr(heads, "read_tensors", lambda path: tensors)
-    backbone = build_plain_backbone(BackboneConfig(name="vgg16", output_stride=16, pretrained=False))
+    backbone = BackboneConfig(name="vgg16", output_stride=16, pretrained=False).build()
     classifier = Classifier(backbone, 1000, "fc").eval()
     report = load_vgg16(classifier.backbone, classifier.head, tmp_path / "vgg16.pth")
     assert report.describe() == (
@@ -139,7 +138,7 @@ def test_it_comes_back_from_disk_without_public_weights(output_stride, narrow, t
 @pytest.fixture
 def public(narrow, tmp_path):
     """Writes a file in torchvision's layout that fits the narrow head, after ``change`` of its tensors."""
-    features = build_plain_backbone(describe().backbone).state_dict()
+    features = describe().backbone.build().state_dict()
     sizes = {"0": (8, 25088), "3": (8, 8), "6": (1000, 8)}
     layers = {f"classifier.{n}.weight": torch.rand(size) for n, size in sizes.items()}
     layers |= {f"classifier.{n}.bias": torch.rand(size[0]) for n, size in sizes.items()}

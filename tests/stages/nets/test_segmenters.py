@@ -1,6 +1,7 @@
 """Every segmenter keeps the same promises; configs that cannot be built are refused early."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -9,17 +10,15 @@ from torch import nn
 
 from stages.contracts import SilentProgress
 from stages.errors import ConfigError, WeightsError
-from stages.nets.backbones.builders import build_plain_backbone
-from stages.nets.backbones.config import BackboneConfig
+from stages.nets.backbones.config import BACKBONES, BackboneConfig
 from stages.nets.downloads import COCO_WEIGHTS
 from stages.nets.segmenters.build import build_segmenter
 from stages.nets.segmenters.config import (
-    CORNER_BACKBONES,
     DILATABLE_ENCODERS,
+    AnySegmenterConfig,
     DeepLabConfig,
     LargeFovConfig,
     SegmenterConfig,
-    backbone_name,
     check_encoder,
     init_problems,
     pretrained_name,
@@ -68,6 +67,10 @@ def test_dilations_double_when_the_stride_is_halved():
     assert parse({"name": "deeplabv3", "output_stride": 8}).aspp_dilations == (12, 24, 36)
     assert parse({"name": "deeplabv3"}).aspp_dilations == (6, 12, 18)
     assert parse({"name": "deeplabv3", "output_stride": 8, "aspp_dilations": (1, 2, 3)}).aspp_dilations == (1, 2, 3)
+
+
+def test_the_light_nets_are_of_every_segmenter():
+    assert {type(parse(fields)) for fields in LIGHT} == set(get_args(AnySegmenterConfig))
 
 
 @pytest.mark.parametrize("fields", [*LIGHT, VGG])
@@ -196,7 +199,14 @@ def test_scores_at_corners_are_moved_to_where_everybody_takes_them_to_be(size):
     assert (unmoved - torch.arange(size[1])).abs()[inside].max() > 1, "what it is for"
 
 
-@pytest.mark.parametrize("name", ["vgg16", *(pytest.param(n, marks=pytest.mark.slow) for n in CORNER_BACKBONES[1:])])
+CORNERS = [
+    name if name == "vgg16" else pytest.param(name, marks=pytest.mark.slow)
+    for name, spec in BACKBONES.items()
+    if spec.has_corner_cells
+]
+
+
+@pytest.mark.parametrize("name", CORNERS)
 def test_cells_lie_at_corners(name):
     """Kernels that are their own mirror image see the same in a mirror image, if its cells lie as the image's."""
     torch.manual_seed(0)
@@ -272,23 +282,23 @@ def test_our_backbones_and_smps_encoders_share_tensor_names_and_shapes(name):
     from segmentation_models_pytorch.encoders import get_encoder
 
     with torch.device("meta"):
-        ours = build_plain_backbone(BackboneConfig(name=name, pretrained=False)).state_dict()
+        ours = BackboneConfig(name=name, pretrained=False).build().state_dict()
         theirs = get_encoder(name, weights=None).state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
 @pytest.mark.parametrize("fields", [SMALL, V3PLUS_MOBILE], ids=["largefov", "deeplab"])
 def test_the_classifiers_backbone_is_the_segmenters_start(fields):
-    name = backbone_name(parse(fields))
+    name = parse(fields).backbone_name
     stride = 4 if name == "small" else 16
-    classifier = build_plain_backbone(BackboneConfig(name=name, output_stride=stride, pretrained=False))
+    classifier = BackboneConfig(name=name, output_stride=stride, pretrained=False).build()
     segmenter = make(fields, init="classifier", classifier_backbone=classifier.state_dict())
     for key, value in classifier.state_dict().items():
         assert torch.equal(segmenter.trunk.state_dict()[key], value)
 
 
 def test_another_classifier_is_refused_by_tensor_name():
-    classifier = build_plain_backbone(BackboneConfig(name="squeezenet1_1", pretrained=False))
+    classifier = BackboneConfig(name="squeezenet1_1", pretrained=False).build()
     with pytest.raises(WeightsError, match=r"this run's classifier into small: .*another net"):
         make(SMALL, init="classifier", classifier_backbone=classifier.state_dict())
     with pytest.raises(WeightsError, match="needs the trained classifier's backbone"):
@@ -339,7 +349,7 @@ DECIMATED = {**VGG, "channels": 64, "fc_init": "decimated"}
 
 def vgg_file(path, **changes):
     """A file in the layout of torchvision's vgg16 whose fully connected layers say where a number comes from."""
-    tensors = dict(build_plain_backbone(BackboneConfig(name="vgg16", output_stride=16, pretrained=False)).state_dict())
+    tensors = dict(BackboneConfig(name="vgg16", output_stride=16, pretrained=False).build().state_dict())
     channel = torch.arange(4096.0)
     cell = torch.arange(7.0)[:, None] * 10 + torch.arange(7.0)
     fc6 = (channel[:, None, None, None] * 100 + cell).expand(4096, 2, 7, 7)

@@ -5,21 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.nets.backbones.builders import build_plain_backbone
-from stages.nets.backbones.config import BACKBONE_NAMES, OUTPUT_STRIDES, BackboneConfig
+from stages.nets.backbones.config import BACKBONES, BackboneConfig
 from stages.nets.downloads import PUBLIC_WEIGHTS
 
 PAGE = (Path(__file__).parents[3] / "docs" / "weights.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", BACKBONE_NAMES)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_strides_and_first_tensor_of_each_backbone_are_on_the_page(name):
     (row,) = (line for line in PAGE.splitlines() if line.startswith("|") and f"`{name}`" in line and "http" not in line)
-    strides = OUTPUT_STRIDES[name]
+    strides = BACKBONES[name].output_strides
     assert f"| {', '.join(map(str, strides))}" in row
     if name != "small":
         with torch.device("meta"):
-            first = next(iter(build_plain_backbone(BackboneConfig(name=name, output_stride=strides[-1])).state_dict()))
+            first = next(iter(BackboneConfig(name=name, output_stride=strides[-1]).build().state_dict()))
         assert f"`{first}`" in row
 
 

@@ -9,17 +9,7 @@ from hypothesis import strategies as st
 
 from stages.contracts import AttentionRecord
 from stages.errors import DamagedFileError
-from stages.ops.metrics.confusion import (
-    SparseConfusions,
-    ThresholdSweep,
-    confusion_matrix,
-    iou,
-    mean_iou,
-    pixel_accuracy,
-    read_confusions,
-    write_confusions,
-)
-from stages.ops.seeds import (
+from stages.masks.label_rules import (
     ConfidentThresholds,
     SeedConfig,
     background_level,
@@ -30,6 +20,16 @@ from stages.ops.seeds import (
     strongest_map,
     to_class_indices,
     upsample_maps,
+)
+from stages.ops.metrics.confusion import (
+    SparseConfusions,
+    ThresholdSweep,
+    confusion_matrix,
+    iou,
+    mean_iou,
+    pixel_accuracy,
+    read_confusions,
+    write_confusions,
 )
 
 TRUTH = np.array([[0, 0, 1, 1], [0, 2, 2, 255]], np.uint8)

@@ -13,7 +13,7 @@ from stages.contracts import SilentProgress, read_json, write_index_mask
 from stages.errors import DamagedFileError
 from stages.evaluate import EvaluateConfig, evaluate
 from stages.make_masks import MakeMasksConfig, make_masks
-from stages.masks.steps import step_path
+from stages.masks.mask_files import step_path
 from stages.ops.metrics.confusion import confusion_matrix, mean_iou, read_confusions
 from stages.scoring.training_scores import step_things
 from tests.stages.test_make_masks import ONE, SMALL_CRF, SMALL_PAR

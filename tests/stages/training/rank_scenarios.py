@@ -20,11 +20,9 @@ from stages.methods.adl import AdlConfig
 from stages.methods.cam import CamConfig
 from stages.methods.gain import GainConfig, GainExtConfig
 from stages.methods.spg import SpgConfig
-from stages.nets.backbones.builders import build_plain_backbone
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.classifier import Classifier
 from stages.nets.segmenters.config import DeepLabConfig
-from stages.nets.segmenters.deeplab import DeepLab
 from stages.nets.segmenters.files import load_segmenter
 from stages.ops.collectives import wait_for_all
 from stages.train_classifier import _Objective as ClassifierObjective
@@ -90,7 +88,7 @@ def fit(model, objective, out, *, samples=None, config=CONFIG, groups=None):
 def classify(out, *, method=None, freeze_bn=True, samples=None):
     """A classifier on the small backbone."""
     torch.manual_seed(0)
-    backbone = build_plain_backbone(BackboneConfig(name="small", freeze_bn=freeze_bn))
+    backbone = BackboneConfig(name="small", freeze_bn=freeze_bn).build()
     classifier = Classifier(backbone, CLASSES)
     prepared = (method or CamConfig()).build()
     prepared.prepare(classifier)
@@ -108,7 +106,7 @@ def segment(out, *, loss="cross_entropy", resolution="pixels", model=None, confi
 def deeplab():
     """BatchNorm everywhere, one of them behind the image pooling: one value per image and channel."""
     config = DeepLabConfig(name="deeplabv3plus", encoder="resnet18", aspp_dropout=0.0, output_stride=16)
-    return DeepLab(config, CLASSES + 1)
+    return config.build(CLASSES + 1)
 
 
 def uneven_parameters(out):

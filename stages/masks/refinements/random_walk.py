@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.contracts import AttentionRecord, ImageRecord, ImageSet, Progress, Runtime
-from stages.data.splits import some
+from stages.data.records import some
 from stages.errors import ConfigError, EnvironmentFailure, InputError
-from stages.masks.map_census import BROKEN_WEIGHTS
+from stages.masks.attention_maps import BROKEN_WEIGHTS
+from stages.masks.refinements.base import Refinement
 from stages.ops.random_walk import RandomWalkConfig, walk_maps
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ _WINDOW_IMAGES = 16
 
 _ALL_BROKEN = 16
 """So many images with features of NaN, and none without before them, are all there are."""
+
+RANDOM_WALK = Refinement("the maps spread over cells of like features of the classifier", None)
 
 
 class MapWalker:

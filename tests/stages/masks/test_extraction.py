@@ -6,9 +6,9 @@ from torch.nn import functional
 from stages.contracts import ImageRecord
 from stages.errors import EnvironmentFailure, InputError
 from stages.masks.extraction import AttentionExtractor, Views, build_inputs, plan_batches
-from stages.nets.backbones.builders import build_backbone
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.classifier import Classifier
+from stages.nets.weights import build_backbone
 
 CPU = torch.device("cpu")
 

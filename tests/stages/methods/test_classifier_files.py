@@ -20,7 +20,7 @@ def test_a_pretrained_backbone_is_loaded_without_public_weights(tmp_path, monkey
     description = read_json(tmp_path / "classifier.json")
     description["backbone"] |= {"name": "vgg16", "output_stride": 16, "pretrained": True}
     write_json(tmp_path / "classifier.json", description)
-    monkeypatch.setattr("stages.nets.backbones.builders.load_pretrained", None)  # would be called with a TypeError
+    monkeypatch.setattr("stages.nets.weights.load_pretrained", None)  # would be called with a TypeError
     with pytest.raises(DamagedFileError, match="does not hold this net"):
         load_classifier(tmp_path, torch.device("cpu"))
 

@@ -9,10 +9,10 @@ from PIL import Image
 from stages.contracts import Runtime, SilentProgress, read_index_mask
 from stages.errors import DamagedFileError
 from stages.make_masks import MakeMasksConfig, make_masks
-from stages.masks.refinements import refine_in_steps
-from stages.masks.soft_masks import label_confidence, read_confidence, write_confidence
+from stages.masks.label_rules import ConfidentThresholds, map_probabilities
+from stages.masks.mask_files import label_confidence, read_confidence, write_confidence
+from stages.masks.refinements.chain import refine_in_steps
 from stages.ops.crf.dense_crf import CrfConfig
-from stages.ops.seeds import ConfidentThresholds, map_probabilities
 from tests.stages.tiny_masks import COLOURS, TRAIN, attention_of, size_of, truth_of, write_world
 
 SMALL_CRF = CrfConfig(bilateral_sxy_px=20, bilateral_srgb=10, gaussian_sxy_px=1, gaussian_weight=1, iterations=5)

@@ -1,24 +1,56 @@
-"""How many attention maps there are, and which images have one that says nothing.
+"""The attention maps that masks are made of: find the stored ones, and count those that say nothing.
 
-Pure.  A map is broken where it was NaN or infinite, which its peak of NaN tells, and empty where nothing in it speaks
-for its class; either way its class gets no pixel.
+Reads attention shards, one at a time; writes nothing.  A map is broken where it was NaN or infinite, which its peak of
+NaN tells, and empty where nothing in it speaks for its class; either way its class gets no pixel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from stages.contracts import AttentionRecord, Progress
+from stages.contracts import AttentionRecord, ImageIndex, ImageRecord, Progress, iter_attention
 from stages.errors import InputError
 
 BROKEN_WEIGHTS = "the classifier's weights are broken: train it again with a lower learning_rate or in fp32"
 
 _NAMED_IMAGES = 5
 """Ids that a warning names."""
+
+
+def find_attention(index: ImageIndex, attention: Path, wanted: Collection[str]) -> Iterator[AttentionRecord]:
+    """The stored attention of each wanted image, shard by shard.
+
+    Args:
+        index: The data set.
+        attention: Output folder of ``make_attention``.
+        wanted: Ids; those without attention are passed over.
+
+    Raises:
+        InputError: the maps of an image are not of the labels that it has.
+        DamagedFileError: a shard does not read back.
+    """
+    left = set(wanted)
+    for record in iter_attention(attention) if left else ():
+        if record.id in left:
+            _require_labels(record, index.record(record.id), attention)
+            yield record
+            left.remove(record.id)
+            if not left:
+                return
+
+
+def _require_labels(record: AttentionRecord, image: ImageRecord, attention: Path) -> None:
+    """Refuse maps of other data: labels are indices, so another class list would paint other classes."""
+    if sorted(record.labels) != sorted(image.labels or ()):
+        raise InputError(
+            f"image '{image.id}': the maps in {attention} are of label indices {sorted(record.labels)}, the data has "
+            f"{sorted(image.labels or ())}; they were made for other labels or another class list: make attention anew"
+        )
 
 
 @dataclass

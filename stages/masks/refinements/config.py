@@ -1,41 +1,46 @@
 """Which refinements fit a pseudo-mask to its image, in which order and with which numbers.
 
-Reads and writes no file, and needs no torch: what the refinements do is in ``stages.masks.refinements``.  A new one is
-one file in ``stages.ops``, its name and its section here, and its line in ``stages.masks.refinements.REFINEMENTS``: see
-``docs/refinements.md``.
+Reads and writes no file, and needs no torch.  A new refinement is one file beside this one and its section in
+``RefinementConfig``: see ``docs/refinements.md``.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from stages.masks.label_rules import SeedConfig
+from stages.masks.refinements.base import Refinement
+from stages.masks.refinements.crf import CRF
+from stages.masks.refinements.par import PAR
+from stages.masks.refinements.random_walk import RANDOM_WALK
 from stages.ops.crf.dense_crf import CrfConfig
 from stages.ops.par import ParConfig
 from stages.ops.random_walk import RandomWalkConfig
-from stages.ops.seeds import SeedConfig
-
-RefinementName = Literal["crf", "par", "random_walk"]
 
 WALK = "random_walk"
 """The refinement that works on the maps' own grid and needs the trained classifier."""
 
-_NAMES: tuple[str, ...] = get_args(RefinementName)
+
+def _menu(schema: dict[str, Any]) -> None:
+    """Put the names into the JSON schema of ``refine``."""
+    one, many = schema["anyOf"]
+    one["enum"], many["items"]["enum"] = ["none", *REFINEMENTS], list(REFINEMENTS)
 
 
 class RefinementConfig(SeedConfig):
     """The threshold rule, and what fits its masks to the image."""
 
-    refine: Literal["none", "crf", "par", "random_walk"] | tuple[RefinementName, ...] = "crf"
+    refine: str | tuple[str, ...] = Field(default="crf", json_schema_extra=_menu)
     """none, the name of a refinement, or a list of them, applied in this order (``[random_walk, par, crf]``)."""
-    crf: CrfConfig = CrfConfig(preset="irn")
+    crf: Annotated[CrfConfig, CRF] = CrfConfig(preset="irn")
     """Numbers of the CRF."""
-    par: ParConfig = ParConfig()
+    par: Annotated[ParConfig, PAR] = ParConfig()
     """Numbers of the pixel-adaptive refinement."""
-    random_walk: RandomWalkConfig = RandomWalkConfig()
+    random_walk: Annotated[RandomWalkConfig, RANDOM_WALK] = RandomWalkConfig()
     """Numbers of the random walk."""
     unary: Literal["labels", "maps"] = "labels"
     """What a CRF starts from, wherever it stands in the chain: the labels that there are before it (of the threshold
@@ -49,7 +54,7 @@ class RefinementConfig(SeedConfig):
         """A list of one is its name, so that equal work has equal keys."""
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list | tuple) or not names:
-            raise ValueError(f"expected none, or one or a list of {', '.join(_NAMES)}")
+            raise ValueError(f"expected none, or one or a list of {', '.join(REFINEMENTS)}")
         if names == ["none"]:
             return "none"
         problem = _chain_problem(names)
@@ -70,17 +75,31 @@ class RefinementConfig(SeedConfig):
         return WALK in self.chain
 
     @property
+    def uses_torch(self) -> bool:
+        """Whether a refinement works with torch on a CPU too."""
+        return any(REFINEMENTS[name].uses_torch for name in self.chain)
+
+    @property
     def pixel_chain(self) -> tuple[str, ...]:
         """The refinements of pixels, in order."""
-        return tuple(name for name in self.chain if name != WALK)
+        return tuple(name for name in self.chain if REFINEMENTS[name].open is not None)
 
     def key_content(self) -> dict[str, Any]:
         """What decides the masks, as JSON; the numbers of a refinement that is not in the chain do not.
 
         ``sweep`` and ``crf`` are left to the caller, who knows their files and the device.
         """
-        unused = {name for name in ("par", WALK) if name not in self.chain}
+        unused = {name for name in REFINEMENTS if name not in (*self.chain, "crf")}
         return {name: value for name, value in super().key_content().items() if name not in unused}
+
+
+REFINEMENTS: dict[str, Refinement] = {
+    name: note
+    for name, section in RefinementConfig.model_fields.items()
+    for note in section.metadata
+    if isinstance(note, Refinement)
+}
+"""The refinements by name: every section of ``RefinementConfig`` that has one beside it."""
 
 
 def _chain_problem(names: Sequence[object]) -> str | None:
@@ -88,7 +107,7 @@ def _chain_problem(names: Sequence[object]) -> str | None:
     for name in names:
         if name == "none":
             return "none stands alone; leave it out of the list"
-        if name not in _NAMES:
+        if name not in REFINEMENTS:
             return _unknown(name)
     repeated = sorted({str(name) for name in names if names.count(name) > 1})
     if repeated:
@@ -100,9 +119,9 @@ def _chain_problem(names: Sequence[object]) -> str | None:
 
 def _unknown(name: object) -> str:
     """That there is no such refinement, and the nearest that there is."""
-    expected = f"expected none, or one or a list of {', '.join(_NAMES)}"
+    expected = f"expected none, or one or a list of {', '.join(REFINEMENTS)}"
     if not isinstance(name, str):
         return f"a refinement is a name, not {name!r}; {expected}"
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), _NAMES, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), REFINEMENTS, n=1, cutoff=0.5)
     guess = f"; did you mean '{near[0]}'?" if near else ";"
     return f"there is no refinement '{name}'{guess} {expected}"

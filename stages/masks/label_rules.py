@@ -1,15 +1,18 @@
-"""From attention maps to labels of pixels: upsampling, the threshold rule and its config.
+"""From attention maps to labels of pixels: the threshold rule, its config, and conflicts between classes.
 
 Pure functions without torch: ``make_masks`` makes pseudo-masks with them, ``evaluate`` scores these before refinement.
-Thresholds by class and conflicts are settled in the maps before (``stages.ops.competition``).
+Thresholds by class and conflicts are settled in the maps before (``settle_classes``), and so every use of the maps (the
+mask before refinement, the unary of a CRF, the sweep of thresholds) sees one rule.
 Shapes: n labels of one image, H W image pixels, h w map cells.
 Source: Kolesnikov and Lampert, ECCV 2016 (fractions of the maximum); Ahn and Kwak, CVPR 2018 (background by a power);
-Ahn, Cho and Kwak, CVPR 2019, ``step/cam_to_ir_label.py`` (confident labels).
+Ahn, Cho and Kwak, CVPR 2019, ``step/cam_to_ir_label.py`` (confident labels).  SEC: a cue of several classes goes to the
+one of the smallest area (as public in yutaroyamanaka/torch-seed-expand-constrain).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -18,6 +21,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, AttentionRecord, ClassList, StageConfig
+from stages.data.subsets import SweepConfig
 
 _TOP = 255
 """The byte that stands for a map's own maximum."""
@@ -41,33 +45,6 @@ class ConfidentThresholds(StageConfig):
         return self
 
 
-class SweepConfig(StageConfig):
-    """Training images with true masks on which ``threshold`` is chosen; all are recorded as mask supervision."""
-
-    num_images: int | None = Field(default=100, ge=1)
-    """How many, drawn by ``seed`` among the training images that have a true mask and a label."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Which ones; a larger subset of one seed contains the smaller."""
-    image_list: Path | None = None
-    """File with one image id a line, instead of ``num_images`` and ``seed``."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _prefer_list(cls, values: Any) -> Any:  # noqa: ANN401 - pydantic hands over whatever the user wrote
-        """A list stands instead of the default number."""
-        if isinstance(values, dict) and values.get("image_list") is not None:
-            return {"num_images": None, **values}
-        return values
-
-    @model_validator(mode="after")
-    def _check_choice(self) -> Self:
-        if (self.num_images is None) == (self.image_list is None):
-            raise ValueError(
-                f"give exactly one of num_images and image_list, got {self.num_images} and {self.image_list}"
-            )
-        return self
-
-
 class SeedConfig(StageConfig):
     """The threshold rule: where an attention map is strong enough to be its class."""
 
@@ -76,7 +53,7 @@ class SeedConfig(StageConfig):
     where ``sweep`` chooses it."""
     thresholds: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(default_factory=dict)
     """Thresholds of single classes by name, instead of the one for all; classes then compete by how far each is above
-    its own (``stages.ops.competition``)."""
+    its own (``settle_classes``)."""
     conflict: Literal["strongest", "smallest_area", "unsure"] = "strongest"
     """What a pixel becomes where several classes exceed their thresholds: the strongest there, the one that exceeds its
     threshold on the fewest pixels of the image (SEC), or 255."""
@@ -202,7 +179,7 @@ def contested_pixels(maps: NDArray[np.uint8], config: SeedConfig) -> NDArray[np.
     """Where two or more of the maps (n, H, W) exceed the threshold: bool (H, W).
 
     Args:
-        maps: Upsampled, with thresholds by class settled (``stages.ops.competition``).
+        maps: Upsampled, with thresholds by class settled (``settle_classes``).
         config: The threshold rule.
     """
     return (maps > cut_byte(foreground_level(config))).sum(axis=0) > 1
@@ -214,7 +191,7 @@ def initial_mask(
     """The pseudo-mask before any refinement.
 
     Args:
-        record: The image's attention, settled where the rule is not plain (``stages.ops.competition``).
+        record: The image's attention, settled where the rule is not plain (``settle_classes``).
         config: The threshold rule.
         maps: ``upsample_maps(record)`` where the caller has it already.
 
@@ -265,3 +242,75 @@ def _rescale(scores: NDArray[np.float32], level: float) -> NDArray[np.float32]:
     if level < 1 / _TOP:  # below the smallest stored value: nothing to stretch
         return np.where(scores > 0, above, 0).astype(np.float32)
     return np.where(scores > level, above, 0.5 * scores / level).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Thresholds by class and conflicts between classes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def settle_classes(record: AttentionRecord, config: SeedConfig, classes: ClassList) -> AttentionRecord:
+    """Apply ``thresholds`` and ``conflict: smallest_area`` to the maps of one image.
+
+    The map of a class with a threshold of its own is stretched so that this falls on the threshold for all.  The
+    classes of a pixel then compete by the stretched values: the one furthest above its own threshold, as a share of the
+    way to its maximum, wins, and the pixel is foreground if it exceeds that class's threshold.  So a class that does
+    not exceed its threshold never takes a pixel from one that does.  Stretched values are bytes again: what exceeds a
+    threshold is exact, two classes nearly equally far above theirs may tie, and then the first in the list wins.
+
+    Args:
+        record: The image's attention.
+        config: The threshold rule; names in ``thresholds`` that are no classes do nothing (preflight refuses them).
+        classes: The data set's classes.
+
+    Returns:
+        ``record`` itself where the rule is plain, or leaves the maps alone; else a record with maps of the image's
+        size, for which the rule without ``thresholds`` and ``smallest_area`` gives the labels.
+    """
+    levels = _own_thresholds(record.labels, config.thresholds, classes)
+    if not levels and config.conflict != "smallest_area":
+        return record
+    maps = upsample_maps(record)
+    common = cut_byte(background_level(config))
+    for position, level in levels.items():
+        maps[position] = stretch_table(cut_byte(level), common)[maps[position]]
+    if config.conflict == "smallest_area":
+        maps = favour_small_areas(maps, cut_byte(foreground_level(config)))
+    return replace(record, maps=maps)
+
+
+def _own_thresholds(labels: tuple[int, ...], thresholds: Mapping[str, float], classes: ClassList) -> dict[int, float]:
+    """Position in the image's labels to the threshold of that class, of those that have one."""
+    names = [classes.names[label] for label in labels]
+    return {position: thresholds[name] for position, name in enumerate(names) if name in thresholds}
+
+
+def stretch_table(own: int, common: int) -> NDArray[np.uint8]:
+    """A table of 256 bytes that takes [0, ``own``] to [0, ``common``] and what is above to what is above, rising.
+
+    Args:
+        own: The largest byte that is background for a class, 0 … 254.
+        common: The same for all classes, 0 … 254.
+    """
+    below = np.linspace(0, common, own + 1)
+    above = np.linspace(_TOP, common + 1, _TOP - own)[::-1]  # from the top: one byte alone is the maximum
+    return np.rint(np.concatenate([below, above])).astype(np.uint8)
+
+
+def favour_small_areas(maps: NDArray[np.uint8], cut: int) -> NDArray[np.uint8]:
+    """Where several maps exceed ``cut``, press all down to it but that with the smallest area, the first among equals.
+
+    Args:
+        maps: uint8 (n, H, W).
+        cut: The largest byte that is background; a map's area is the number of its pixels above.
+
+    Returns:
+        New maps of which at most one exceeds ``cut`` at any pixel.
+    """
+    claims = maps > cut
+    settled = maps.copy()
+    taken = np.zeros(maps.shape[1:], dtype=bool)
+    for position in np.argsort(claims.sum(axis=(1, 2)), kind="stable"):
+        settled[position][claims[position] & taken] = cut
+        taken |= claims[position]
+    return settled

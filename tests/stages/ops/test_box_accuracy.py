@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from stages.masks.label_rules import cut_byte
 from stages.ops.metrics.box_accuracy import BoxAccuracy, CutOverlaps, PixelPrecision, cut_overlaps
 from stages.ops.metrics.boxes import box_ious, find_components
-from stages.ops.seeds import cut_byte
 
 UNIMODAL = np.array(
     [

@@ -1,39 +1,28 @@
-"""The refinements of a pseudo-mask by name, and pseudo-masks made by a chain of them.
+"""Pseudo-masks made by a chain of refinements.
 
-Reads and writes no file.  A refinement of pixels takes and gives probabilities (L, H, W); ``random_walk`` comes before
-them all and turns attention maps into attention maps (``stages.masks.walked_maps``).  Which there are in a
-chain, and their numbers, says ``stages.masks.refinement_config``.
+Reads and writes no file.  ``random_walk`` comes before the chain of pixels: it turns attention maps into attention maps
+(``stages.masks.refinements.random_walk``).
 Shapes: n labels of one image, L = n + 1 labels with background, H W image pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.contracts import AttentionRecord
-from stages.masks.refinement_config import RefinementConfig, RefinementName
-from stages.ops.crf.dense_crf import CrfConfig, label_unary, open_crf_batch, probability_unary
-from stages.ops.par import ParBatch, ParConfig
-from stages.ops.seeds import (
-    background_level,
+from stages.masks.label_rules import (
     combine_confident,
     initial_mask,
     map_probabilities,
-    threshold_maps,
     to_class_indices,
     upsample_maps,
 )
-
-Image = NDArray[np.uint8]
-"""RGB (H, W, 3)."""
-
-Probabilities = NDArray[np.float32]
-"""(L, H, W), background first, summing to 1 over L."""
+from stages.masks.refinements.base import Image, Probabilities, Start
+from stages.masks.refinements.config import REFINEMENTS, RefinementConfig
 
 Mask = NDArray[np.uint8]
 """Class indices (H, W), 255 = unsure."""
@@ -50,68 +39,12 @@ class Refined(NamedTuple):
     """The mask before each refinement of pixels, where that was asked for: first that of the threshold rule."""
 
 
-class BatchRefinement(Protocol):
-    """What a refinement knows of some images; used with one set of probabilities or several."""
-
-    def refine(self, probabilities: Sequence[Probabilities]) -> list[Probabilities]:
-        """The probabilities of each image, refined."""
-        ...
-
-
-class _Crf:
-    """The dense CRF, with probabilities at both ends."""
-
-    def __init__(self, images: Sequence[Image], num_labels: Sequence[int], config: CrfConfig, device: str) -> None:
-        self._batch = open_crf_batch(images, num_labels, config, device=device)
-        self._num_labels, self._iterations = num_labels, config.iterations
-
-    def refine(self, probabilities: Sequence[Probabilities]) -> list[Probabilities]:
-        return self.refine_energies([[probability_unary(each) for each in probabilities]])[0]
-
-    def label_energies(self, labels: Sequence[NDArray[np.integer]], confidence: float) -> list[NDArray[np.float32]]:
-        """The energies of each image from hard labels 0 … L-1 (H, W), each right with ``confidence``."""
-        pairs = zip(labels, self._num_labels, strict=True)
-        return [label_unary(each, count, confidence) for each, count in pairs]
-
-    def refine_energies(self, sets: Sequence[Sequence[NDArray[np.float32]]]) -> list[list[Probabilities]]:
-        """The probabilities of each image from each set of energies; a backend may take all sets in one pass."""
-        return self._batch.infer_sets(sets, self._iterations)
-
-
-def _open_par(images: Sequence[Image], num_labels: Sequence[int], config: ParConfig, device: str) -> BatchRefinement:
-    del num_labels
-    return ParBatch(images, config, device=device)
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """One entry of the registry."""
-
-    open: Callable[[Sequence[Image], Sequence[int], Any, str], BatchRefinement] | None
-    """From images, the L of each, the refinement's own options, and device; None for what works on maps."""
-    says: str
-    """What it does, in a few words."""
-
-
-REFINEMENTS: Mapping[RefinementName, Refinement] = {
-    "crf": Refinement(_Crf, "dense CRF: pixels of like colour and place agree, over the whole image"),
-    "par": Refinement(_open_par, "pixel-adaptive: weighted means over dilated neighbours of like colour"),
-    "random_walk": Refinement(None, "the maps spread over cells of like features of the classifier"),
-}
-"""The refinements; a config's section of the same name holds the options."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Some images
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def refine_mask(image: Image, record: AttentionRecord, config: RefinementConfig, *, device: str = "cpu") -> Mask:
     """The pseudo-mask of one image, refined as ``config`` says, but for a random walk, which the record has behind it.
 
     Args:
         image: RGB, uint8 (H, W, 3).
-        record: Its attention, settled where the rule is not plain (``stages.ops.competition``).
+        record: Its attention, settled where the rule is not plain (``stages.masks.label_rules``).
         config: Threshold rule and refinements.
         device: Where torch works (``par``, and the torch backend of the CRF).
 
@@ -188,47 +121,19 @@ def _refine_labelled(
     for name in config.pixel_chain:
         if keep_steps:
             before.append(_decide(sets, records) if sets else _threshold(records, config, maps))
-        refinement = _open(name, images, num_labels, config, device)
-        starts = sets or [None] * len(rules)
-        if isinstance(refinement, _Crf):
-            energies = [_energies(refinement, states, maps, rule) for states, rule in zip(starts, rules, strict=True)]
-            sets = refinement.refine_energies(energies)
-        else:
-            sets = [refinement.refine(_or_maps(states, maps, rule)) for states, rule in zip(starts, rules, strict=True)]
+        open_batch = REFINEMENTS[name].open
+        assert open_batch is not None
+        batch = open_batch(images, num_labels, getattr(config, name), device)
+        sets = batch.refine(
+            [
+                Start(rule, maps, states, rule.unary, rule.label_confidence)
+                for rule, states in zip(rules, sets or [None] * len(rules), strict=True)
+            ]
+        )
     return [
         Refined(mask, [states[place] for states in sets], tuple(step[place] for step in before))
         for place, mask in enumerate(_decide(sets, records))
     ]
-
-
-def _open(
-    name: str, images: Sequence[Image], num_labels: Sequence[int], config: RefinementConfig, device: str
-) -> BatchRefinement:
-    """What the refinement ``name`` knows of the images."""
-    for known, refinement in REFINEMENTS.items():
-        if known == name and refinement.open is not None:
-            return refinement.open(images, num_labels, getattr(config, name), device)
-    raise ValueError(f"'{name}' is no refinement of pixels")
-
-
-def _or_maps(
-    states: Sequence[Probabilities] | None, maps: Sequence[NDArray[np.uint8]], config: RefinementConfig
-) -> Sequence[Probabilities]:
-    """The probabilities so far; before the first refinement those of the maps."""
-    return [map_probabilities(each, config) for each in maps] if states is None else states
-
-
-def _energies(
-    crf: _Crf, states: Sequence[Probabilities] | None, maps: Sequence[NDArray[np.uint8]], config: RefinementConfig
-) -> list[NDArray[np.float32]]:
-    """What a CRF starts from: the labels that are thresholded or the most probable so far, or probabilities."""
-    if config.unary != "labels":
-        return [probability_unary(each) for each in _or_maps(states, maps, config)]
-    level = background_level(config)
-    labels = (
-        [threshold_maps(each, level) for each in maps] if states is None else [each.argmax(axis=0) for each in states]
-    )
-    return crf.label_energies(labels, config.label_confidence)
 
 
 def _threshold(

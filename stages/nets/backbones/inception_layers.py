@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import inception
 
-from stages.nets.backbones.dilation import dilate
+from stages.nets.backbones.network import dilate
 
 
 class PaddedReduction(nn.Module):

@@ -1,0 +1,90 @@
+"""Masks of class indices: palette PNGs in VOC's colours, never interpreted by colour."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
+
+from stages.contracts.files import write_atomic
+from stages.errors import DataError
+
+IGNORE_INDEX = 255
+"""Mask value of pixels that count neither in a loss nor in a score (VOC's void)."""
+
+BACKGROUND_INDEX = 0
+"""Mask value of background."""
+
+MAX_MASK_CLASSES = 254
+"""The most foreground classes that a mask of bytes can tell apart, beside background and 255."""
+
+MASK_FORMATS = ("PNG",)
+"""What a mask file may hold."""
+
+MASK_MODES = ("P", "L")
+"""Pixel modes of a mask of class indices."""
+
+OBJECT_MASK_MODES = ("P", "L", "LA")
+"""Pixel modes of a mask that only says object or not; transparency is left aside."""
+
+
+@cache
+def voc_palette() -> NDArray[np.uint8]:
+    """VOC's 256 colours, uint8 (256, 3), read-only: bit k of the index goes, by threes, to the high bits of R, G, B.
+
+    Source: VOCdevkit, VOCcode/VOClabelcolormap.m.
+    """
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for index in range(256):
+        rest = index
+        for shift in range(7, -1, -1):
+            for channel in range(3):
+                palette[index, channel] |= ((rest >> channel) & 1) << shift
+            rest >>= 3
+    palette.flags.writeable = False
+    return palette
+
+
+def write_index_mask(path: Path, mask: NDArray[np.uint8]) -> None:
+    """Write class indices (H, W) as a palette PNG (mode P, VOC's colours), atomically."""
+    write_atomic(path, encode_index_mask(mask))
+
+
+def encode_index_mask(mask: NDArray[np.uint8], texts: Mapping[str, str] | None = None) -> bytes:
+    """The palette PNG (mode P, VOC's colours) of class indices (H, W); ``texts`` are kept in it by their keywords."""
+    if mask.dtype != np.uint8 or mask.ndim != 2:
+        raise ValueError(f"a mask must be uint8 of shape (H, W), got {mask.dtype} {mask.shape}")
+    image, info = Image.fromarray(mask), PngImagePlugin.PngInfo()
+    image.putpalette(voc_palette().tobytes())
+    for keyword, text in (texts or {}).items():
+        info.add_text(keyword, text)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def read_index_mask(path: Path, *, modes: Sequence[str] = MASK_MODES) -> NDArray[np.uint8]:
+    """Read the raw indices of a palette (P) or grey (L) PNG, uint8 (H, W); colours are never interpreted.
+
+    Args:
+        path: The file.
+        modes: Pixel modes that are taken.
+
+    Raises:
+        DataError: missing, damaged, or of another mode (an RGB mask).
+    """
+    try:
+        with Image.open(path, formats=MASK_FORMATS) as image:
+            if image.mode not in modes:
+                raise DataError(
+                    f"{path}: expected a mask of class indices (PNG mode P or L), found mode {image.mode}; "
+                    "save the indices with VOC's palette, not the colours"
+                )
+            return np.array(image.getchannel(0) if image.mode == "LA" else image, dtype=np.uint8)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable mask ({error})") from error

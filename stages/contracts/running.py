@@ -1,0 +1,117 @@
+"""What runs a stage and what it gives back: its config, runtime, part, progress and result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class StageConfig(BaseModel):
+    """Base of every config class: unknown keys are refused, instances are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Progress(Protocol):
+    """Where a stage reports to; the terminal, Prefect and tests each bring their own."""
+
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        """``done`` of ``total`` units of ``task`` are finished; ``values`` are shown beside the bar (loss=…).
+
+        Called as often as the stage likes, first with what was there already: listeners draw as seldom as they like.
+        """
+        ...
+
+    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
+        """Start a countable task of ``total`` units of which ``done`` were there already (resumed)."""
+        ...
+
+    def advance(self, count: int = 1, **values: float) -> None:
+        """Count ``count`` finished units; ``values`` are shown beside the bar (loss=…)."""
+        ...
+
+    def info(self, text: str) -> None:
+        """Say one line."""
+        ...
+
+    def warn(self, text: str) -> None:
+        """Say one line that the user should not miss; kept in the run's result."""
+        ...
+
+
+class SilentProgress:
+    """A Progress that says nothing and keeps the warnings (notebooks and tests)."""
+
+    def __init__(self) -> None:
+        """Start with no warnings."""
+        self.warnings: list[str] = []
+
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        """Ignore."""
+
+    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
+        """Ignore."""
+
+    def advance(self, count: int = 1, **values: float) -> None:
+        """Ignore."""
+
+    def info(self, text: str) -> None:
+        """Ignore."""
+
+    def warn(self, text: str) -> None:
+        """Keep ``text``."""
+        self.warnings.append(text)
+
+
+class Runtime(StageConfig):
+    """How to run, not what to compute: no field is in a key.
+
+    Another kind or number of devices moves the last bits of float arithmetic.  Where ``crf.backend`` is auto,
+    ``device`` decides what it means, and the key names that.
+    """
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """auto takes cuda, then mps, then cpu."""
+    workers: int = Field(default=2, ge=0, le=128)
+    """Data loading processes; 0 loads in the main process."""
+    processes: int = Field(default=0, ge=0, le=512)
+    """Processes for per-image CPU work such as the CRF; 0 means one per core."""
+    threads: int = Field(default=0, ge=0, le=512)
+    """Torch threads; 0 leaves torch's default."""
+    devices: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 1
+    """Devices of this machine that one training is spread over, and that attention and masks are shared out to, a
+    process each; auto takes every CUDA device that this process may see."""
+    checkpoint_every_s: float = Field(default=30.0, ge=0, le=86_400)
+    """Seconds of training that a kill may cost; 0 keeps a checkpoint of every step."""
+    parts: int = Field(default=1, ge=1, le=4096)
+    """Parts that attention and masks are made in; with more than one, every process that reaches the same store, here
+    or on another machine, can take free parts and so share the work (``wsss stage … --part``)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of ``count`` parts that a stage's work is cut into; everything is in exactly one of them."""
+
+    index: int
+    """0 … count - 1."""
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"a part is numbered 0 … {self.count - 1}, got {self.index}")
+
+    def positions(self, total: int) -> range:
+        """Which of ``total`` things are this part's: neighbours, as many as another part's or one more or less."""
+        return range(self.index * total // self.count, (self.index + 1) * total // self.count)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage returns beside the files it wrote under ``out``."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Flat dotted names to floats in [0, 1] (or dicts of them), e.g. ``{"masks.coverage": 0.93}``."""
+    mask_supervision: tuple[str, ...] = ()
+    """Ids of the training images whose pixel masks were used."""

@@ -35,14 +35,15 @@ from stages.nets.segmenters.build import build_segmenter
 from stages.nets.segmenters.config import Init, LargeFovConfig, SegmenterConfig, init_problems
 from stages.nets.segmenters.files import WEIGHTS_FILE, save_segmenter
 from stages.nets.weights import load_weights, save_weights
-from stages.training.collapse import warn_of_collapse
+from stages.training.checkpoints import remove_checkpoint
+from stages.training.config import TrainingConfig
 from stages.training.distributed import is_main
-from stages.training.loop import TrainingConfig, remove_checkpoint, seed_initial_weights, train
+from stages.training.loop import train
 from stages.training.masked_images import MaskedImages, check_class_list, confidence_folder, supervised_records
-from stages.training.round_masks import Labelling, RetrainingConfig
-from stages.training.rounds import Training, train_in_rounds
+from stages.training.randomness import seed_initial_weights
+from stages.training.rounds import Labelling, RetrainingConfig, Training, train_in_rounds
 from stages.training.segmenter_objective import LossConfig, LossName, SegmenterObjective
-from stages.training.validation import HeldOutImages, ValidationConfig, choose_held_out
+from stages.training.validation import HeldOutImages, ValidationConfig, choose_held_out, warn_of_collapse
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,7 +25,7 @@ from pipeline.engine.disk_sizes import (
 from stages.contracts import IMAGE_FORMATS, ImageIndex, ImageRecord, read_json
 from stages.data.records import DataListing, ListedImage
 from stages.data.splits import hold_out
-from stages.training.loop import TrainingConfig
+from stages.training.config import TrainingConfig
 
 Content = Mapping[str, Any]
 """``content`` of a manifest, or what a key of a plan is the hash of."""

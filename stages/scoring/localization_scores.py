@@ -151,11 +151,10 @@ def score_localization(
     records = image_set.index.split("val")
     chunks = [records[start : start + _CHUNK] for start in range(0, len(records), _CHUNK)]
     missing = [number for number in range(len(chunks)) if _read_counts(_partial_path(out, number), progress) is None]
-    done = len(records) - sum(len(chunks[number]) for number in missing)
-    progress.begin("localization", total=len(records), done=done)
+    progress.step("localization", len(records) - sum(len(chunks[number]) for number in missing), len(records))
     if missing:
         context = _Context(config, image_set)
-        _count_chunks(context, {n: chunks[n] for n in missing}, classifier, out, progress, runtime)
+        _count_chunks(context, {n: chunks[n] for n in missing}, len(records), classifier, out, progress, runtime)
     total = _Counts.empty(config)
     for number in range(len(chunks)):
         counts = _read_counts(_partial_path(out, number), progress)
@@ -189,22 +188,25 @@ def _read_counts(path: Path, progress: Progress) -> _Counts | None:
 def _count_chunks(
     context: _Context,
     chunks: dict[int, Sequence[ImageRecord]],
+    total: int,
     classifier: Path,
     out: Path,
     progress: Progress,
     runtime: Runtime,
 ) -> None:
-    """Count ``chunks``; each one's counts are written when its last image is finished."""
+    """Count ``chunks`` of ``total`` images; each one's counts are written when its last image is finished."""
     looker = _Looker(context, classifier, progress, runtime)
     jobs = (job for chunk in chunks.values() for job in looker.look(chunk))
     num_images = sum(map(len, chunks.values()))
     processes = min(num_processes(runtime.processes), 1 + num_images // _IMAGES_PER_PROCESS)
     finished = map_ordered(_count_image, jobs, context=context, processes=processes)
+    done = total - num_images
     for number, chunk in chunks.items():
         counts = _Counts.empty(context.config)
         for _ in chunk:
             counts.merge(next(finished))
-            progress.advance(1)
+            done += 1
+            progress.step("localization", done, total)
         write_json(_partial_path(out, number), counts.to_json())
     next(finished, None)  # lets the pool end
 

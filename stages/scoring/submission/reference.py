@@ -14,7 +14,9 @@ from stages.data.readers import read_id_list
 from stages.data.records import IMAGE_SUFFIXES, Problems
 from stages.errors import DataError
 from stages.scoring.submission.archive import Competition
-from stages.scoring.submission.masks import Size
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
 
 
 @dataclass(frozen=True)

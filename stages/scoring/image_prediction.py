@@ -268,7 +268,7 @@ def _predict_all(
     ):
         areas[name] = counts
         summary.predicted += 1
-        progress.step("predict", len(areas), total, **rate.add(1))
+        progress.step("predict", len(areas), total, unit="images", **rate.add(1))
     summary.seconds = time.monotonic() - started
     summary.windowed = predictor.num_windowed
 

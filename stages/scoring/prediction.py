@@ -169,7 +169,7 @@ def predict_images(
                 if matrices:
                     counted[record.id] = matrices
                 done += 1
-                progress.step("segmenter", done, len(records), **rate.add(1))
+                progress.step("segmenter", done, len(records), unit="images", **rate.add(1))
             _write_counts(partial[number], counted)
         next(finished, None)  # lets the pool end
     parts: dict[str, list[SparseConfusions]] = {}

@@ -134,8 +134,8 @@ def evaluate(
         runtime: Device, and processes for everything off the network.
 
     Returns:
-        The metrics of ``metrics.json``, fractions; a score without a true mask to stand on is absent, and so is a class
-        in ``segmenter.iou`` that does not occur.  ``masks.steps`` lists in order what the masks after each step
+        The metrics of ``metrics.json``, fractions; a score without any true mask is absent, and so is a class in
+        ``segmenter.iou`` that does not occur.  ``masks.steps`` lists in order what the masks after each step
         of the refinement are worth (``step``, ``miou``, ``miou_labelled``, ``coverage``), where the steps were kept.
 
     Raises:
@@ -226,7 +226,7 @@ def _evaluate_training(
 
 
 def _warn_if_worse(metrics: Mapping[str, Any], progress: Progress) -> None:
-    """Say that refinement lost, and of several steps which one lost most."""
+    """Warn when refinement made the masks worse, and name the step that lost most."""
     before, after = metrics["masks.miou_before_crf"], metrics["masks.miou"]
     if after >= before:
         return

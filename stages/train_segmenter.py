@@ -75,7 +75,7 @@ class TrainSegmenterConfig(LossConfig):
     training: TrainingConfig
     """Steps, batch, learning rate, precision."""
     validation: ValidationConfig | None = None
-    """Looks at held-out training images while it trains; null trains on all and looks at none."""
+    """Measure on held-out training images while it trains; null trains on all of them."""
     rounds: int = Field(default=0, ge=0, le=10)
     """How many times the segmenter labels its training images and is trained again on that."""
     retraining: RetrainingConfig = RetrainingConfig()
@@ -198,7 +198,7 @@ def train_segmenter(
 
 @dataclass(frozen=True)
 class _Course:
-    """What all trainings of a call share."""
+    """What all trainings of one call share."""
 
     config: TrainSegmenterConfig
     image_set: ImageSet
@@ -212,7 +212,7 @@ class _Course:
 
 
 def _train_round(course: _Course, one: Training) -> None:
-    """A training among several: from the second on the loss may be another one."""
+    """One of several trainings; the later ones may have a loss of their own."""
     loss = course.config.retraining.loss if one.number else None
     config = course.config if loss is None else course.config.model_copy(update={"loss": loss})
     _train_once(replace(course, config=config), one.masks, None, one.out, start=one.start)

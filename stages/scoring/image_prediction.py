@@ -1,9 +1,8 @@
 """Predict anybody's images with a trained segmenter: masks, pictures to look at, and areas.
 
 Reads: image files, a segmenter.  Writes: ``<name>.png`` (palette PNG of class indices), ``overlays/<name>.jpg``,
-``areas.csv``.  Each file appears whole or not at all; a stopped call continues, because a mask tells in itself what it
-was made of.
-Torch is imported by the functions only.
+``areas.csv``.  Each file appears whole or not at all.  A stopped call continues: each mask holds a digest of what it
+was made from.  Torch is imported by the functions only.
 Shapes: B images of one size, C classes with background, H W image pixels.
 """
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from stages.nets.segmenters.largefov import Segmenter
 
 _CPU_BATCH_PX = 1 << 18
-"""Pixels of a batch on a CPU, which is slower with what leaves its caches: one image of VOC's size."""
+"""Pixels of a batch on a CPU, which slows down when its caches overflow: one image of VOC's size."""
 
 _WAITING_BYTES = 1 << 32
 """Most memory for the probabilities that wait for the CRF."""
@@ -48,7 +47,7 @@ AREAS_FILE = "areas.csv"
 _OVERLAYS = "overlays"
 
 _ORIGIN = "wsss"
-"""PNG text that says what a mask was made of."""
+"""Name of the PNG text that says what a mask was made from."""
 
 _OVERLAY_PX = 1 << 20
 """Pixels of an overlay that are coloured at once."""
@@ -60,7 +59,7 @@ _LONGEST_JPEG_PX = 65_500
 
 @dataclass(frozen=True)
 class SegmenterSource:
-    """A trained segmenter: what it calls its classes, what identifies it, and how to get it."""
+    """A trained segmenter: the names of its classes, what identifies it, and how to load it."""
 
     classes: tuple[str, ...]
     """Background first."""
@@ -77,7 +76,7 @@ class PredictionSummary:
     out: Path
     predicted: int = 0
     skipped: int = 0
-    """Masks of the same image, model and options that were there already."""
+    """Masks that were there already, of the same image, model and options."""
     windowed: int = 0
     """Images that were seen in windows."""
     problems: list[str] = field(default_factory=list)
@@ -97,7 +96,7 @@ class _Job:
 
     picture: PictureFile
     origin: str
-    """What its mask will tell."""
+    """The digest that its mask will hold."""
     mask: NDArray[np.uint8] | None = None
     """Class indices (H, W); None where the CRF is still to make them."""
 
@@ -177,7 +176,7 @@ def _find_finished(
 ) -> tuple[dict[str, NDArray[np.int64]], list[PictureFile]]:
     """Pixels per class of the masks that are there already, by name; and the images that are still to predict.
 
-    ``progress`` hears of the former: that they are these images' masks is known once both files have been read.
+    ``progress`` hears of the former: it takes reading both files to know that they belong together.
     """
     areas: dict[str, NDArray[np.int64]] = {}
     todo: list[PictureFile] = []
@@ -207,7 +206,7 @@ def _find_finished(
 def _read_sizes(
     pictures: Sequence[PictureFile], num_finished: int, summary: PredictionSummary, progress: Progress
 ) -> dict[PictureFile, tuple[int, int]]:
-    """The sizes of the images, those that are none left out and named."""
+    """The sizes of the images; files that are no image are left out and become problems."""
     sizes: dict[PictureFile, tuple[int, int]] = {}
     for number, picture in enumerate(pictures, start=1):
         try:
@@ -312,7 +311,7 @@ def _identify(model_digest: str, options: PredictOptions) -> str:
 
 
 def _origin_of(identity: str, data: bytes) -> str:
-    """What stands in a mask: the digest of the model, the options and the image's bytes."""
+    """Digest of the model, the options and the image's bytes, which a mask holds."""
     return hashlib.sha256(identity.encode() + hashlib.sha256(data).digest()).hexdigest()
 
 

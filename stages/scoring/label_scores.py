@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stages.nets.classifier import Classifier
 
 BATCH_PX = 1 << 21
-"""Pixels of one batch; it has images of one size only, so that nothing is padded."""
+"""Pixels of one batch, whose images have one size, so that none is padded."""
 
 MAX_BATCH_IMAGES = 64
 """Images of one batch, however small they are."""
@@ -78,7 +78,7 @@ def predict_logits(
 ) -> NDArray[np.float32]:
     """Logits of whole images, float32 (N, K) in the order of ``records``.
 
-    Images of one size share a batch; padding them to one size would enter the spatial mean that a logit is.
+    A logit is a spatial mean, into which padding would enter: so only images of one size share a batch.
     Arguments as in ``score_classifier``; ``task`` is what ``progress`` hears.
     """
     device = next(classifier.parameters()).device

@@ -47,7 +47,7 @@ _CHUNK = 64
 """Images whose counts are kept together: what a stopped run loses at most."""
 
 _IMAGES_PER_PROCESS = 32
-"""A further process pays for its start-up only from about this many images on."""
+"""Images that make one more process worth its start-up, about."""
 
 
 class LocalizationConfig(StageConfig):
@@ -56,7 +56,7 @@ class LocalizationConfig(StageConfig):
     threshold: float = Field(default=0.2, ge=0, lt=1)
     """Fraction of a map's maximum above which it says object, for GT-known Loc and Top-1 Loc.  Source: Zhou et al."""
     iou: float = Field(default=0.5, gt=0, le=1)
-    """Overlap with a true box from which on the largest component's box is right."""
+    """The largest component's box is right from this overlap with a true box on."""
     iou_thresholds: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(0.3, 0.5, 0.7), min_length=1)
     """Overlaps that MaxBoxAccV2 averages over."""
     scales: tuple[Annotated[float, Field(ge=0.1, le=4.0)], ...] = Field(default=(1.0,), min_length=1)
@@ -175,7 +175,7 @@ def _partial_path(out: Path, number: int) -> Path:
 
 
 def _read_counts(path: Path, progress: Progress) -> _Counts | None:
-    """What an earlier run kept; None where there is nothing, and damaged counts are made again."""
+    """The counts of an earlier run; None where there are none, or damaged ones, which are counted again."""
     if not path.exists():
         return None
     try:

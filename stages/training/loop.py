@@ -1,8 +1,8 @@
 """The one training loop, for classifier and segmenter: seeds, schedule, mixed precision, exact checkpoint and resume.
 
-Writes ``checkpoint.pt`` under ``out`` while it trains.  Killed at any step and called again it continues, and ends with
-the bytes of an uninterrupted training on the same kind and number of devices.  Randomness has no state that could be
-lost: the data of a sample depend on (seed, epoch, sample), the model's random numbers on (seed, step, rank).
+Writes ``checkpoint.pt`` under ``out`` while it trains.  A training that was killed continues when it is called again,
+and ends with the bytes of an uninterrupted one on the same kind and number of devices.  Randomness has no state that
+could be lost: a sample depends on (seed, epoch, sample), the model's random numbers on (seed, step, rank).
 Under torchrun every rank calls ``train`` with the same arguments; together they take the steps that one device would.
 Torch is imported by the functions, not by the module, so that a config is checked without it.
 Shapes: B images, H W pixels of a crop.
@@ -42,12 +42,12 @@ class Watch(Protocol):
 
     @property
     def identity(self) -> str:
-        """What tells this watch from another one, whose checkpoint it could not continue."""
+        """What distinguishes this watch from others, whose checkpoints it could not continue."""
         ...
 
     @property
     def every_steps(self) -> int:
-        """Steps between two looks; the last step is looked at, too."""
+        """Steps between two looks; there is one after the last step, too."""
         ...
 
     def look(self, model: nn.Module, step: int) -> None:
@@ -97,7 +97,7 @@ def train(
         config: Length, batch, learning rate.
         parameter_groups: Each with "params" and optionally "lr_factor" (default 1) and "weight_decay".
         seed: Decides order and model randomness.
-        out: Folder of the checkpoint, which the main rank writes; ``remove_checkpoint`` when the results are written.
+        out: Folder of the checkpoint, which the main rank writes; ``remove_checkpoint`` once the results are there.
         progress: Told about steps and losses, by the main rank.
         runtime: Device, threads, workers and how often to keep a checkpoint; changes no result.
         task: Name of the bar.
@@ -109,7 +109,7 @@ def train(
         has the averaged weights.
 
     Raises:
-        InputError: a loss is not finite, the watch sees no point in going on, the data set is empty or a step has too
+        InputError: a loss is not finite, the watch gives up, the data set is empty or a step has too
             few images for its devices and passes, the first step does not fit into the device's memory, or ``out``
             holds the checkpoint of another training or network.
         EnvironmentFailure: the device is missing, or out of memory after steps that fitted.
@@ -145,7 +145,7 @@ def _place(model: nn.Module, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _memory_named(loop: _Loop) -> Iterator[None]:
-    """Say what a step needs its memory for when the device has no more; a watch names what it looked at itself."""
+    """Say what a step needs its memory for when the device runs out; a watch reports its own needs."""
     try:
         yield
     except Exception as error:
@@ -227,7 +227,7 @@ class _Loop:
         self.history: list[dict[str, float]] = []
         self.window = _Window()
         self.losses: dict[str, float] = {}
-        """Means since the last record of the history, or in it: what the progress is told."""
+        """Means since the last record of the history, or of that record: what ``progress`` is told."""
         self.unread: tuple[int, dict[str, Tensor]] | None = None
         self.identity = {
             "config": config.model_dump_json(),
@@ -263,7 +263,7 @@ class _Loop:
             progress.info(f"the weights are the moving average over the steps (ema_decay {self.average.decay:g})")
 
     def _look(self) -> None:
-        """Show the network to the watch, if it is time; the losses are read, and so checked, first."""
+        """Show the network to the watch when it is due; the losses are read, and so checked, first."""
         if self.watch is None or (self.step % self.watch.every_steps and self.step < self.num_steps):
             return
         self._read_losses()

@@ -55,7 +55,7 @@ _LOOK_EVERY_S = 0.2
 """Seconds between two looks for another rank's files."""
 
 _MANY_LOST = 0.1
-"""Share of the images' labels that may have no pixel before it is said that objects die out."""
+"""Share of the images' labels that may have no pixel before there is a warning that objects die out."""
 
 _LEAST = 1e-12
 """Keeps the sum over an image's labels above zero where the net is sure of another class."""
@@ -83,7 +83,7 @@ class RetrainingConfig(StageConfig):
 
 @dataclass(frozen=True)
 class Labelling:
-    """What labels the training images between two trainings."""
+    """How the training images are labelled between two trainings."""
 
     config: RetrainingConfig
     image_set: ImageSet
@@ -252,7 +252,7 @@ def _look(
     records: Sequence[ImageRecord],
     pixels: NDArray[np.uint8],
 ) -> list[Look[ImageRecord]]:
-    """Of the mean probabilities over scales those of each image's labels, which share the whole."""
+    """Mean probabilities over scales of each image's own labels and background, scaled to sum to 1."""
     import torch
 
     from stages.data.transforms import to_network_input
@@ -288,10 +288,10 @@ def _write_mask(context: _Context, look: Look[ImageRecord]) -> None:
 
 
 def _wait_for(files: Sequence[Path]) -> None:
-    """Return when all ``files`` are there, whichever rank writes them.
+    """Wait until all ``files`` are there, whichever rank writes them.
 
-    Differs from a barrier: it may take hours, and NCCL's ends a training after ten minutes.  A rank that fails ends the
-    others, for torchrun stops them.
+    No barrier, because the others may take hours, and NCCL's ends a training after ten minutes.  When a rank fails,
+    torchrun stops the others.
     """
     for path in files:
         while not path.exists():
@@ -299,7 +299,7 @@ def _wait_for(files: Sequence[Path]) -> None:
 
 
 def _warn_of_shrinking(labelling: Labelling, num_lost: int, number: int) -> None:
-    """Say that objects are dying out; each further round would say background where the one before did."""
+    """Warn when objects are dying out: each round learns background where the round before saw nothing else."""
     num_labels = sum(len(record.labels or ()) for record in labelling.records)
     if num_lost > _MANY_LOST * num_labels:
         labelling.progress.warn(
@@ -310,10 +310,10 @@ def _warn_of_shrinking(labelling: Labelling, num_lost: int, number: int) -> None
 
 
 def _compare(records: Sequence[ImageRecord], previous: Path, folder: Path, number: int) -> dict[str, Any]:
-    """What the masks of a round hold, and how many of the pixels that were labelled before have another class now.
+    """What the masks of a round hold, and how many of the pixels labelled before have changed their class.
 
     Raises:
-        InputError: they hold no object.
+        InputError: there is no object in any of them.
     """
     total = foreground = labelled = changed = num_lost = 0
     for record in records:

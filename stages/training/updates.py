@@ -2,9 +2,9 @@
 
 Pure; reads and writes nothing.  Torch is imported by the functions only.
 A step's loss is a mean over the images of its batch, or over their labelled pixels.  Passes are weighed so that their
-sum is that mean, whatever the number of passes and devices; only BatchNorm in training mode, which measures a pass
-alone, and a loss that is the sum of several means (``balanced_cross_entropy``: background and foreground; there each
-pass counts by its images) tell the difference.
+sum is that mean, whatever the number of passes and devices.  There are two exceptions: BatchNorm in training mode
+measures each pass alone, and in a loss that is the sum of several means (``balanced_cross_entropy``: background and
+foreground) each pass counts by its images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def build_optimizer(config: TrainingConfig, groups: Sequence[Mapping[str, Any]],
     Args:
         config: Learning rate, momentum, decay.
         groups: Each with "params" and optionally "lr_factor" (default 1) and "weight_decay".
-        model: The network, which knows what is a bias.
+        model: The network, which tells biases from weights.
     """
     import torch
 
@@ -128,7 +128,7 @@ class StepLosses:
         self._total: Tensor | None = None
 
     def add(self, losses: dict[str, Tensor], one: Pass) -> Tensor | float:
-        """Keep a pass's losses, take "labelled" out of them, and say what their gradient is to be multiplied by."""
+        """Keep a pass's losses without "labelled"; returns the factor for their gradient."""
         from stages.ops.collectives import sum_losses, sum_over_devices
 
         labelled = losses.pop("labelled", None)
@@ -143,7 +143,7 @@ class StepLosses:
         return weight
 
     def scale_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make the gradients those of the mean over the step's labelled pixels, once all passes are added."""
+        """Once all passes are added, scale the gradients to those of the mean over the step's labelled pixels."""
         if self._total is None:
             return
         factor = 1 / self._total.clamp(min=1e-12)  # a step without a labelled pixel has no gradient to scale
@@ -184,7 +184,7 @@ class WeightAverage:
 
         Args:
             model: The network.
-            decay: How much of the average a step leaves, in (0, 1).
+            decay: Share of the average that a step keeps, in (0, 1).
         """
         self.decay = decay
         self.tensors: dict[str, Tensor] = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -192,7 +192,7 @@ class WeightAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """Take the network after ``step`` (0-based) into the average.
 
-        In the first steps the average forgets faster, by (1 + step) / (10 + step), or it would be the random start.
+        The first steps keep less of the average, (1 + step) / (10 + step), or the random start would stay in it.
         """
         import torch
         from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -219,7 +219,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def shown_by(self, model: nn.Module) -> Iterator[None]:
-        """Let the network have the averaged weights inside the block and its own ones again afterwards."""
+        """Give the network the averaged weights inside the block, and its own back afterwards."""
         own = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self.write_into(model)
         try:

@@ -2,8 +2,8 @@
 
 The looks give a curve and the best weights, and stop a training that has collapsed to background.
 Reads images with the masks that training uses; writes nothing itself.  Torch is imported by the functions only.
-A weakly supervised run has no true masks of training images, and val decides nothing: the images are a share of the
-training images, chosen by hash and not trained on, and what is measured on them is agreement with their pseudo-masks
+A weakly supervised run has no true masks of training images, and val decides nothing.  So a share of the training
+images, chosen by hash, is not trained on, and what is measured there is agreement with their pseudo-masks
 (``supervision: full``: with their true masks).
 Shapes: C classes with background, H W image pixels.
 """
@@ -50,14 +50,14 @@ class ValidationConfig(StageConfig):
     """When and on what the segmenter is looked at while it trains."""
 
     every_steps: int = Field(gt=0, le=100_000_000)
-    """Steps between two looks; the last step is looked at, too."""
+    """Steps between two looks; there is one after the last step, too."""
     ratio: float = Field(default=0.05, gt=0, le=0.5)
     """Share of the training images that is held out: chosen by hash of their ids, not trained on."""
     keep: Literal["last", "best"] = "last"
     """Which weights are delivered: those of the last step, or of the look with the highest mIoU; the others are written
     beside them."""
     collapse_after: int | None = Field(default=5, ge=1, le=10_000)
-    """Stop after so many looks in a row at a net that says background everywhere; null never stops."""
+    """Stop after so many looks in a row that find background everywhere; null does not stop."""
 
 
 def choose_held_out(config: ValidationConfig, records: Sequence[ImageRecord]) -> frozenset[str]:
@@ -78,7 +78,7 @@ class HeldOutImages:
         short_side_px: int | None,
         progress: Progress,
     ) -> None:
-        """Know the images; none is read before the first look.
+        """Take the images; none is read before the first look.
 
         Args:
             config: When to look, and what to make of it.
@@ -86,7 +86,7 @@ class HeldOutImages:
             read: Gives an image, uint8 (H, W, 3), and its mask, uint8 (H, W).
             num_classes: C.
             short_side_px: Shorter side at which the net sees an image; None for its own size.
-            progress: Told each look.
+            progress: Hears of each look.
         """
         self.config, self.records, self.read = config, records, read
         self.num_classes, self.short_side_px = num_classes, short_side_px
@@ -218,7 +218,7 @@ def warn_of_collapse(segmenter: Segmenter, dataset: TrainingData, runtime: Runti
         segmenter: Put into evaluation mode on the runtime's device.
         dataset: Samples with ``images`` and ``masks``.
         runtime: The device.
-        progress: Told.
+        progress: Hears the warning.
     """
     import torch
 

@@ -191,7 +191,7 @@ class _Bounded:
         self._step = 0
 
     def next_member(self) -> None:
-        """Let as much be read again as one member with its headers may have."""
+        """Allow as much again as one member with its headers may have."""
         self._step = 0
 
     def read(self, count: int) -> bytes:
@@ -205,7 +205,7 @@ class _Bounded:
 
 
 def _read_members(stream: IO[bytes] | gzip.GzipFile, name: str, expected: Expected, found: Findings) -> None:
-    """Walk through the archive; stops where it cannot be read on."""
+    """Walk through the archive, as far as it can be read."""
     bounded = _Bounded(stream)
     try:
         with tarfile.open(fileobj=bounded, mode="r|") as archive:  # pyright: ignore[reportCallIssue, reportArgumentType] - read is all it needs
@@ -228,7 +228,7 @@ def _read_members(stream: IO[bytes] | gzip.GzipFile, name: str, expected: Expect
 
 
 def _check_end(bounded: _Bounded, name: str, found: Findings) -> None:
-    """Read what is behind the last member: only zeros may be, and gzip checks its sum there."""
+    """Read what follows the last member: only zeros may, and gzip checks its sum there."""
     while data := bounded.read(1 << 16):
         bounded.next_member()
         if data.strip(b"\0"):
@@ -307,7 +307,7 @@ def _add_all(found: Findings, kind: str, names: Iterable[str], text: str = "") -
 
 
 def _warn(expected: Expected, found: Findings) -> None:
-    """Say what is allowed here and hardly meant."""
+    """Warn of what is allowed here but hardly intended."""
     if expected.ids is not None and len(set(expected.ids)) != NUM_VOC_TEST:
         found.warnings.append(
             f"the list has {len(set(expected.ids)):,} images, VOC2012's test list has {NUM_VOC_TEST:,}: "

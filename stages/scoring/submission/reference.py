@@ -1,4 +1,4 @@
-"""What an archive for PASCAL VOC's test server is held against: a list of images, and their sizes.
+"""What an archive for PASCAL VOC's test server is compared with: a list of images, and their sizes.
 
 Reads a list with one image a line, and the headers of images.
 """
@@ -21,7 +21,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Expected:
-    """What the archive is held against; without anything, against VOC's rules alone."""
+    """What the archive is compared with; without any of it, only VOC's rules."""
 
     ids: Collection[str] | None = None
     """The images of the test list; None for any 1,456 with names like VOC's."""

@@ -34,7 +34,7 @@ from stages.errors import InputError
 from stages.make_attention import MakeAttentionConfig
 from stages.methods import METHODS, MethodConfig
 from stages.nets.backbones.config import BackboneConfig
-from stages.training.loop import TrainingConfig
+from stages.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from stages.nets.backbones.config import BackboneConfig
 from stages.ops.metrics.confusion import ThresholdSweep, mean_iou
 from stages.prepare_data import PrepareDataConfig, prepare_data
 from stages.train_classifier import TrainClassifierConfig, train_classifier
-from stages.training.loop import TrainingConfig
+from stages.training.config import TrainingConfig
 
 TIMED_STEPS = 24
 """Training steps that a method's cost is measured over."""
@@ -268,26 +268,19 @@ class StepClock(SilentProgress):
     def __init__(self) -> None:
         """Nothing has begun."""
         super().__init__()
-        self._is_training, self._first, self._last, self._count = False, 0.0, 0.0, 0
+        self._first, self._last = (0, 0.0), (0, 0.0)
 
-    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
-        """The training is counted in steps."""
-        self._is_training = unit == "steps"
-
-    def advance(self, count: int = 1, **values: float) -> None:
-        """Some steps are done."""
-        if self._is_training:
-            now = time.process_time()
-            if self._first:
-                self._count += count
-            else:
-                self._first = now
-            self._last = now
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        """The training is what is counted in steps."""
+        if unit == "steps" and done > self._last[0]:
+            self._last = (done, time.process_time())
+            if not self._first[0]:
+                self._first = self._last
 
     @property
     def seconds_per_step(self) -> float:
         """Mean over all steps but those of the first report."""
-        return (self._last - self._first) / max(self._count, 1)
+        return (self._last[1] - self._first[1]) / max(self._last[0] - self._first[0], 1)
 
 
 def _some(ids: Sequence[str], count: int | None) -> list[str]:

@@ -128,7 +128,7 @@ def our_steps(
     loop._save = loop._read_losses
     stream = batches()
     while True:
-        loop.run(itertools.islice(stream, 1), SilentProgress(), 1e9)
+        loop.run(itertools.islice(stream, 1), SilentProgress(), "train", 1e9)
         yield loop.history
 
 

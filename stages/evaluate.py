@@ -16,13 +16,14 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageResult, open_image_set, write_json
+from stages.contracts import ImageSet, Progress, Runtime, StageResult, open_image_set, write_json
 from stages.errors import DamagedFileError
 from stages.growing import GrowingConfig
 from stages.masks.attention_windows import read_views
@@ -93,17 +94,28 @@ class EvaluateConfig(PredictionConfig, GrowingConfig):
         return f"{scales}; {crf} (scored as segmenter.miou{SCORE_SUFFIXES[self.predictions]})"
 
 
+@dataclass(frozen=True)
+class PseudoMasks:
+    """What a weakly supervised run made of the training images."""
+
+    attention: Path
+    """Output folder of ``make_attention``."""
+    masks: Path
+    """Output folder of ``make_masks``."""
+    config: RefinementConfig
+    """Of ``make_masks``: the threshold rule, and the refinements whose steps are scored where they were kept."""
+    exclude: frozenset[str] = frozenset()
+    """Ids of images whose true masks were trained on; they never count in ``attention.*`` and ``masks.*``."""
+
+
 def evaluate(
     config: EvaluateConfig,
     *,
     images: Path,
-    segmenter: Path | None,
-    classifier: Path | None = None,
-    attention: Path | None = None,
-    masks: Path | None = None,
-    masks_config: RefinementConfig | None = None,
-    exclude: Collection[str] = (),
     data_root: Path | None,
+    segmenter: Path | None = None,
+    classifier: Path | None = None,
+    pseudo_masks: PseudoMasks | None = None,
     out: Path,
     progress: Progress,
     runtime: Runtime | None = None,
@@ -113,21 +125,17 @@ def evaluate(
     Args:
         config: How the segmenter is tested, and what else is.
         images: Output folder of ``prepare_data``.
+        data_root: Folder of the user's data; None where it is generated.
         segmenter: Output folder of ``train_segmenter``; None with ``segmentation: false``.
         classifier: Output folder of ``train_classifier``; needed by ``localization`` only.
-        attention: Output folder of ``make_attention``; None with full supervision, as for the next two.
-        masks: Output folder of ``make_masks``.
-        masks_config: Its config: the threshold rule, and the refinements whose steps are scored where they were kept.
-        exclude: Ids of training images whose true masks were trained on; they never count in ``attention.*`` and
-            ``masks.*``.
-        data_root: Folder of the user's data; None where it is generated.
+        pseudo_masks: What is scored on the training images; None with full supervision.
         out: Where to write; an earlier, stopped call's files are continued.
         progress: Where to report to.
         runtime: Device, and processes for everything off the network.
 
     Returns:
-        The metrics of ``metrics.json``, fractions; a score without a true mask to stand on is absent, and so is a class
-        in ``segmenter.iou`` that does not occur.  ``masks.steps`` lists in order what the masks after each step
+        The metrics of ``metrics.json``, fractions; a score without any true mask is absent, and so is a class in
+        ``segmenter.iou`` that does not occur.  ``masks.steps`` lists in order what the masks after each step
         of the refinement are worth (``step``, ``miou``, ``miou_labelled``, ``coverage``), where the steps were kept.
 
     Raises:
@@ -142,20 +150,8 @@ def evaluate(
         _check_classes(image_set, segmenter)
     metrics: dict[str, Any] = {}
     confusions: dict[str, SparseConfusions] = {}
-    if len({attention is None, masks is None, masks_config is None}) > 1:
-        raise ValueError("attention, masks and masks_config belong together: give all three or none")
-    if attention is not None and masks is not None and masks_config is not None:
-        context = ScoringContext(
-            images=image_set,
-            ids=frozenset(image_set.index.splits.get("train_score", ())) - frozenset(exclude),
-            seeds=with_chosen_threshold(masks_config, masks),
-            attention=attention,
-            masks=masks,
-            partial=out / "partial",
-            chain=masks_config.chain if has_steps(masks) else (),
-            has_maps=read_views(attention) is None,
-        )
-        metrics |= _evaluate_training(context, confusions, out, progress, runtime)
+    if pseudo_masks is not None:
+        metrics |= _evaluate_training(pseudo_masks, image_set, confusions, out, progress, runtime)
     if config.localization is not None:
         if classifier is None:
             raise ValueError("localization needs the classifier")
@@ -185,21 +181,34 @@ def _check_classes(image_set: ImageSet, segmenter: Path) -> None:
 
 
 def _evaluate_training(
-    context: ScoringContext,
+    made: PseudoMasks,
+    image_set: ImageSet,
     confusions: dict[str, SparseConfusions],
     out: Path,
     progress: Progress,
     runtime: Runtime,
 ) -> dict[str, Any]:
     """Score attention maps and pseudo-masks; adds their counts to ``confusions`` and writes ``sweep.json``."""
+    context = ScoringContext(
+        images=image_set,
+        ids=frozenset(image_set.index.splits.get("train_score", ())) - made.exclude,
+        seeds=with_chosen_threshold(made.config, made.masks),
+        attention=made.attention,
+        masks=made.masks,
+        partial=out / "partial",
+        chain=made.config.chain if has_steps(made.masks) else (),
+        has_maps=read_views(made.attention) is None,
+    )
     if not context.ids:
         progress.info("no training image has a true mask that was not trained on: attention and masks are not scored")
         return {}
     if not context.has_maps:
         progress.info("attention is not scored: its maps were not kept (make_attention.keep_maps: false)")
-    progress.begin("attention and masks" if context.has_maps else "masks", total=len(context.ids))
+    task, done = "attention and masks" if context.has_maps else "masks", 0
+    progress.step(task, done, len(context.ids))
     for count in score_training(context, processes=num_processes(runtime.processes)):
-        progress.advance(count)
+        done += count
+        progress.step(task, done, len(context.ids))
     scores = collect_training(context)
     found = len(scores.confusions["masks"].ids)
     if found != len(context.ids):
@@ -217,7 +226,7 @@ def _evaluate_training(
 
 
 def _warn_if_worse(metrics: Mapping[str, Any], progress: Progress) -> None:
-    """Say that refinement lost, and of several steps which one lost most."""
+    """Warn when refinement made the masks worse, and name the step that lost most."""
     before, after = metrics["masks.miou_before_crf"], metrics["masks.miou"]
     if after >= before:
         return
@@ -246,7 +255,9 @@ def _evaluate_segmenter(
     """Predict the splits and score what has true masks, each split apart; adds the counts to ``confusions``."""
     splits = {name: image_set.index.split(name) for name in config.splits}
     for name, records in splits.items():
-        _say_what_is_not_scored(name, records, progress)
+        unscored = sum(record.mask is None for record in records)
+        if unscored:
+            progress.info(f"{name}: {unscored} of {len(records)} images are predicted without a score (no true mask)")
     counts = predict_images(
         config,
         image_set,
@@ -274,12 +285,6 @@ def _of_images(counts: Mapping[str, SparseConfusions], ids: Collection[str], nam
         if kept:
             found[name + thing.removeprefix("segmenter")] = SparseConfusions.from_matrices(value.num_classes, kept)
     return found
-
-
-def _say_what_is_not_scored(split: str, records: Sequence[ImageRecord], progress: Progress) -> None:
-    unscored = sum(record.mask is None for record in records)
-    if unscored:
-        progress.info(f"{split}: {unscored} of {len(records)} images are predicted without a score (no true mask)")
 
 
 def _segmenter_metrics(confusions: Mapping[str, SparseConfusions], name: str, names: Sequence[str]) -> dict[str, Any]:

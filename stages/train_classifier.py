@@ -37,8 +37,11 @@ from stages.methods import MethodConfigUnion
 from stages.methods.classifier_files import ClassifierDescription, build_classifier, check_head, save_classifier
 from stages.nets.backbones.config import BackboneConfig, HeadName
 from stages.ops.metrics.multilabel import multi_hot
+from stages.training.checkpoints import remove_checkpoint
+from stages.training.config import TrainingConfig
 from stages.training.distributed import is_main
-from stages.training.loop import TrainingConfig, remove_checkpoint, sample_seed, seed_initial_weights, train
+from stages.training.loop import train
+from stages.training.randomness import sample_seed, seed_initial_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

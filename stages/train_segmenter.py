@@ -35,14 +35,15 @@ from stages.nets.segmenters.build import build_segmenter
 from stages.nets.segmenters.config import Init, LargeFovConfig, SegmenterConfig, init_problems
 from stages.nets.segmenters.files import WEIGHTS_FILE, save_segmenter
 from stages.nets.weights import load_weights, save_weights
-from stages.training.collapse import warn_of_collapse
+from stages.training.checkpoints import remove_checkpoint
+from stages.training.config import TrainingConfig
 from stages.training.distributed import is_main
-from stages.training.loop import TrainingConfig, remove_checkpoint, seed_initial_weights, train
+from stages.training.loop import train
 from stages.training.masked_images import MaskedImages, check_class_list, confidence_folder, supervised_records
-from stages.training.round_masks import Labelling, RetrainingConfig
-from stages.training.rounds import Training, train_in_rounds
+from stages.training.randomness import seed_initial_weights
+from stages.training.rounds import Labelling, RetrainingConfig, Training, train_in_rounds
 from stages.training.segmenter_objective import LossConfig, LossName, SegmenterObjective
-from stages.training.validation import HeldOutImages, ValidationConfig, choose_held_out
+from stages.training.validation import HeldOutImages, ValidationConfig, choose_held_out, warn_of_collapse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +75,7 @@ class TrainSegmenterConfig(LossConfig):
     training: TrainingConfig
     """Steps, batch, learning rate, precision."""
     validation: ValidationConfig | None = None
-    """Looks at held-out training images while it trains; null trains on all and looks at none."""
+    """Measure on held-out training images while it trains; null trains on all of them."""
     rounds: int = Field(default=0, ge=0, le=10)
     """How many times the segmenter labels its training images and is trained again on that."""
     retraining: RetrainingConfig = RetrainingConfig()
@@ -197,7 +198,7 @@ def train_segmenter(
 
 @dataclass(frozen=True)
 class _Course:
-    """What all trainings of a call share."""
+    """What all trainings of one call share."""
 
     config: TrainSegmenterConfig
     image_set: ImageSet
@@ -211,7 +212,7 @@ class _Course:
 
 
 def _train_round(course: _Course, one: Training) -> None:
-    """A training among several: from the second on the loss may be another one."""
+    """One of several trainings; the later ones may have a loss of their own."""
     loss = course.config.retraining.loss if one.number else None
     config = course.config if loss is None else course.config.model_copy(update={"loss": loss})
     _train_once(replace(course, config=config), one.masks, None, one.out, start=one.start)

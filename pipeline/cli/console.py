@@ -245,6 +245,12 @@ class ConsoleProgress:
         self._task, self._unit = "", ""
         self._total = self._done = 0
 
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        """Show where ``task`` stands."""
+        if task != self._task:
+            self.begin(task, total=total, done=done, unit=unit)
+        self._listener.progress(task, total, done, unit, values)
+
     def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
         """Start a countable task."""
         self._task, self._unit, self._total, self._done = task, unit, total, done

@@ -16,8 +16,8 @@ from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 if TYPE_CHECKING:
     from stages.contracts import Runtime
     from stages.scoring.image_prediction import PredictionSummary, SegmenterSource
-    from stages.scoring.image_scores import PredictOptions
     from stages.scoring.prediction import PredictionConfig
+    from stages.scoring.window_prediction import PredictOptions
 
 
 def predict(
@@ -109,7 +109,7 @@ def _options(
 
     from pipeline.config.model_errors import explain
     from stages.errors import ConfigError
-    from stages.scoring.image_scores import PredictOptions
+    from stages.scoring.window_prediction import PredictOptions
 
     values = PredictOptions.of(config).model_dump() | {"window_px": window}
     if scales is not None:
@@ -144,7 +144,7 @@ def _on(device: str | None, runtime: Runtime) -> Runtime:
 def _end(output: Output, summary: PredictionSummary) -> None:
     """Say what was done; raises for images that could not be read."""
     from stages.errors import DataError
-    from stages.scoring.prediction_files import AREAS_FILE
+    from stages.scoring.image_prediction import AREAS_FILE
 
     areas = summary.out / AREAS_FILE
     output.document |= {

@@ -19,8 +19,7 @@ from stages.data.adapters.voc import VOC_CLASSES, VocConfig
 from stages.data.records import some
 from stages.errors import ConfigError, DamagedFileError, DataError, InputError, MissingArtifactError
 from stages.scoring.submission.archive import Competition, build_archive, voc_values
-from stages.scoring.submission.check import check_archive, check_stream
-from stages.scoring.submission.findings import Findings
+from stages.scoring.submission.check import Findings, check_archive, check_stream
 from stages.scoring.submission.reference import Expected, ImageFolder, read_test_list
 
 if TYPE_CHECKING:

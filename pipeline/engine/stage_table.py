@@ -22,7 +22,7 @@ from stages.data.config import DataConfig
 from stages.data.listing import DataListing, digest_data
 from stages.data.subsets import sweep_key_content
 from stages.errors import ConfigError
-from stages.evaluate import EvaluateConfig
+from stages.evaluate import EvaluateConfig, PseudoMasks
 from stages.make_masks import MakeMasksConfig
 from stages.methods.classifier_files import START
 from stages.nets.segmenters.config import pretrained_name
@@ -240,6 +240,17 @@ def _masks_on_devices(run: RunConfig) -> bool:
     return bool(run.make_masks.walks) or not run.make_attention.keep_maps or crf == "torch"
 
 
+def _pseudo_masks(call: StageCall) -> PseudoMasks | None:
+    if "make_masks" not in call.inputs:
+        return None
+    return PseudoMasks(
+        attention=call.inputs["make_attention"],
+        masks=call.inputs["make_masks"],
+        config=call.run.make_masks,
+        exclude=call.exclude,
+    )
+
+
 def _optional(call: StageCall, names: Iterable[tuple[str, str]]) -> dict[str, Path | None]:
     """Argument name to the artifact of the stage beside it, None where this run has none."""
     return {argument: call.inputs.get(stage) for argument, stage in names}
@@ -311,9 +322,7 @@ TABLE = StageTable(
             arguments=lambda call: {
                 "config": _evaluate_config(call.run),
                 **_optional(call, [("segmenter", "train_segmenter"), ("classifier", "train_classifier")]),
-                **_optional(call, [("attention", "make_attention"), ("masks", "make_masks")]),
-                "masks_config": call.run.make_masks if "make_masks" in call.inputs else None,
-                "exclude": call.exclude,
+                "pseudo_masks": _pseudo_masks(call),
                 **_common(call),
             },
         ),

@@ -4,7 +4,7 @@ Reads: output folder of ``train_segmenter``.  Writes: ``model.safetensors``, ``m
 the places of an earlier export's once all of them are on the disk.
 Shapes: B images, C classes with background, H W image pixels.
 Uses torch's TorchScript-based ONNX exporter: it needs no onnxscript, takes seconds, and keeps height, width and batch
-free in every net of ours.  (The newer one takes 6 to 30 times as long and refuses DeepLabV3+ with free sizes.)
+free in all our nets.  (The newer one takes 6 to 30 times as long and refuses DeepLabV3+ with free sizes.)
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def export_segmenter(
     sample: NDArray[np.uint8] | None = None,
     force: bool = False,
 ) -> ExportRecord:
-    """Write the exported model under ``out``; ``config.json`` comes last, so that half an export is none.
+    """Write the exported model under ``out``; ``config.json`` comes last, and without it there is no export.
 
     An earlier export stays whole until all new files are written; then these take its places, one after the other.
 
@@ -81,7 +81,7 @@ def export_segmenter(
         out: Where to write.
         prediction: How its config looks at whole images.
         provenance: Where it comes from, as JSON.
-        progress: Told what was compared.
+        progress: Hears what was compared.
         onnx: Whether to write ``model.onnx``.
         sample: An image to compare on, RGB uint8 (H, W, 3), besides generated ones.
         force: Replace an earlier export.
@@ -91,7 +91,7 @@ def export_segmenter(
 
     Raises:
         InputError: ``out`` holds an export or something else.
-        EnvironmentFailure: the extra ``export`` is not installed, or ONNX does not give torch's logits.
+        EnvironmentFailure: the extra ``export`` is not installed, or ONNX's logits are not torch's.
         DamagedFileError: the segmenter cannot be read.
     """
     _check_place(out, force=force)
@@ -123,7 +123,7 @@ def export_segmenter(
 
 
 def _write_files(out: Path, contents: Mapping[str, bytes], export: ExportRecord) -> None:
-    """Write all files beside the earlier ones, then rename them; the digests in the config tell a mixture apart."""
+    """Write all files beside the earlier ones, then rename them; the digests in the config reveal a mixture."""
     staging = out / _STAGING
     shutil.rmtree(staging, ignore_errors=True)  # what a killed export left
     try:

@@ -1,4 +1,4 @@
-"""What each kind of counts is a score of, its value, and how sure it is.
+"""Which score each kind of counts gives, its value, and its interval.
 
 Pure functions; nothing is read or written.
 Source: ``stages.ops.metrics.bootstrap`` (95 % percentile interval over images), ``stages.ops.metrics.boundaries``.
@@ -33,7 +33,7 @@ class Score:
     metric: str
     """Its name in ``metrics.json``."""
     has_inside: bool = False
-    """Whether the counts have one more class, which does not count: what lies off the boundary."""
+    """Whether the counts have one more class, for what lies off the boundary, which is not scored."""
 
     def class_iou(self, total: NDArray[np.int64]) -> NDArray[np.float64]:
         """IoU of each class (C,) from the summed counts; NaN for a class that does not occur."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stages.nets.classifier import Classifier
 
 BATCH_PX = 1 << 21
-"""Pixels of one batch; it has images of one size only, so that nothing is padded."""
+"""Pixels of one batch, whose images have one size, so that none is padded."""
 
 MAX_BATCH_IMAGES = 64
 """Images of one batch, however small they are."""
@@ -57,8 +57,8 @@ def score_classifier(
         return {}
     classes = image_set.index.classes
     labels = np.stack([multi_hot(record.labels or (), classes.num_foreground) for record in records]) > 0
-    progress.begin(f"classifier on {split}", total=len(records))
-    logits = predict_logits(classifier, image_set, records, short_side_px, progress, runtime)
+    task = f"classifier on {split}"
+    logits = predict_logits(classifier, image_set, records, short_side_px, progress, runtime, task=task)
     _warn_of_dead(dead_classes(logits, labels), classes, f"{len(records)} images of {split}", progress)
     metrics = {"classifier.label_accuracy": label_accuracy(logits, labels)}
     if labels.any():
@@ -73,11 +73,13 @@ def predict_logits(
     short_side_px: int | None,
     progress: Progress,
     runtime: Runtime,
+    *,
+    task: str = "classifier",
 ) -> NDArray[np.float32]:
     """Logits of whole images, float32 (N, K) in the order of ``records``.
 
-    Images of one size share a batch; padding them to one size would enter the spatial mean that a logit is.
-    Arguments as in ``score_classifier``.
+    A logit is a spatial mean, into which padding would enter: so only images of one size share a batch.
+    Arguments as in ``score_classifier``; ``task`` is what ``progress`` hears.
     """
     device = next(classifier.parameters()).device
     sizes = [scaled_size(record.size, short_side_px=short_side_px) for record in records]
@@ -87,11 +89,14 @@ def predict_logits(
 
     logits = np.zeros((len(records), image_set.index.classes.num_foreground), dtype=np.float32)
     batches = batches_of_one_size(enumerate(sizes), most_images=MAX_BATCH_IMAGES, most_px=BATCH_PX)
+    done = 0
+    progress.step(task, done, len(records))
     for batch, pixels in prefetch(load, batches, workers=runtime.workers):
         with torch.inference_mode():
             found = classifier(to_network_input(torch.from_numpy(pixels), device)).logits
         logits[batch] = found.float().cpu().numpy()
-        progress.advance(len(batch))
+        done += len(batch)
+        progress.step(task, done, len(records))
     return logits
 
 

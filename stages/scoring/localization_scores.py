@@ -47,7 +47,7 @@ _CHUNK = 64
 """Images whose counts are kept together: what a stopped run loses at most."""
 
 _IMAGES_PER_PROCESS = 32
-"""A further process pays for its start-up only from about this many images on."""
+"""Images that make one more process worth its start-up, about."""
 
 
 class LocalizationConfig(StageConfig):
@@ -56,7 +56,7 @@ class LocalizationConfig(StageConfig):
     threshold: float = Field(default=0.2, ge=0, lt=1)
     """Fraction of a map's maximum above which it says object, for GT-known Loc and Top-1 Loc.  Source: Zhou et al."""
     iou: float = Field(default=0.5, gt=0, le=1)
-    """Overlap with a true box from which on the largest component's box is right."""
+    """The largest component's box is right from this overlap with a true box on."""
     iou_thresholds: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(0.3, 0.5, 0.7), min_length=1)
     """Overlaps that MaxBoxAccV2 averages over."""
     scales: tuple[Annotated[float, Field(ge=0.1, le=4.0)], ...] = Field(default=(1.0,), min_length=1)
@@ -150,33 +150,41 @@ def score_localization(
     """
     records = image_set.index.split("val")
     chunks = [records[start : start + _CHUNK] for start in range(0, len(records), _CHUNK)]
-    missing = [number for number in range(len(chunks)) if _read_counts(_partial_path(out, number), progress) is None]
-    done = len(records) - sum(len(chunks[number]) for number in missing)
-    progress.begin("localization", total=len(records), done=done)
+    paths = [out / "partial" / f"localization-{number:05d}.json" for number in range(len(chunks))]
+    counts = {number: kept for number, path in enumerate(paths) if (kept := _read_counts(path, progress)) is not None}
+    missing = [number for number in range(len(chunks)) if number not in counts]
+    done = sum(len(chunks[number]) for number in counts)
+    progress.step("localization", done, len(records))
     if missing:
         context = _Context(config, image_set)
-        _count_chunks(context, {n: chunks[n] for n in missing}, classifier, out, progress, runtime)
+        network, extractor = _open_classifier(context, classifier, progress, runtime)
+        jobs = (job for number in missing for job in _look(context, network, extractor, chunks[number], runtime))
+        processes = min(num_processes(runtime.processes), 1 + (len(records) - done) // _IMAGES_PER_PROCESS)
+        finished = map_ordered(_count_image, jobs, context=context, processes=processes)
+        for number in missing:
+            counts[number] = _Counts.empty(config)
+            for _ in chunks[number]:
+                counts[number].merge(next(finished))
+                done += 1
+                progress.step("localization", done, len(records))
+            write_json(paths[number], counts[number].to_json())
+        next(finished, None)  # lets the pool end
     total = _Counts.empty(config)
-    for number in range(len(chunks)):
-        counts = _read_counts(_partial_path(out, number), progress)
-        if counts is None:
-            raise RuntimeError(f"counts of chunk {number} vanished")
-        total.merge(counts)
+    for each in counts.values():
+        total.merge(each)
     if total.num_images < len(records):
         without = len(records) - total.num_images
         progress.info(f"localization: {without} of {len(records)} images of val have no true box of a label")
     if not total.num_images:
         return {}
     write_json(out / "localization.json", _curves(config, total))
-    return _metrics(total)
-
-
-def _partial_path(out: Path, number: int) -> Path:
-    return out / "partial" / f"localization-{number:05d}.json"
+    pxap = total.pixels.compute()
+    metrics = total.boxes.compute() | ({} if pxap is None else {"pxap": pxap})
+    return {f"localization.{name}": value for name, value in metrics.items()}
 
 
 def _read_counts(path: Path, progress: Progress) -> _Counts | None:
-    """What an earlier run kept; None where there is nothing, and damaged counts are made again."""
+    """The counts of an earlier run; None where there are none, or damaged ones, which are counted again."""
     if not path.exists():
         return None
     try:
@@ -186,65 +194,38 @@ def _read_counts(path: Path, progress: Progress) -> _Counts | None:
         return None
 
 
-def _count_chunks(
-    context: _Context,
-    chunks: dict[int, Sequence[ImageRecord]],
-    classifier: Path,
-    out: Path,
-    progress: Progress,
-    runtime: Runtime,
-) -> None:
-    """Count ``chunks``; each one's counts are written when its last image is finished."""
-    looker = _Looker(context, classifier, progress, runtime)
-    jobs = (job for chunk in chunks.values() for job in looker.look(chunk))
-    num_images = sum(map(len, chunks.values()))
-    processes = min(num_processes(runtime.processes), 1 + num_images // _IMAGES_PER_PROCESS)
-    finished = map_ordered(_count_image, jobs, context=context, processes=processes)
-    for number, chunk in chunks.items():
-        counts = _Counts.empty(context.config)
-        for _ in chunk:
-            counts.merge(next(finished))
-            progress.advance(1)
-        write_json(_partial_path(out, number), counts.to_json())
-    next(finished, None)  # lets the pool end
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The network's side
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Looker:
-    """The trained classifier on its device: maps of the labels that have true boxes, and its first label."""
+def _look(
+    context: _Context,
+    network: Classifier,
+    extractor: AttentionExtractor,
+    chunk: Sequence[ImageRecord],
+    runtime: Runtime,
+) -> Iterator[_Job]:
+    """A job for each image of ``chunk``, in its order: maps of the labels that have true boxes, and the first label."""
+    from stages.data.whole_images import prefetch, read_checked
+    from stages.masks.extraction import build_inputs, plan_batches
+    from stages.scoring.label_scores import predict_logits
 
-    def __init__(self, context: _Context, classifier: Path, progress: Progress, runtime: Runtime) -> None:
-        self._images, self._config = context.images, context.config
-        self._runtime = runtime
-        self._network, self._extractor = _open_classifier(context, classifier, progress, runtime)
+    images, views = context.images, extractor.views
+    cases = [_with_true_labels(images, record) for record in chunk]
+    seen = [record for record in cases if record.labels]
 
-    def look(self, chunk: Sequence[ImageRecord]) -> Iterator[_Job]:
-        """A job for each image of ``chunk``, in its order."""
-        from stages.data.whole_images import prefetch, read_checked
-        from stages.masks.extraction import build_inputs, plan_batches
-        from stages.scoring.label_scores import predict_logits
+    def load(batch: list[ImageRecord]) -> list[NDArray[np.uint8]]:
+        return build_inputs([read_checked(images, record) for record in batch], views)
 
-        cases = [_with_true_labels(self._images, record) for record in chunk]
-        seen = [record for record in cases if record.labels]
-        views = self._extractor.views
-
-        def load(batch: list[ImageRecord]) -> list[NDArray[np.uint8]]:
-            return build_inputs([read_checked(self._images, record) for record in batch], views)
-
-        found: dict[str, AttentionRecord] = {}
-        batches = list(plan_batches(seen, views, self._extractor.budget_px))
-        for batch, inputs in prefetch(load, batches, workers=self._runtime.workers):
-            found.update((record.id, record) for record in self._extractor.records(batch, inputs))
-        logits = predict_logits(
-            self._network, self._images, seen, self._config.short_side_px, SilentProgress(), self._runtime
-        )
-        first = {record.id: int(row.argmax()) for record, row in zip(seen, logits, strict=True)}
-        for record in cases:
-            yield _Job(record, found.get(record.id), first.get(record.id, -1))
+    found: dict[str, AttentionRecord] = {}
+    batches = list(plan_batches(seen, views, extractor.budget_px))
+    for batch, inputs in prefetch(load, batches, workers=runtime.workers):
+        found.update((record.id, record) for record in extractor.records(batch, inputs))
+    logits = predict_logits(network, images, seen, context.config.short_side_px, SilentProgress(), runtime)
+    first = {record.id: int(row.argmax()) for record, row in zip(seen, logits, strict=True)}
+    for record in cases:
+        yield _Job(record, found.get(record.id), first.get(record.id, -1))
 
 
 def _open_classifier(
@@ -315,17 +296,6 @@ def _true_boxes(record: ImageRecord, label: int, mask: NDArray[np.uint8] | None)
     else:
         boxes = [] if mask is None else list(boxes_of_class(mask, ClassList.class_index(label)))
     return np.array(boxes, dtype=np.int64).reshape(-1, 4)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _metrics(total: _Counts) -> dict[str, float]:
-    pxap = total.pixels.compute()
-    metrics = total.boxes.compute() | ({} if pxap is None else {"pxap": pxap})
-    return {f"localization.{name}": value for name, value in metrics.items()}
 
 
 def _curves(config: LocalizationConfig, total: _Counts) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def save_checkpoint(out: Path, identity: Mapping[str, Any], state: Mapping[str, 
 
     Args:
         out: Work folder of the stage.
-        identity: What tells this training from every other; plain values.
+        identity: What distinguishes this training from any other; plain values.
         state: Tensors and plain values, nested.
     """
     import torch
@@ -98,6 +98,6 @@ def check_network(out: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]
 
 
 def remove_checkpoint(out: Path) -> None:
-    """Remove what is kept under ``out``; call it when the trained weights are safely written."""
+    """Remove the checkpoint under ``out``; to be called once the trained weights are safely written."""
     for suffix in (".pt", ".pt.part", ".damaged"):
         (out / CHECKPOINT).with_suffix(suffix).unlink(missing_ok=True)

@@ -50,10 +50,10 @@ class TrainingConfig(GrowingConfig):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the forward pass; the weights stay fp32. fp16 needs CUDA."""
     clip_norm: float | None = Field(default=None, gt=0)
-    """Largest L2 norm of the whole gradient; None never clips."""
+    """Largest L2 norm of the whole gradient; None does not clip."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Keep a moving average of the weights and deliver it instead of the last ones: how much of it each step leaves
-    (0.999, say; less in the first steps); None delivers the last weights."""
+    """Deliver a moving average of the weights instead of the last ones: the share of the average that each step keeps
+    (0.999, say; less in the first steps).  None delivers the last weights."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:

@@ -1,4 +1,4 @@
-"""Several processes of one training, a device each: who this one is, and how they find each other.
+"""Several processes of one training, one for each device: which one this is, and how they connect.
 
 torchrun starts the processes and tells each its rank in the environment; without it there is one process, rank 0 of 1.
 Rank 0 is the main one: it alone writes files and reports.  Every rank calls the same stage with the same arguments,
@@ -53,7 +53,7 @@ def own_slice(batch: Sequence[Item]) -> Sequence[Item]:
 
 @contextlib.contextmanager
 def join_ranks(runtime: Runtime) -> Iterator[torch.device]:
-    """Be connected with the other ranks inside the block; a connection that is open already is used and left open.
+    """Connect with the other ranks inside the block; a connection that is open already is used and left open.
 
     Yields:
         This process's device: with several ranks on CUDA one each, in order.
@@ -100,7 +100,7 @@ def main_first() -> Iterator[None]:
 
 
 def device_problems(runtime: Runtime, batch_size: int) -> list[str]:
-    """What speaks against ``runtime.devices`` before anybody has looked at the machine."""
+    """What is wrong with ``runtime.devices`` as far as the config alone can tell."""
     if runtime.devices in (1, "auto"):
         return []
     problems = []
@@ -118,7 +118,7 @@ def device_problems(runtime: Runtime, batch_size: int) -> list[str]:
 
 
 def resolve_devices(runtime: Runtime, batch_size: int) -> int:
-    """How many devices a training runs on; ``auto`` takes no more than there are images in a step.
+    """How many devices a training runs on; ``auto`` takes at most one for each image of a step.
 
     Args:
         runtime: ``device`` and ``devices``.

@@ -1,8 +1,8 @@
 """The one training loop, for classifier and segmenter: seeds, schedule, mixed precision, exact checkpoint and resume.
 
-Writes ``checkpoint.pt`` under ``out`` while it trains.  Killed at any step and called again it continues, and ends with
-the bytes of an uninterrupted training on the same kind and number of devices.  Randomness has no state that could be
-lost: the data of a sample depend on (seed, epoch, sample), the model's random numbers on (seed, step, rank).
+Writes ``checkpoint.pt`` under ``out`` while it trains.  A training that was killed continues when it is called again,
+and ends with the bytes of an uninterrupted one on the same kind and number of devices.  Randomness has no state that
+could be lost: a sample depends on (seed, epoch, sample), the model's random numbers on (seed, step, rank).
 Under torchrun every rank calls ``train`` with the same arguments; together they take the steps that one device would.
 Torch is imported by the functions, not by the module, so that a config is checked without it.
 Shapes: B images, H W pixels of a crop.
@@ -22,14 +22,13 @@ from stages.contracts import Progress, Runtime, SilentProgress
 from stages.data.batches import TrainingData, iterate_batches
 from stages.data.transforms import to_network_input
 from stages.errors import ConfigError, EnvironmentFailure, InputError, is_out_of_memory
-from stages.ops.devices import deterministic, resolve_device
+from stages.ops.devices import deterministic
 from stages.ops.step import StepInfo
-from stages.training.checkpoints import check_network, load_checkpoint, remove_checkpoint, save_checkpoint
+from stages.training.checkpoints import check_network, load_checkpoint, save_checkpoint
 from stages.training.config import TrainingConfig
 from stages.training.distributed import is_main, join_ranks, main_first, num_ranks, own_slice, this_rank
-from stages.training.optimizers import build_optimizer
-from stages.training.passes import Pass, StepLosses, cut_passes
-from stages.training.randomness import batch_order, sample_seed, seed_initial_weights, step_seed
+from stages.training.randomness import batch_order, step_seed
+from stages.training.updates import Pass, StepLosses, WeightAverage, build_optimizer, cut_passes
 
 if TYPE_CHECKING:
     import torch
@@ -37,30 +36,18 @@ if TYPE_CHECKING:
 
     Objective = Callable[[nn.Module, dict[str, Tensor], StepInfo], dict[str, Tensor]]
 
-__all__ = [
-    "TrainingConfig",
-    "Watch",
-    "batch_order",
-    "remove_checkpoint",
-    "resolve_device",
-    "sample_seed",
-    "seed_initial_weights",
-    "step_seed",
-    "train",
-]
-
 
 class Watch(Protocol):
     """Looks at the network now and then while it trains; what it has seen is part of the checkpoint."""
 
     @property
     def identity(self) -> str:
-        """What tells this watch from another one, whose checkpoint it could not continue."""
+        """What distinguishes this watch from others, whose checkpoints it could not continue."""
         ...
 
     @property
     def every_steps(self) -> int:
-        """Steps between two looks; the last step is looked at, too."""
+        """Steps between two looks; there is one after the last step, too."""
         ...
 
     def look(self, model: nn.Module, step: int) -> None:
@@ -110,7 +97,7 @@ def train(
         config: Length, batch, learning rate.
         parameter_groups: Each with "params" and optionally "lr_factor" (default 1) and "weight_decay".
         seed: Decides order and model randomness.
-        out: Folder of the checkpoint, which the main rank writes; ``remove_checkpoint`` when the results are written.
+        out: Folder of the checkpoint, which the main rank writes; ``remove_checkpoint`` once the results are there.
         progress: Told about steps and losses, by the main rank.
         runtime: Device, threads, workers and how often to keep a checkpoint; changes no result.
         task: Name of the bar.
@@ -122,7 +109,7 @@ def train(
         has the averaged weights.
 
     Raises:
-        InputError: a loss is not finite, the watch sees no point in going on, the data set is empty or a step has too
+        InputError: a loss is not finite, the watch gives up, the data set is empty or a step has too
             few images for its devices and passes, the first step does not fit into the device's memory, or ``out``
             holds the checkpoint of another training or network.
         EnvironmentFailure: the device is missing, or out of memory after steps that fitted.
@@ -137,11 +124,11 @@ def train(
         loop = _Loop(model.train(), objective, config, parameter_groups, seed, len(dataset), device, out, watch)
         loop.resume(progress)
         copy_from_first(model)
-        progress.begin(task, total=loop.num_steps, done=loop.step, unit="steps")
+        progress.step(task, loop.step, loop.num_steps, unit="steps")
         order = (own_slice(batch) for batch in batch_order(len(dataset), config, seed, start=loop.step))
         batches = iterate_batches(dataset, order, workers=runtime.workers, processes=device.type != "cpu")
         with contextlib.closing(batches), _memory_named(loop):
-            loop.run(batches, progress, runtime.checkpoint_every_s)
+            loop.run(batches, progress, task, runtime.checkpoint_every_s)
         loop.finish(progress)
     return loop.history
 
@@ -158,7 +145,7 @@ def _place(model: nn.Module, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _memory_named(loop: _Loop) -> Iterator[None]:
-    """Say what a step needs its memory for when the device has no more; a watch names what it looked at itself."""
+    """Say what a step needs its memory for when the device runs out; a watch reports its own needs."""
     try:
         yield
     except Exception as error:
@@ -226,8 +213,6 @@ class _Loop:
     ) -> None:
         import torch
 
-        from stages.training.averaging import WeightAverage
-
         self.model, self.objective, self.config, self.seed, self.device = model, objective, config, seed, device
         self.out, self.watch = out, watch
         self.average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
@@ -241,6 +226,8 @@ class _Loop:
         self.step = 0
         self.history: list[dict[str, float]] = []
         self.window = _Window()
+        self.losses: dict[str, float] = {}
+        """Means since the last record of the history, or of that record: what ``progress`` is told."""
         self.unread: tuple[int, dict[str, Tensor]] | None = None
         self.identity = {
             "config": config.model_dump_json(),
@@ -250,9 +237,8 @@ class _Loop:
             **({} if watch is None else {"watch": watch.identity}),
         }
 
-    def run(self, batches: Iterator[dict[str, Any]], progress: Progress, checkpoint_every_s: float) -> None:
+    def run(self, batches: Iterator[dict[str, Any]], progress: Progress, task: str, checkpoint_every_s: float) -> None:
         """Take all steps that are left; checkpoint now and then and at the end."""
-        ticker = _Ticker(progress)
         saved = time.monotonic()
         for batch in batches:
             losses = self._take_step(batch)
@@ -263,12 +249,12 @@ class _Loop:
             if self.average is not None:
                 self.average.update(self.model, self.step - 1)
             self._look()
-            ticker.step(self.window)
+            progress.step(task, self.step, self.num_steps, unit="steps", **self.losses)
             if time.monotonic() - saved >= checkpoint_every_s and self.step < self.num_steps:
                 self._save()
                 saved = time.monotonic()
         self._save()
-        ticker.flush(self.window)
+        progress.step(task, self.step, self.num_steps, unit="steps", **self.losses)
 
     def finish(self, progress: Progress) -> None:
         """Leave the model with the weights that are delivered."""
@@ -277,7 +263,7 @@ class _Loop:
             progress.info(f"the weights are the moving average over the steps (ema_decay {self.average.decay:g})")
 
     def _look(self) -> None:
-        """Show the network to the watch, if it is time; the losses are read, and so checked, first."""
+        """Show the network to the watch when it is due; the losses are read, and so checked, first."""
         if self.watch is None or (self.step % self.watch.every_steps and self.step < self.num_steps):
             return
         self._read_losses()
@@ -343,10 +329,11 @@ class _Loop:
         if not all(math.isfinite(value) for value in values.values()):
             raise InputError(self._explain_not_finite(step, values))
         self.window.add(values)
+        self.losses = self.window.means()
         if (step + 1) % self.record_every == 0 or step + 1 == self.num_steps:
             rate = self.config.learning_rate_at(step, self.num_steps)
             where = {"step": step + 1, "epoch": (step + 1) / self.per_epoch, "learning_rate": rate}
-            self.history.append({**where, **self.window.means()})
+            self.history.append({**where, **self.losses})
             self.window = _Window()
 
     def _explain_not_finite(self, step: int, values: Mapping[str, float]) -> str:
@@ -394,21 +381,3 @@ class _Loop:
         self.step, self.history = state["step"], state["history"]
         self.window = _Window(**state["window"])
         progress.info(f"resumed after step {self.step} of {self.num_steps}")
-
-
-class _Ticker:
-    """Tells the progress a few times a second instead of at each step."""
-
-    def __init__(self, progress: Progress, every_s: float = 0.25) -> None:
-        self.progress, self.every_s = progress, every_s
-        self.count, self.told = 0, time.monotonic()
-
-    def step(self, window: _Window) -> None:
-        self.count += 1
-        if time.monotonic() - self.told >= self.every_s:
-            self.flush(window)
-
-    def flush(self, window: _Window) -> None:
-        if self.count:
-            self.progress.advance(self.count, **(window.means() if window.count else {}))
-        self.count, self.told = 0, time.monotonic()

@@ -43,7 +43,7 @@ class MaskedImages:
     augmenter: Augmenter
     seed: int
     confidence_folder: Path | None = None
-    """Folder of how sure each pixel of a pseudo-mask is; None where all count alike."""
+    """Folder of the pseudo-masks' confidence; None where all pixels count alike."""
     with_labels: bool = False
     """Whether a sample has its whole image's labels; all records must have some."""
 
@@ -116,7 +116,7 @@ class MaskedImages:
 
 
 def check_class_list(dataset: MaskedImages) -> None:
-    """Refuse pseudo-masks most of which show classes that their images do not have: the classes of another list.
+    """Refuse pseudo-masks of another class list: most of them show classes that their images do not have.
 
     Raises:
         DataError: as said, or as ``MaskedImages.read_mask``.
@@ -143,7 +143,7 @@ def confidence_folder(masks: Path) -> Path:
     """Where the confidence of the pseudo-masks in make_masks' output is.
 
     Raises:
-        MissingArtifactError: nobody wrote it.
+        MissingArtifactError: it is not there.
     """
     folder = masks / "confidence"
     if not folder.is_dir():

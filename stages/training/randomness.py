@@ -1,4 +1,4 @@
-"""Every random number of a training as a pure function of where it is drawn: no state that could be lost.
+"""Every random number of a training as a pure function of where it is drawn, without a state that could be lost.
 
 Reads and writes nothing.  Torch is imported by the functions only.
 """
@@ -13,7 +13,7 @@ from stages.training.config import TrainingConfig
 
 
 def sample_seed(seed: int, epoch: int, sample: int) -> int:
-    """Seed of one sample's augmentation, 0 … 2**32 - 1: whoever reads it, whenever."""
+    """Seed of one sample's augmentation, 0 … 2**32 - 1: the same for every reader."""
     return _derive("sample", seed, epoch, sample) % 2**32
 
 

@@ -1,8 +1,9 @@
-"""Looks at held-out training images while the segmenter trains: curve, best weights, a stop where it has collapsed.
+"""Looks at a segmenter on training images: at held-out ones while it trains, at a few crops when it has.
 
-Reads the held-out images with the masks that training would have used; writes nothing itself.
-A weakly supervised run has no true masks of training images, and val decides nothing: the images are a share of the
-training images, chosen by hash and not trained on, and what is measured on them is agreement with their pseudo-masks
+The looks give a curve and the best weights, and stop a training that has collapsed to background.
+Reads images with the masks that training uses; writes nothing itself.  Torch is imported by the functions only.
+A weakly supervised run has no true masks of training images, and val decides nothing.  So a share of the training
+images, chosen by hash, is not trained on, and what is measured there is agreement with their pseudo-masks
 (``supervision: full``: with their true masks).
 Shapes: C classes with background, H W image pixels.
 """
@@ -16,10 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from stages.contracts import BACKGROUND_INDEX, ImageRecord, Progress, SilentProgress, StageConfig
+from stages.contracts import (
+    BACKGROUND_INDEX,
+    IGNORE_INDEX,
+    ImageRecord,
+    Progress,
+    Runtime,
+    SilentProgress,
+    StageConfig,
+)
 from stages.data.subsets import hash_share
 from stages.data.transforms import to_network_input
 from stages.errors import EnvironmentFailure, InputError, is_out_of_memory
+from stages.ops.devices import resolve_device
 from stages.ops.metrics.confusion import confusion_matrix, mean_iou, pixel_accuracy
 from stages.training.distributed import is_main, own_slice
 
@@ -27,21 +37,27 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from stages.data.batches import TrainingData
+    from stages.nets.segmenters.segmenter import Segmenter
+
     ReadPair = Callable[[ImageRecord], tuple[NDArray[np.uint8], NDArray[np.uint8]]]
+
+_NUM_CROPS = 16
+"""Training crops that are looked at after the training."""
 
 
 class ValidationConfig(StageConfig):
     """When and on what the segmenter is looked at while it trains."""
 
     every_steps: int = Field(gt=0, le=100_000_000)
-    """Steps between two looks; the last step is looked at, too."""
+    """Steps between two looks; there is one after the last step, too."""
     ratio: float = Field(default=0.05, gt=0, le=0.5)
     """Share of the training images that is held out: chosen by hash of their ids, not trained on."""
     keep: Literal["last", "best"] = "last"
     """Which weights are delivered: those of the last step, or of the look with the highest mIoU; the others are written
     beside them."""
     collapse_after: int | None = Field(default=5, ge=1, le=10_000)
-    """Stop after so many looks in a row at a net that says background everywhere; null never stops."""
+    """Stop after so many looks in a row that find background everywhere; null does not stop."""
 
 
 def choose_held_out(config: ValidationConfig, records: Sequence[ImageRecord]) -> frozenset[str]:
@@ -62,7 +78,7 @@ class HeldOutImages:
         short_side_px: int | None,
         progress: Progress,
     ) -> None:
-        """Know the images; none is read before the first look.
+        """Take the images; none is read before the first look.
 
         Args:
             config: When to look, and what to make of it.
@@ -70,7 +86,7 @@ class HeldOutImages:
             read: Gives an image, uint8 (H, W, 3), and its mask, uint8 (H, W).
             num_classes: C.
             short_side_px: Shorter side at which the net sees an image; None for its own size.
-            progress: Told each look.
+            progress: Hears of each look.
         """
         self.config, self.records, self.read = config, records, read
         self.num_classes, self.short_side_px = num_classes, short_side_px
@@ -193,3 +209,34 @@ def _foreground_share(counts: NDArray[np.int64]) -> float:
     """The share of ``counts`` (C,) that is not background; 0 of none."""
     total = int(counts.sum())
     return 1 - int(counts[BACKGROUND_INDEX]) / total if total else 0.0
+
+
+def warn_of_collapse(segmenter: Segmenter, dataset: TrainingData, runtime: Runtime, progress: Progress) -> None:
+    """Warn when the trained net says background everywhere on crops whose masks hold objects, or none holds any.
+
+    Args:
+        segmenter: Put into evaluation mode on the runtime's device.
+        dataset: Samples with ``images`` and ``masks``.
+        runtime: The device.
+        progress: Hears the warning.
+    """
+    import torch
+
+    samples = [dataset.get(index, 0) for index in range(min(len(dataset), _NUM_CROPS))]
+    if all(np.isin(sample["masks"], (BACKGROUND_INDEX, IGNORE_INDEX)).all() for sample in samples):
+        progress.warn(
+            f"the masks of the first {len(samples)} training crops hold no object pixel; check the pseudo-masks "
+            "(make_masks.threshold too high, or a refinement that removes everything)"
+        )
+        return
+    device = resolve_device(runtime)
+    segmenter.to(device).eval()
+    with torch.inference_mode():
+        for sample in samples:
+            logits = segmenter(to_network_input(torch.from_numpy(sample["images"][None]), device))
+            if bool((logits.argmax(1) != BACKGROUND_INDEX).any()):
+                return
+    progress.warn(
+        f"the segmenter predicts only background on {len(samples)} training crops; train longer, raise "
+        "training.learning_rate, or use loss: balanced_cross_entropy"
+    )

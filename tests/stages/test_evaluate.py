@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+import stages.scoring.network_pass
 import stages.scoring.prediction
 from stages.contracts import (
     ClassList,
@@ -29,7 +31,7 @@ from stages.contracts import (
 )
 from stages.data.transforms import IMAGE_MEAN, IMAGE_STD
 from stages.errors import DamagedFileError, DataError, EnvironmentFailure
-from stages.evaluate import EvaluateConfig, evaluate
+from stages.evaluate import EvaluateConfig, PseudoMasks, evaluate
 from stages.make_masks import MakeMasksConfig, make_masks
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.segmenters.build import build_segmenter
@@ -39,7 +41,7 @@ from stages.ops.crf.dense_crf import CrfConfig
 from stages.ops.metrics.boundaries import boundary_iou, count_boundaries
 from stages.ops.metrics.confusion import confusion_matrix, mean_iou, read_confusions
 from stages.ops.multi_scale import in_fitting_batches, multi_scale_probabilities, network_size, predict_logits
-from stages.scoring.prediction import refine_prediction
+from stages.scoring.network_pass import refine_prediction
 from tests.stages.tiny_masks import CLASSES, COLOURS, TRAIN, VAL, size_of, truth_of, write_world
 
 ONE = Runtime(processes=1, device="cpu", workers=0)
@@ -116,12 +118,19 @@ class World:
             progress=self.progress, runtime=ONE,
         )  # fmt: skip
 
-    def evaluate(self, config: EvaluateConfig = SINGLE, *, weak: bool = True, runtime: Runtime = ONE, **others: object):
-        arguments: dict[str, object] = {"masks_config": self.made if weak else None, **others}
+    def evaluate(
+        self,
+        config: EvaluateConfig = SINGLE,
+        *,
+        weak: bool = True,
+        made: MakeMasksConfig | None = None,
+        exclude: frozenset[str] = frozenset(),
+        runtime: Runtime = ONE,
+    ) -> dict[str, Any]:
+        pseudo_masks = PseudoMasks(self.attention, self.masks, made or self.made, exclude)
         return evaluate(
-            config, images=self.images, segmenter=self.segmenter, attention=self.attention if weak else None,
-            masks=self.masks if weak else None, data_root=self.data, out=self.out, progress=self.progress,
-            runtime=runtime, **arguments,
+            config, images=self.images, data_root=self.data, segmenter=self.segmenter,
+            pseudo_masks=pseudo_masks if weak else None, out=self.out, progress=self.progress, runtime=runtime,
         ).metrics  # fmt: skip
 
     def truth(self, image_id: str) -> np.ndarray:
@@ -221,7 +230,7 @@ def test_training_scores_by_hand(tmp_path: Path, segmenter: Path, use_colours: C
 def test_worse_masks_are_reported(tmp_path: Path, segmenter: Path, use_colours: Callable[..., ColourNet]) -> None:
     use_colours()
     world = World(tmp_path, segmenter, threshold=0.5)
-    metrics = world.evaluate(masks_config=MakeMasksConfig(threshold=0.3))
+    metrics = world.evaluate(made=MakeMasksConfig(threshold=0.3))
     assert metrics["masks.miou_before_crf"] == 1
     assert f"100.0% mIoU before, {HALF:.1%} after" in world.progress.warnings[0]
 
@@ -248,7 +257,7 @@ def test_images_whose_masks_were_trained_on_do_not_count(
 ) -> None:
     use_colours()
     world = World(tmp_path, segmenter, threshold=0.5)
-    metrics = world.evaluate(exclude={"t0", "t2", "t3", "t4"})
+    metrics = world.evaluate(exclude=frozenset({"t0", "t2", "t3", "t4"}))
     stored = read_confusions(world.out / "confusions.npz")
     assert stored["masks"].ids == stored["attention"].ids == ("t1",)
     assert metrics["masks.miou"] == pytest.approx((624 / (624 + 48) + 96 / 144) / 2)
@@ -392,14 +401,11 @@ def test_a_stopped_evaluation_continues_with_the_same_bytes(
     files = {path: path.read_bytes() for path in world.out.rglob("*.*")}
     shutil.rmtree(world.out)
 
-    advance, counted = world.progress.advance, []
-
-    def stop_after_the_first_batch(count: int = 1, **values: float) -> None:
-        counted.append(count)
-        if sum(counted) == len(TRAIN) + 3:
+    def stop_after_the_first_batch(task: str, done: int, total: int, **_: object) -> None:
+        if (task, done) == ("segmenter", 3):
             raise KeyboardInterrupt
 
-    world.progress.advance = stop_after_the_first_batch
+    step, world.progress.step = world.progress.step, stop_after_the_first_batch
     with pytest.raises(KeyboardInterrupt):
         world.evaluate(config)
     kept = sorted(path.name for path in (world.out / "partial").iterdir())
@@ -407,7 +413,7 @@ def test_a_stopped_evaluation_continues_with_the_same_bytes(
         "segmenter-00000.npz", "training-00000.npz", "training-00000.sweep.json", "training-00001.npz",
         "training-00001.sweep.json",
     ]  # fmt: skip
-    world.progress.advance = advance
+    world.progress.step = step
     net.seen.clear()
     monkeypatch.setattr(
         "stages.scoring.mask_scores.upsample_maps", lambda _: pytest.fail("a finished shard is scored again")
@@ -483,7 +489,7 @@ def test_a_changed_image_is_named(tmp_path: Path, segmenter: Path, use_colours: 
     use_colours()
     world = World(tmp_path, segmenter)
     Image.new("RGB", (9, 8)).save(world.data / "images" / "v2.png")
-    with pytest.raises(DataError, match=r"v2\.png: expected \(24, 32\) pixels .* found \(8, 9\)"):
+    with pytest.raises(DataError, match=r"v2\.png: .*\(24, 32\) pixels .* found \(8, 9\).*run that stage again"):
         world.evaluate()
 
 
@@ -492,11 +498,6 @@ def test_missing_attention_is_named(tmp_path: Path, segmenter: Path) -> None:
     (world.attention / "shards" / "attention-00001.npz").unlink()
     with pytest.raises(DamagedFileError, match="has attention for 3 of 5 scored images"):
         world.evaluate()
-
-
-def test_half_of_the_weak_inputs_is_refused(tmp_path: Path, segmenter: Path) -> None:
-    with pytest.raises(ValueError, match="belong together"):
-        World(tmp_path, segmenter).evaluate(masks_config=None)
 
 
 @pytest.mark.parametrize(
@@ -610,7 +611,7 @@ def test_large_images_go_through_the_network_alone(
     assert max(shape[0] for shape in net.seen) > 1
     shutil.rmtree(world.out)
     net.seen.clear()
-    monkeypatch.setattr(stages.scoring.prediction, "_BATCH_PX", 10)
+    monkeypatch.setattr(stages.scoring.network_pass, "_BATCH_PX", 10)
     assert world.evaluate(weak=False) == together
     assert (world.out / "confusions.npz").read_bytes() == counts
     assert {shape[0] for shape in net.seen} == {1}

@@ -15,7 +15,7 @@ from stages.nets.backbones.config import BackboneConfig
 from stages.nets.weights import read_tensors
 from stages.scoring.label_scores import predict_logits
 from stages.train_classifier import LabelledImages, TrainClassifierConfig, train_classifier
-from stages.training.loop import TrainingConfig
+from stages.training.config import TrainingConfig
 from tests.stages.methods.tiny_data import LABELS, SIZES, write_tiny_data
 
 RUNTIME = Runtime(device="cpu", workers=0, threads=1, checkpoint_every_s=0)
@@ -52,8 +52,9 @@ class Recorder(SilentProgress):
         super().__init__()
         self.begun, self.lines = [], []
 
-    def begin(self, task, *, total, done=0, unit="images"):
-        self.begun.append((task, total, done, unit))
+    def step(self, task, done, total, *, unit="images", **values):
+        if not self.begun or self.begun[-1][0] != task:
+            self.begun.append((task, total, done, unit))
 
     def info(self, text):
         self.lines.append(text)

@@ -22,7 +22,7 @@ from stages.errors import DamagedFileError, DataError, EnvironmentFailure, Input
 from stages.masks.mask_files import write_confidence
 from stages.nets.segmenters.build import build_segmenter
 from stages.nets.segmenters.files import load_segmenter
-from stages.training.loop import TrainingConfig
+from stages.training.config import TrainingConfig
 from stages.training.segmenter_objective import match_sizes
 from tests.stages.tiny_segmenters import NAMES, SIZE, digests, make_config, run, write_folders
 

@@ -18,7 +18,7 @@ from stages.contracts import (
 )
 from stages.data.transforms import AugmentConfig
 from stages.train_segmenter import TrainSegmenterConfig, train_segmenter
-from stages.training.loop import TrainingConfig
+from stages.training.config import TrainingConfig
 
 SIZE = (40, 48)
 NAMES = ("red", "green")

@@ -1,4 +1,4 @@
-"""What an archive for PASCAL VOC's test server is held against: a list of images, and their sizes.
+"""What an archive for PASCAL VOC's test server is compared with: a list of images, and their sizes.
 
 Reads a list with one image a line, and the headers of images.
 """
@@ -14,12 +14,14 @@ from stages.data.readers import read_id_list
 from stages.data.records import IMAGE_SUFFIXES, Problems
 from stages.errors import DataError
 from stages.scoring.submission.archive import Competition
-from stages.scoring.submission.masks import Size
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the archive is held against; without anything, against VOC's rules alone."""
+    """What the archive is compared with; without any of it, only VOC's rules."""
 
     ids: Collection[str] | None = None
     """The images of the test list; None for any 1,456 with names like VOC's."""

@@ -13,7 +13,7 @@ from stages.nets.downloads import COCO_WEIGHTS
 from stages.nets.segmenters.config import Init
 from stages.train_segmenter import TrainSegmenterConfig
 from stages.training.config import TrainingConfig
-from stages.training.round_masks import RetrainingConfig
+from stages.training.rounds import RetrainingConfig
 from stages.training.segmenter_objective import LossConfig, LossName, SecConfig
 from stages.training.validation import ValidationConfig
 

@@ -17,8 +17,8 @@ from stages.scoring import export as export_module
 from stages.scoring.export import compare_onnx, export_segmenter, to_onnx
 from stages.scoring.exported_model import exported_source, load_export, read_export, trained_source
 from stages.scoring.image_prediction import predict_pictures
-from stages.scoring.image_scores import PredictOptions
 from stages.scoring.prediction import PredictionConfig
+from stages.scoring.window_prediction import PredictOptions
 from tests.stages.trained_nets import CLASSES, SMALL, save_lively_segmenter, save_noise
 
 PROVENANCE = {"key": "0123", "commit": "abc", "mask_supervision": ["im1"]}

@@ -16,10 +16,9 @@ from stages.errors import EnvironmentFailure, InputError
 from stages.ops import multi_scale as inference
 from stages.ops.crf.dense_crf import CrfConfig
 from stages.scoring.exported_model import trained_source
-from stages.scoring.image_prediction import PredictionSummary, predict_pictures
-from stages.scoring.image_scores import PredictOptions
+from stages.scoring.image_prediction import PredictionSummary, overlay_mask, predict_pictures
 from stages.scoring.prediction import PredictionConfig
-from stages.scoring.prediction_files import overlay_mask
+from stages.scoring.window_prediction import PredictOptions
 from tests.stages.trained_nets import CLASSES, save_lively_segmenter, save_noise
 
 RUNTIME = Runtime(device="cpu", processes=1, threads=1)
@@ -270,18 +269,19 @@ def test_what_is_there_is_kept_and_counted(segmenter: Path, shots: Path, tmp_pat
 
 
 class Heard(SilentProgress):
-    """Progress as it was reported: task, and how far it came of how much."""
+    """Progress as it was reported: each task with how far it came, step by step, of how much."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tasks: list[list[object]] = []
         self.values: dict[str, float] = {}
 
-    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
-        self.tasks.append([task, done, total])
-
-    def advance(self, count: int = 1, **values: float) -> None:
-        self.tasks[-1][1] += count
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        if not self.tasks or self.tasks[-1][0] != task:
+            self.tasks.append([task, done, total])
+        assert self.tasks[-1][2] == total
+        assert done - self.tasks[-1][1] in (0, 1), "an image at a time"
+        self.tasks[-1][1] = done
         self.values = values
 
 

@@ -20,9 +20,7 @@ from stages.contracts import read_index_mask, voc_palette, write_index_mask
 from stages.data.adapters.voc import VOC_CLASSES
 from stages.errors import DataError
 from stages.scoring.submission.archive import build_archive, result_folder, voc_values
-from stages.scoring.submission.check import check_archive
-from stages.scoring.submission.findings import REMEDIES, Findings
-from stages.scoring.submission.masks import check_mask
+from stages.scoring.submission.check import REMEDIES, Findings, check_archive, check_mask
 from stages.scoring.submission.reference import Expected, ImageFolder, read_test_list
 
 FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"

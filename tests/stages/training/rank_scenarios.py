@@ -26,8 +26,9 @@ from stages.nets.segmenters.config import DeepLabConfig
 from stages.nets.segmenters.files import load_segmenter
 from stages.ops.collectives import wait_for_all
 from stages.train_classifier import _Objective as ClassifierObjective
+from stages.training.config import TrainingConfig
 from stages.training.distributed import is_main, main_first, num_ranks, this_rank
-from stages.training.loop import TrainingConfig, train
+from stages.training.loop import train
 from stages.training.segmenter_objective import LossConfig, SegmenterObjective
 from tests.stages.tiny_segmenters import make_config, write_folders
 from tests.stages.tiny_segmenters import run as run_stage

@@ -10,15 +10,13 @@ import pytest
 
 from stages.contracts import (
     ClassList,
-    ImageRecord,
-    Runtime,
     SilentProgress,
     read_index_mask,
     read_json,
     write_index_mask,
 )
 from stages.errors import InputError
-from stages.training.loop import TrainingConfig
+from stages.training.config import TrainingConfig
 from tests.stages.tiny_segmenters import digests, make_config, run, write_folders
 
 STEPS = 10
@@ -110,11 +108,11 @@ def test_the_first_training_is_that_of_no_rounds_and_the_result_another(folders,
 PLACES = {
     "first training": ("stages.ops.losses.balanced_segmentation_cross_entropy", 4),
     "between weights and record": ("stages.nets.segmenters.files.write_json", 1),
-    "second mask": ("stages.training.round_labels.write_index_mask", 2),
-    "stats": ("stages.training.round_masks.write_json", 1),
+    "second mask": ("stages.training.rounds.write_index_mask", 2),
+    "stats": ("stages.training.rounds.write_json", 1),
     "second training": ("stages.ops.losses.balanced_segmentation_cross_entropy", 14),
-    "third mask of round 2": ("stages.training.round_labels.write_index_mask", 7),
-    "list of rounds": ("stages.training.rounds.write_json", 1),
+    "third mask of round 2": ("stages.training.rounds.write_index_mask", 7),
+    "list of rounds": ("stages.training.rounds.write_json", 3),
     "cleaning up": ("stages.training.rounds.remove_checkpoint", 2),
 }
 """What is killed at which call."""
@@ -245,36 +243,8 @@ def test_rounds_are_in_the_key_only_where_there_are_some():
     assert rounds_config(retraining={"crf": {"preset": "irn"}}).resolved("cuda").retraining.crf.backend == "torch"
 
 
-# -- the CRF, and ranks that wait -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("device", "sizes"), [("cpu", [1, 1, 1, 1, 1]), ("cuda:0", [3, 2])])
-def test_a_gpu_gets_the_images_of_a_batch_at_once(tmp_path, monkeypatch, device, sizes):
-    from stages.ops.crf.dense_crf import CrfConfig
-    from stages.training.round_labels import LabelledImage, LabellingContext, write_labels
-
-    seen = []
-
-    def refine(images, probabilities, crf, *, device):
-        seen.append(len(images))
-        return [each.argmax(axis=0).astype(np.uint8) for each in probabilities]
-
-    monkeypatch.setattr("stages.training.round_labels.refine_predictions", refine)
-    image, probabilities = np.zeros((2, 3, 3), np.uint8), np.zeros((2, 2, 3), np.float32)
-    probabilities[1, 0] = 1
-    jobs = [
-        LabelledImage(ImageRecord(id=f"i{number}", image="", size=(2, 3), labels=(number,)), image, probabilities)
-        for number in range(5)
-    ]
-    context = LabellingContext(CrfConfig(backend="torch"), tmp_path, 6, device)
-    assert len(list(write_labels(context, iter([jobs[:3], jobs[3:]]), Runtime()))) == 5
-    assert seen == sizes
-    for number in range(5):
-        assert read_index_mask(tmp_path / f"i{number}.png").tolist() == [[number + 1] * 3, [0] * 3]
-
-
 def test_a_rank_waits_for_the_files_of_the_others(tmp_path):
-    from stages.training.round_masks import _wait_for
+    from stages.training.rounds import _wait_for
 
     files = [tmp_path / "first", tmp_path / "second"]
     files[0].touch()

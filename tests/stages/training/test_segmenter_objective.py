@@ -10,7 +10,7 @@ from stages.contracts import Runtime, read_index_mask, read_json, write_index_ma
 from stages.data.transforms import AugmentConfig
 from stages.errors import InputError
 from stages.ops import losses, sec
-from stages.training.loop import TrainingConfig
+from stages.training.config import TrainingConfig
 from stages.training.segmenter_objective import LossConfig, SegmenterObjective
 from tests.stages.tiny_segmenters import digests, make_config, run, write_folders
 

@@ -11,11 +11,11 @@ import pytest
 
 from stages.contracts import SilentProgress, read_json, write_index_mask
 from stages.errors import DamagedFileError
-from stages.evaluate import EvaluateConfig, evaluate
+from stages.evaluate import EvaluateConfig, PseudoMasks, evaluate
 from stages.make_masks import MakeMasksConfig, make_masks
 from stages.masks.mask_files import step_path
 from stages.ops.metrics.confusion import confusion_matrix, mean_iou, read_confusions
-from stages.scoring.training_scores import step_things
+from stages.scoring.mask_scores import step_things
 from tests.stages.test_make_masks import ONE, SMALL_CRF, SMALL_PAR
 from tests.stages.tiny_masks import TRAIN, size_of, truth_of, write_world
 
@@ -49,8 +49,8 @@ def score(
     prepared, data, attention = world
     progress = SilentProgress()
     result = evaluate(
-        EvaluateConfig(), images=prepared, segmenter=Path("none"), attention=attention, masks=made, masks_config=config,
-        exclude=exclude, data_root=data, out=made / "scores", progress=progress, runtime=ONE,
+        EvaluateConfig(), images=prepared, data_root=data, segmenter=Path("none"),
+        pseudo_masks=PseudoMasks(attention, made, config, exclude), out=made / "scores", progress=progress, runtime=ONE,
     )  # fmt: skip
     return dict(result.metrics), progress
 

@@ -36,11 +36,12 @@ class Keeper(SilentProgress):
         self.begun: list[tuple[int, int]] = []
         self.counted, self.stop_after = 0, stop_after
 
-    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
-        self.begun.append((total, done))
-
-    def advance(self, count: int = 1, **values: float) -> None:
-        self.counted += count
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        if not self.begun:
+            self.begun.append((total, done))
+            return
+        self.counted += 1
+        assert (total, done) == (self.begun[0][0], self.begun[0][1] + self.counted)
         if self.counted == self.stop_after:
             raise KeyboardInterrupt
 

@@ -16,7 +16,8 @@ from pydantic import Field, field_validator
 from stages.contracts import Progress, StageConfig
 from stages.errors import EnvironmentFailure
 from stages.ops.crf.dense_crf import CrfConfig, dense_crf
-from stages.scoring.prediction import PredictionConfig, Scales, likely_classes
+from stages.scoring.network_pass import likely_classes
+from stages.scoring.prediction import PredictionConfig, Scales
 
 if TYPE_CHECKING:
     import torch
@@ -68,11 +69,6 @@ class PredictOptions(StageConfig):
             crf=config.crf_config if config.crf else None,
         )
 
-    @property
-    def is_single(self) -> bool:
-        """Whether there is but one view, at scale 1."""
-        return self.scales == (1.0,) and not self.flip
-
     def resolved(self, device: str) -> Self:
         """The same with the CRF's backend by name."""
         return self if self.crf is None else self.model_copy(update={"crf": self.crf.resolved(device)})
@@ -103,7 +99,7 @@ class PicturePredictor:
         """Images that were seen in windows."""
 
     def predict(self, pixels: NDArray[np.uint8]) -> list[Predicted]:
-        """Predict images of one size.
+        """Predict images of one size; called in inference mode.
 
         Args:
             pixels: RGB, uint8 (B, H, W, 3).
@@ -112,6 +108,7 @@ class PicturePredictor:
             One entry for each image; with a CRF the probabilities, unless windows were used: these have it in them.
 
         Raises:
+            torch.OutOfMemoryError: the device does not hold so many images at once; a single one is seen in windows.
             EnvironmentFailure: the device does not even hold the smallest window.
         """
         import torch
@@ -119,36 +116,28 @@ class PicturePredictor:
         window = self._options.window_for((pixels.shape[1], pixels.shape[2]))
         if window is None:
             try:
-                return self._at_once(pixels)
+                return self._at_once(torch.from_numpy(pixels))
             except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
+                if len(pixels) > 1:
+                    raise
+            torch.cuda.empty_cache()  # here, where what the failed call held is free
         return [(self._in_fitting_windows(image, window), None) for image in pixels]
 
-    def _at_once(self, pixels: NDArray[np.uint8]) -> list[Predicted]:
+    def _at_once(self, pixels: torch.Tensor) -> list[Predicted]:
         import torch
 
-        from stages.ops.multi_scale import in_fitting_batches
-
-        def score(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            if self._options.is_single and self._options.crf is None:
-                return (self._logits(batch).argmax(dim=1).to(torch.uint8),)
-            probabilities = self._probabilities(batch, self._options.short_side_px)
-            if self._options.crf is not None:
-                return (probabilities,)
-            return (probabilities.argmax(dim=1).to(torch.uint8),)
-
-        with torch.inference_mode():
-            (found,) = in_fitting_batches(score, torch.from_numpy(pixels))
-        scored = found.numpy()
-        return [(None, item) if self._options.crf is not None else (item, None) for item in scored]
-
-    def _logits(self, batch: torch.Tensor) -> torch.Tensor:
-        """Logits (B, C, H, W) at scale 1: of one view the likeliest class needs no probabilities."""
         from stages.data.transforms import to_network_input
         from stages.ops.multi_scale import predict_logits
 
-        images = to_network_input(batch, self._device)
-        return predict_logits(self._model, images, short_side_px=self._options.short_side_px)
+        options = self._options
+        if options.crf is not None:
+            return [(None, found) for found in self._probabilities(pixels, options.short_side_px).cpu().numpy()]
+        if options.scales == (1.0,) and not options.flip:  # of one view the likeliest class needs no probabilities
+            images = to_network_input(pixels, self._device)
+            scores = predict_logits(self._model, images, short_side_px=options.short_side_px)
+        else:
+            scores = self._probabilities(pixels, options.short_side_px)
+        return [(mask, None) for mask in scores.argmax(dim=1).to(torch.uint8).cpu().numpy()]
 
     def _probabilities(self, batch: torch.Tensor, short_side_px: int | None) -> torch.Tensor:
         """Mean probabilities (B, C, H, W) of uint8 images (B, H, W, 3), on the device."""
@@ -200,10 +189,9 @@ class PicturePredictor:
         seen = network_size((height, width), self._options.short_side_px)
         if seen != (height, width):  # an antialiased bilinear filter as torch's, in bytes: a quarter of the memory
             image = np.asarray(Image.fromarray(image).resize((seen[1], seen[0]), Image.Resampling.BILINEAR))
-        with torch.inference_mode():
-            mask = predict_in_windows(
-                score, image, num_classes=self._num_classes, window_px=window_px, mask_size=(height, width)
-            )
+        mask = predict_in_windows(
+            score, image, num_classes=self._num_classes, window_px=window_px, mask_size=(height, width)
+        )
         self.num_windowed += 1
         return mask
 

@@ -15,7 +15,10 @@ from torch import nn
 
 from stages.contracts import Runtime, SilentProgress
 from stages.errors import ConfigError, EnvironmentFailure, InputError
-from stages.training.loop import TrainingConfig, batch_order, remove_checkpoint, sample_seed, step_seed, train
+from stages.training.checkpoints import remove_checkpoint
+from stages.training.config import TrainingConfig
+from stages.training.loop import train
+from stages.training.randomness import batch_order, sample_seed, step_seed
 from stages.training.segmenter_objective import LossConfig, SegmenterObjective
 
 SIZE = 8
@@ -417,7 +420,7 @@ def test_a_wrong_config_is_refused(values, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
 def test_a_missing_device_is_named():
-    from stages.training.loop import resolve_device
+    from stages.ops.devices import resolve_device
 
     with pytest.raises(EnvironmentFailure, match=r"'cuda:0', but torch finds only .*cpu"):
         resolve_device(Runtime(device="cuda:0"))

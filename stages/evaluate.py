@@ -1,8 +1,9 @@
 """Measure the segmenter on val, and attention maps and pseudo-masks on the training images that have true masks.
 
+Where val has labels, also the classifier's, where there is one.
 Where ``localization`` is set, also how well the classifier's attention points at the objects of val; with
 ``segmentation: false`` nothing else.
-Reads: the segmenter, the classifier (``localization``), images, true masks, attention shards, pseudo-masks.
+Reads: the segmenter, the classifier, images, labels of val, true masks, attention shards, pseudo-masks.
 Writes: ``predictions/<id>.png`` (class indices; ``predictions`` says of how many scales, before or after the CRF),
 ``confusions.npz`` (counts of each image and scored thing), ``boundaries.npz`` (the same on the outlines of the
 segmenter's masks), ``sweep.json`` (mIoU of the attention maps at every threshold), ``localization.json`` (accuracy at
@@ -17,17 +18,15 @@ import itertools
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageResult, open_image_set, write_json
 from stages.errors import DamagedFileError
-from stages.growing import GrowingConfig
-from stages.masks.attention_windows import read_views
+from stages.masks.attention_windows import check_classes, read_views
 from stages.masks.refinement_config import RefinementConfig
-from stages.masks.steps import has_steps
 from stages.masks.threshold_choice import with_chosen_threshold
 from stages.nets.segmenters.files import read_segmenter_record
 from stages.ops.metrics.confusion import SparseConfusions, iou, mean_iou, pixel_accuracy, write_confusions
@@ -37,16 +36,14 @@ from stages.scoring.localization_scores import LocalizationConfig, score_localiz
 from stages.scoring.mask_scores import ScoringContext, collect_training, score_training
 from stages.scoring.prediction import SCORE_SUFFIXES, MaskKind, PredictionConfig, predict_images
 
-VERSION = 3
+VERSION = 4
 
 _SCORES = {"val": "segmenter", "test": "segmenter_test"}
 """What the scores of each split are called."""
 
 
-class EvaluateConfig(PredictionConfig, GrowingConfig):
+class EvaluateConfig(PredictionConfig):
     """How the segmenter is tested; the training images need no choice."""
-
-    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"predictions"})
 
     splits: tuple[Literal["val", "test"], ...] = Field(default=("val",), min_length=1)
     """Splits to predict; images with true masks are scored, those of test apart: ``segmenter_test.*``."""
@@ -102,6 +99,7 @@ def evaluate(
     attention: Path | None = None,
     masks: Path | None = None,
     masks_config: RefinementConfig | None = None,
+    labels_short_side_px: int | None = None,
     exclude: Collection[str] = (),
     data_root: Path | None,
     out: Path,
@@ -114,10 +112,12 @@ def evaluate(
         config: How the segmenter is tested, and what else is.
         images: Output folder of ``prepare_data``.
         segmenter: Output folder of ``train_segmenter``; None with ``segmentation: false``.
-        classifier: Output folder of ``train_classifier``; needed by ``localization`` only.
+        classifier: Output folder of ``train_classifier``, whose labels are scored on val; needed by ``localization``.
         attention: Output folder of ``make_attention``; None with full supervision, as for the next two.
         masks: Output folder of ``make_masks``.
-        masks_config: Its config: the threshold rule, and the refinements whose steps are scored where they were kept.
+        masks_config: Its config: the threshold rule, and the refinements whose steps are scored.
+        labels_short_side_px: Shorter side at which the classifier sees an image whole for its labels, as in its
+            training; None for the file's size.
         exclude: Ids of training images whose true masks were trained on; they never count in ``attention.*`` and
             ``masks.*``.
         data_root: Folder of the user's data; None where it is generated.
@@ -152,7 +152,7 @@ def evaluate(
             attention=attention,
             masks=masks,
             partial=out / "partial",
-            chain=masks_config.chain if has_steps(masks) else (),
+            chain=masks_config.chain,
             has_maps=read_views(attention) is None,
         )
         metrics |= _evaluate_training(context, confusions, out, progress, runtime)
@@ -162,6 +162,8 @@ def evaluate(
         metrics |= score_localization(
             config.localization, image_set, classifier=classifier, out=out, progress=progress, runtime=runtime
         )
+    if classifier is not None:
+        metrics |= _score_labels(image_set, classifier, labels_short_side_px, progress, runtime)
     if segmenter is not None:
         metrics |= _evaluate_segmenter(config, image_set, segmenter, confusions, out, progress, runtime)
     metrics |= boundary_metrics(confusions) | interval_metrics(confusions)
@@ -182,6 +184,23 @@ def _check_classes(image_set: ImageSet, segmenter: Path) -> None:
             f"{segmenter} was trained on the classes {', '.join(trained)}; the data has {', '.join(expected)}: "
             "rebuild train_segmenter"
         )
+
+
+def _score_labels(
+    image_set: ImageSet, classifier: Path, short_side_px: int | None, progress: Progress, runtime: Runtime
+) -> dict[str, float]:
+    """``classifier.*`` on val; nothing where its labels are not known."""
+    if all(record.labels is None for record in image_set.index.split("val")):
+        if not image_set.index.splits.get("holdout"):
+            progress.info("classifier: neither val nor a hold-out has labels, so its accuracy is not measured")
+        return {}
+    from stages.methods.classifier_files import load_classifier
+    from stages.ops.devices import resolve_device
+    from stages.scoring.label_scores import score_classifier
+
+    check_classes(classifier, image_set)
+    network, _ = load_classifier(classifier, resolve_device(runtime))
+    return score_classifier(network, image_set, "val", short_side_px, progress, runtime)
 
 
 def _evaluate_training(

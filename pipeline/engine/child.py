@@ -204,6 +204,7 @@ def build(request: Request, progress: ChildProgress) -> Built:
         content=request.content,
         runtime=request.run.get("runtime"),
         call=partial(call_stage, request, store),
+        upstream=request.upstream,
     )
     count = shard_count(table.spec(request.stage), table.run_type.model_validate(request.run))
     if count == 1:

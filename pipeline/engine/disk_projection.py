@@ -78,8 +78,8 @@ def facts_of_run(plan: Plan, store: Store) -> DataFacts | None:
         return None
     if store.lookup("prepare_data", key) is not None:
         return facts_of_index(store.require("prepare_data", key).path)
-    listing = plan.data.listing
-    return None if listing is None else facts_of_listing(listing, plan.contents["prepare_data"])
+    digests = plan.data.digests
+    return None if digests is None else facts_of_listing(digests.listing, plan.contents["prepare_data"])
 
 
 def project_disk(plan: Plan, store: Store, stages: Collection[str]) -> DiskProjection:

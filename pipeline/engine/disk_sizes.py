@@ -77,16 +77,11 @@ def attention_bytes(config: Mapping[str, Any], num_images: int, num_labels: int,
     return cells * CELL_BYTES + num_images * MAP_HEADER_BYTES
 
 
-def masks_bytes(
-    config: Mapping[str, Any], num_images: int, mean_px: float | None, *, num_scored: int = 0
-) -> float | None:
-    """Of the masks; of the ``num_scored`` images also after each step before the last, with ``soft`` how sure they are.
-
-    None where the images' size is unknown.
-    """
+def masks_bytes(config: Mapping[str, Any], num_images: int, mean_px: float | None) -> float | None:
+    """Of the masks after each step, with ``soft`` also how sure they are; None where the images' size is unknown."""
     refine = config["refine"]
     num_steps = len(refine) if not isinstance(refine, str) else int(refine != "none")
-    masks = prediction_bytes(num_images + num_scored * num_steps, mean_px)
+    masks = prediction_bytes(num_images * (1 + num_steps), mean_px)
     if masks is None or mean_px is None:
         return None
     sure = CONFIDENCE_BYTES_PER_PX * mean_px + FILE_BYTES if config.get("soft", False) else 0.0

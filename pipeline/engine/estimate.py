@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.engine.disk_projection import describe_bytes, facts_of_run
 from pipeline.engine.outcomes import StageStatus
 from pipeline.engine.plan import Plan
-from pipeline.engine.workload import Content, DataFacts, Work, count_work, facts_of_index
+from pipeline.engine.workload import DataFacts, Work, count_work, facts_of_index
 from pipeline.store.artifacts import Store
 from stages.errors import WsssError
 
@@ -92,7 +92,7 @@ class _History:
         """Work and seconds of this host's artifacts, newest first; what is damaged or of another form is no help."""
         for manifest in islice(self._store.newest_manifests(stage), _LOOKED_AT):
             try:
-                work = self._work(manifest["content"]) if self._is_comparable(manifest) else None
+                work = self._work(manifest) if self._is_comparable(manifest) else None
                 if work is not None:
                     yield work, float(manifest["run"]["seconds"])
             except (WsssError, KeyError, TypeError, ValueError, AttributeError):
@@ -104,9 +104,10 @@ class _History:
         is_whole = not run.get("resumed", False)  # the seconds of a continued build are those of its last part
         return is_here and is_whole and content["version"] == self._plan.contents[content["stage"]]["version"]
 
-    def _work(self, content: Content) -> Work | None:
+    def _work(self, manifest: Mapping[str, Any]) -> Work | None:
+        content, upstream = manifest["content"], manifest["run"]["upstream"]
         inputs = {name: self._store.manifest(name, key)["content"] for name, key in content["inputs"].items()}
-        key = content["inputs"].get("prepare_data", content["key"])
+        key = upstream.get("prepare_data", content["key"])
         if key not in self._facts:
             self._facts[key] = facts_of_index(self._store.path("prepare_data", key))
         return count_work(content, inputs, self._facts[key])

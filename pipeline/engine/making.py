@@ -10,7 +10,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class Job:
     """How the stage is run, for the manifest."""
     call: Callable[[Path, Progress, Part | None], StageResult]
     """Calls the stage: work folder, progress, part (None for all)."""
+    upstream: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the artifacts that it rests on, for the manifest: prepare_data's is in no other key."""
 
     @property
     def place(self) -> tuple[str, str]:
@@ -127,6 +129,7 @@ def make_artifact(
         "seconds": round(time.monotonic() - started, 3),
         "resumed": is_resumed,
         "runtime": job.runtime,
+        "upstream": dict(job.upstream),
         "metrics": to_plain(result.metrics),
         "warnings": progress.warnings,
         **describe_machine(),

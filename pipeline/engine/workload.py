@@ -59,8 +59,6 @@ class DataFacts:
     """Mean height × width of the images, before prepare_data of some of them; None where none can be opened."""
     side_ratio: float = _PHOTOGRAPH
     """Mean of longer over shorter side."""
-    num_train_scored: int = 0
-    """Training images whose true masks score attention and masks."""
 
     def seen_px(self, short_side_px: int | None) -> float | None:
         """Mean pixels of an image resized to this shorter side (None: not resized); None where that is unknown."""
@@ -135,7 +133,6 @@ def _facts(
         num_labels=sum(len(image.labels or ()) for image in train),
         mean_px=sum(height * width for height, width in sizes) / count if count else None,
         side_ratio=sum(max(size) / min(size) for size in sizes) / count if count else _PHOTOGRAPH,
-        num_train_scored=len(splits.get("train_score", ())),
     )
 
 
@@ -185,7 +182,7 @@ def _train_segmenter(content: Content, inputs: Mapping[str, Content], data: Data
     num_samples = data.num_full_masks if config["supervision"] == "full" else data.num_train
     disk = segmenter_bytes(config, data.num_train, data.mean_px)
     first = _training(config, num_samples, _segmenter(config["net"]), disk)
-    rounds = config.get("rounds", 0)
+    rounds = config["rounds"]
     if not rounds:
         return first
     labelling = _labelling(config, data)
@@ -201,7 +198,7 @@ def _labelling(config: Content, data: DataFacts) -> float | None:
     A CRF is left to ``path``, as in make_masks.
     """
     augment = config["augment"]
-    short_side_px = augment["crop_px"] if augment.get("resize") == "squash" else augment["short_side_px"]
+    short_side_px = augment["crop_px"] if augment["resize"] == "squash" else augment["short_side_px"]
     return _times(data.num_train * _views(config["retraining"]) * _FORWARD_SHARE, data.seen_px(short_side_px))
 
 
@@ -226,7 +223,7 @@ def _make_attention(content: Content, inputs: Mapping[str, Content], data: DataF
 
 def _keeps_maps(make_attention: Content) -> bool:
     """Whether the maps are stored; where they are not, make_masks makes them as it goes."""
-    return make_attention.get("keep_maps", True)
+    return make_attention["keep_maps"]
 
 
 def _make_masks(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
@@ -238,16 +235,16 @@ def _make_masks(content: Content, inputs: Mapping[str, Content], data: DataFacts
         classifier = _classifier(inputs["train_classifier"]["config"])
         path = (*path, *classifier, _views(attention), attention["short_side_px"])
     pixels = _times(data.num_train, data.mean_px)
-    disk = masks_bytes(config, data.num_train, data.mean_px, num_scored=data.num_train_scored)
+    disk = masks_bytes(config, data.num_train, data.mean_px)
     return Work(data.num_train, "images", pixels, path, disk)
 
 
 def _evaluate(content: Content, inputs: Mapping[str, Content], data: DataFacts) -> Work:
     """Predicted images × the pixels of their views; only scored images are seen at several scales."""
     config, work = content["config"], Work(0, "images", 0.0, (), 0.0)
-    if config.get("segmentation", True):
+    if config["segmentation"]:
         work = _segmentation(content, inputs, data)
-    localization = config.get("localization")
+    localization = config["localization"]
     if localization is None:
         return work
     cost = _times(data.num_val * _views(localization), data.seen_px(localization["short_side_px"]))
@@ -260,7 +257,7 @@ def _segmentation(content: Content, inputs: Mapping[str, Content], data: DataFac
     config = content["config"]
     count = sum({"val": data.num_val, "test": data.num_test}[split] for split in config["splits"])
     num_scored = data.num_scored if "val" in config["splits"] else 0
-    if config.get("predictions", "single") != "single":
+    if config["predictions"] != "single":
         num_scored = count  # every image is seen at all scales, scored or not
     views = _views(config) if config["multi_scale"] else 1.0
     cost = _times(count - num_scored + num_scored * views, data.seen_px(config["short_side_px"]))
@@ -293,8 +290,8 @@ def _backbone(config: Content) -> tuple[object, ...]:
 
 
 def _classifier(config: Content) -> tuple[object, ...]:
-    """Network and method; contents of the time when there was one head do not name it."""
-    return *_backbone(config["backbone"]), config.get("head", "gap"), config["method"]["name"]
+    """Network and method."""
+    return *_backbone(config["backbone"]), config["head"], config["method"]["name"]
 
 
 def _segmenter(net: Content) -> tuple[object, ...]:
@@ -307,4 +304,4 @@ def _backend(crf: Content | None) -> str | None:
     """Which CRF runs; None where none does, which is how a key says it."""
     if crf is None:
         return None
-    return f"{crf['backend']} at half resolution" if crf.get("resolution") == "half" else crf["backend"]
+    return f"{crf['backend']} at half resolution" if crf["resolution"] == "half" else crf["backend"]

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, PngImagePlugin
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field
 
 from stages.errors import DamagedFileError, DataError
 
@@ -256,15 +256,6 @@ class ImageRecord(StageConfig):
     boxes: tuple[LabelledBox, ...] | None = None
     """True boxes inside the image, in the order of the data set's list; None where it has no such list."""
 
-    @model_serializer(mode="wrap")
-    def _leave_out_no_boxes(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(handler(self), "boxes", None)
-
-
-def _without(fields: dict[str, Any], name: str, default: object) -> dict[str, Any]:
-    """``fields`` less one at its default: an index of a data set without it has the bytes that it always had."""
-    return {key: value for key, value in fields.items() if key != name or value != default}
-
 
 class ImageIndex(StageConfig):
     """Everything ``prepare_data`` knows of the data set."""
@@ -279,10 +270,6 @@ class ImageIndex(StageConfig):
     """Raw mask value to class index (0 … K or 255); every other raw value is a defect of the mask."""
     has_object_masks: bool = False
     """Whether masks only say object or not: ``mask_values`` gives 0 or 1, and 1 is the only label of the image."""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_no_object_masks(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(handler(self), "has_object_masks", False)
 
     def record(self, image_id: str) -> ImageRecord:
         """The record of ``image_id``."""

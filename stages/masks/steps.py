@@ -1,4 +1,4 @@
-"""The masks between the steps that lead to a pseudo-mask, kept for the images that ``evaluate`` scores.
+"""The masks between the steps that lead to a pseudo-mask, kept of every image: which have true masks may change.
 
 Writes and reads ``steps/<number>-<name>/<id>.png`` beside ``masks/``: step 0 is the threshold rule on the maps as they
 are, then each refinement in order; the last step is the pseudo-mask itself and stands in ``masks/`` alone.
@@ -44,13 +44,8 @@ def step_path(made: Path, number: int, name: str, image_id: str) -> Path:
     return made / _FOLDER / f"{number}-{name}" / f"{image_id}.png"
 
 
-def has_steps(made: Path) -> bool:
-    """Whether ``make_masks`` kept any step: not without refinement, without true masks, or before it could."""
-    return (made / _FOLDER).is_dir()
-
-
 def read_steps(made: Path, image_id: str) -> dict[str, NDArray[np.uint8]]:
-    """The masks of one image that were kept, by step in order; none where it is not scored.
+    """The masks of one image that were kept, by step in order; none without refinement.
 
     Raises:
         DataError: a file does not read.

@@ -9,13 +9,12 @@ Shapes: B images, C classes with background, h w cells.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from stages.contracts import StageConfig
 from stages.errors import ConfigError
-from stages.growing import GrowingConfig
 from stages.nets.backbones.config import UNTRAINED, BackboneConfig
 from stages.nets.downloads import COCO_WEIGHTS, coco_name
 
@@ -91,7 +90,7 @@ REFUSALS = (ValueError, TypeError, KeyError, AssertionError, RuntimeError, NotIm
 """What segmentation-models-pytorch and timm raise for a name they do not know or a net that they cannot dilate."""
 
 
-class LargeFovConfig(GrowingConfig):
+class LargeFovConfig(StageConfig):
     """DeepLab-LargeFOV: one wide dilated 3×3 convolution on a backbone, then 1×1 convolutions.
 
     Source: Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs", 2015;
@@ -99,8 +98,6 @@ class LargeFovConfig(GrowingConfig):
     Differs: fc6 and fc7 start at random unless ``fc_init: decimated`` (the release decimates VGG16's), and scores are
     taken for those of the cells' centres unless ``align_corners`` (the release aligns corners).
     """
-
-    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"fc_init", "align_corners"})
 
     name: Literal["largefov"] = "largefov"
     backbone: BackboneConfig

@@ -132,8 +132,9 @@ def digest_data(
     """
     if isinstance(config, SyntheticConfig) or listing.root is None:
         # A picture follows from these options and its own name: how many others there are changes nothing in it.
-        drawn = [GENERATOR_VERSION, config.model_dump(mode="json", exclude={"num_train", "num_val", "on_bad_image"})]
-        return DataDigests(listing, {path: _sha256_json([drawn, path]) for path in listing.files})
+        options = config.model_dump(mode="json", exclude={"num_train", "num_val", "on_bad_image"})
+        drawn = _sha256_json([GENERATOR_VERSION, options])
+        return DataDigests(listing, {path: f"{drawn}/{path}" for path in listing.files})
     digests = DataDigests(listing, dict(_file_digests(listing.root, listing.files, cache_file)))
     if warn is not None:
         for text in _same_contents(listing, digests.files):

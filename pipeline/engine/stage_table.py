@@ -164,8 +164,7 @@ def _evaluate_inputs(run: RunConfig) -> tuple[str, ...]:
     return ("prepare_data", *(("train_classifier",) if has_classifier else ()), "train_segmenter")
 
 
-# What each stage reads of the data.  No training and no map looks at val, test or a mask, but at masks that the config
-# asks for.
+# What each stage reads of the data.
 
 
 def _masks_of(run: RunConfig, listing: DataListing, ids: Iterable[str], *, kind: str = "masks") -> dict[str, Any]:
@@ -180,15 +179,11 @@ def _masks_of(run: RunConfig, listing: DataListing, ids: Iterable[str], *, kind:
     return {kind: found}
 
 
-def _trained_images(run: RunConfig, listing: DataListing) -> dict[str, tuple[str, ...]]:
-    """The split train, and the part of it that the classifier does not see."""
-    return {"train": listing.splits["train"], "holdout": hold_out(listing, run.prepare_data.holdout_ratio)}
-
-
 def _classifier_view(run: RunConfig, listing: DataListing) -> DataView:
-    """Train, and the masks of the subset that the method asks for (GAIN_ext)."""
-    splits = _trained_images(run, listing)
-    subset = run.train_classifier.method.pixel_labelled(listing.split("train", without=splits["holdout"]))
+    """Train and what of it is held out, and the masks of the subset that the method asks for (GAIN_ext)."""
+    holdout = hold_out(listing, run.prepare_data.holdout_ratio)
+    subset = run.train_classifier.method.pixel_labelled(listing.split("train", without=holdout))
+    splits = {"train": listing.splits["train"], "holdout": holdout}
     return DataView(splits, **_masks_of(run, listing, subset))
 
 
@@ -213,8 +208,7 @@ def _segmenter_view(run: RunConfig, listing: DataListing) -> DataView:
 
 def _evaluate_view(run: RunConfig, listing: DataListing) -> DataView:
     """What is predicted, val in any case, with masks and boxes; of train the masks that score pseudo-masks."""
-    names = [name for name in ("val", "test") if name == "val" or name in run.evaluate.splits]
-    splits = {name: listing.splits.get(name, ()) for name in names}
+    splits = {name: listing.splits.get(name, ()) for name in ("val", *run.evaluate.splits)}
     predicted = [image_id for ids in splits.values() for image_id in ids]
     if not (run.evaluate.segmentation and _is_weak(run)):
         return DataView(splits, masks=predicted, boxes=splits["val"])

@@ -220,8 +220,18 @@ class Bench:
         if not (folder / "training.json").exists():
             result = self._call(method, training, seed, weights, folder, SilentProgress())
             last = read_json(folder / "history.json")[-1]
-            write_json(folder / "training.json", {**result.metrics, "losses": last})
+            write_json(folder / "training.json", {**result.metrics, **self._score_labels(folder), "losses": last})
         return folder
+
+    def _score_labels(self, folder: Path) -> dict[str, float]:
+        """Label metrics of the trained classifier on val, as evaluate measures them."""
+        from stages.methods.classifier_files import load_classifier
+        from stages.ops.devices import resolve_device
+        from stages.scoring.label_scores import score_classifier
+
+        classifier, _ = load_classifier(folder, resolve_device(self.runtime))
+        short_side_px = self.setting.augment.short_side_px
+        return score_classifier(classifier, self.images("train"), "val", short_side_px, SilentProgress(), self.runtime)
 
     def _call(
         self,

@@ -1,8 +1,9 @@
 """Measure the segmenter on val, and attention maps and pseudo-masks on the training images that have true masks.
 
+Where val has labels, also the classifier's, where there is one.
 Where ``localization`` is set, also how well the classifier's attention points at the objects of val; with
 ``segmentation: false`` nothing else.
-Reads: the segmenter, the classifier (``localization``), images, true masks, attention shards, pseudo-masks.
+Reads: the segmenter, the classifier, images, labels of val, true masks, attention shards, pseudo-masks.
 Writes: ``predictions/<id>.png`` (class indices; ``predictions`` says of how many scales, before or after the CRF),
 ``confusions.npz`` (counts of each image and scored thing), ``boundaries.npz`` (the same on the outlines of the
 segmenter's masks), ``sweep.json`` (mIoU of the attention maps at every threshold), ``localization.json`` (accuracy at
@@ -18,16 +19,14 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from stages.contracts import ImageSet, Progress, Runtime, StageResult, open_image_set, write_json
 from stages.errors import DamagedFileError
-from stages.growing import GrowingConfig
-from stages.masks.attention_windows import read_views
-from stages.masks.mask_files import has_steps
+from stages.masks.attention_windows import check_classes, read_views
 from stages.masks.refinements.config import RefinementConfig
 from stages.masks.threshold_choice import with_chosen_threshold
 from stages.nets.segmenters.files import read_segmenter_record
@@ -38,16 +37,14 @@ from stages.scoring.localization_scores import LocalizationConfig, score_localiz
 from stages.scoring.mask_scores import ScoringContext, collect_training, score_training
 from stages.scoring.prediction import SCORE_SUFFIXES, MaskKind, PredictionConfig, predict_images
 
-VERSION = 3
+VERSION = 4
 
 _SCORES = {"val": "segmenter", "test": "segmenter_test"}
 """What the scores of each split are called."""
 
 
-class EvaluateConfig(PredictionConfig, GrowingConfig):
+class EvaluateConfig(PredictionConfig):
     """How the segmenter is tested; the training images need no choice."""
-
-    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"predictions"})
 
     splits: tuple[Literal["val", "test"], ...] = Field(default=("val",), min_length=1)
     """Splits to predict; images with true masks are scored, those of test apart: ``segmenter_test.*``."""
@@ -103,7 +100,7 @@ class PseudoMasks:
     masks: Path
     """Output folder of ``make_masks``."""
     config: RefinementConfig
-    """Of ``make_masks``: the threshold rule, and the refinements whose steps are scored where they were kept."""
+    """Of ``make_masks``: the threshold rule, and the refinements whose steps are scored."""
     exclude: frozenset[str] = frozenset()
     """Ids of images whose true masks were trained on; they never count in ``attention.*`` and ``masks.*``."""
 
@@ -115,6 +112,7 @@ def evaluate(
     data_root: Path | None,
     segmenter: Path | None = None,
     classifier: Path | None = None,
+    labels_short_side_px: int | None = None,
     pseudo_masks: PseudoMasks | None = None,
     out: Path,
     progress: Progress,
@@ -127,7 +125,9 @@ def evaluate(
         images: Output folder of ``prepare_data``.
         data_root: Folder of the user's data; None where it is generated.
         segmenter: Output folder of ``train_segmenter``; None with ``segmentation: false``.
-        classifier: Output folder of ``train_classifier``; needed by ``localization`` only.
+        classifier: Output folder of ``train_classifier``, whose labels are scored on val; needed by ``localization``.
+        labels_short_side_px: Shorter side at which the classifier sees an image whole for its labels, as in its
+            training; None for the file's size.
         pseudo_masks: What is scored on the training images; None with full supervision.
         out: Where to write; an earlier, stopped call's files are continued.
         progress: Where to report to.
@@ -158,6 +158,8 @@ def evaluate(
         metrics |= score_localization(
             config.localization, image_set, classifier=classifier, out=out, progress=progress, runtime=runtime
         )
+    if classifier is not None:
+        metrics |= _score_labels(image_set, classifier, labels_short_side_px, progress, runtime)
     if segmenter is not None:
         metrics |= _evaluate_segmenter(config, image_set, segmenter, confusions, out, progress, runtime)
     metrics |= boundary_metrics(confusions) | interval_metrics(confusions)
@@ -180,6 +182,23 @@ def _check_classes(image_set: ImageSet, segmenter: Path) -> None:
         )
 
 
+def _score_labels(
+    image_set: ImageSet, classifier: Path, short_side_px: int | None, progress: Progress, runtime: Runtime
+) -> dict[str, float]:
+    """``classifier.*`` on val; nothing where its labels are not known."""
+    if all(record.labels is None for record in image_set.index.split("val")):
+        if not image_set.index.splits.get("holdout"):
+            progress.info("classifier: neither val nor a hold-out has labels, so its accuracy is not measured")
+        return {}
+    from stages.methods.classifier_files import load_classifier
+    from stages.ops.devices import resolve_device
+    from stages.scoring.label_scores import score_classifier
+
+    check_classes(classifier, image_set)
+    network, _ = load_classifier(classifier, resolve_device(runtime))
+    return score_classifier(network, image_set, "val", short_side_px, progress, runtime)
+
+
 def _evaluate_training(
     made: PseudoMasks,
     image_set: ImageSet,
@@ -196,7 +215,7 @@ def _evaluate_training(
         attention=made.attention,
         masks=made.masks,
         partial=out / "partial",
-        chain=made.config.chain if has_steps(made.masks) else (),
+        chain=made.config.chain,
         has_maps=read_views(made.attention) is None,
     )
     if not context.ids:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from stages.contracts import (
     AttentionRecord,
@@ -58,10 +57,6 @@ class MakeAttentionConfig(AttentionConfig):
     keep_maps: bool = True
     """Store the maps.  With false, ``make_masks`` makes them as it goes and no map touches the disk: the masks are the
     same, ``attention.*`` is not scored, and other masks from the same classifier look at every image again."""
-
-    def key_content(self) -> dict[str, Any]:
-        """What decides the maps, as JSON; the keys of the time when all were kept stay valid."""
-        return self.model_dump(mode="json", exclude={"keep_maps"} if self.keep_maps else None)
 
 
 def make_attention(

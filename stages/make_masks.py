@@ -3,10 +3,10 @@
 Reads: attention shards, images, the image index, for a random walk the trained classifier; never a true mask but those
 of ``sweep``, which it records.  Where ``make_attention`` kept no maps it makes them by the classifier, as it goes.
 Writes: ``masks/<id>.png`` (palette PNG of class indices at the image's size, 255 = unsure) and ``stats.json`` (areas
-before and after refinement; the threshold that ``sweep`` chose); with ``soft`` also ``confidence/<id>.png``; of the
-images that ``evaluate`` will score also the masks between the steps (``stages.masks.mask_files``); without stored maps
-also ``stats/`` (``stages.masks.window_masks``).  An image whose PNG is there is not done again, so a stopped stage
-continues.  The refinements are those of ``stages.masks.refinements``, the work on an image is in
+before and after refinement; the threshold that ``sweep`` chose); with ``soft`` also ``confidence/<id>.png``; with
+refinements also the masks between the steps (``stages.masks.mask_files``); without stored maps also ``stats/``
+(``stages.masks.window_masks``).  An image whose PNG is there is not done again, so a stopped stage continues.
+The refinements are those of ``stages.masks.refinements``, the work on an image is in
 ``stages.masks.building``.
 Source: the CRF on hard labels is irn's (Ahn, Cho and Kwak, CVPR 2019); the one on maps PSA's (Ahn and Kwak, CVPR 2018).
 """
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MakeMasksConfig", "make_masks", "refine_mask"]
 
-VERSION = 2
+VERSION = 3
 
 SWEEP_NEEDS_MAPS = (
     "make_masks.sweep compares thresholds on stored maps, and make_attention.keep_maps is false: set it to true, or "
@@ -139,7 +139,6 @@ def _share(
         out=out / "masks",
         device=device or "cpu",
         is_pooled=processes > 1,
-        scored=frozenset(images.index.splits.get("train_score", ())),
         writer=writer,
     )
 

@@ -23,7 +23,7 @@ from stages.data.records import PROBLEMS_SHOWN, DataListing, some
 from stages.data.subsets import hold_out
 from stages.errors import DataError
 
-VERSION = 1
+VERSION = 2
 """Bumped when the same input gives another output."""
 
 
@@ -76,7 +76,9 @@ def prepare_data(
         raise DataError("the scores on val would be worthless:", useless)
     for text in clipped_warning((image, checked[image.id].size) for image in kept.images):
         progress.warn(text)
-    index = _index(kept, checked, config)
+    # whether images are held out is up to the lists alone: a damaged file of val changes no training
+    holdout = hold_out(kept, config.holdout_ratio) if hold_out(listing, config.holdout_ratio) else ()
+    index = _index(kept, checked, holdout)
     write_json(out / "index.json", index.model_dump(mode="json"))
     return StageResult(metrics=_metrics(index, skipped=len(listing.images) - len(kept.images)))
 
@@ -131,7 +133,7 @@ def _without_bad(listing: DataListing, checked: dict[str, CheckedImage], progres
     return replace(listing, images=images, splits=splits)
 
 
-def _index(listing: DataListing, checked: dict[str, CheckedImage], config: PrepareDataConfig) -> ImageIndex:
+def _index(listing: DataListing, checked: dict[str, CheckedImage], holdout: tuple[str, ...]) -> ImageIndex:
     records: list[ImageRecord] = []
     for image in listing.images:
         size = checked[image.id].size
@@ -148,7 +150,7 @@ def _index(listing: DataListing, checked: dict[str, CheckedImage], config: Prepa
                 boxes=clip_boxes(image.boxes, size),
             )
         )
-    splits = {**listing.splits, "holdout": hold_out(listing, config.holdout_ratio)}
+    splits = {**listing.splits, "holdout": holdout}
     return ImageIndex(
         classes=listing.classes,
         images=tuple(records),

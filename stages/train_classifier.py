@@ -1,8 +1,8 @@
 """Train the classifier whose attention becomes the pseudo-masks, from image-level labels alone.
 
-Reads: the images and labels of split ``train`` minus split ``holdout``; for the closing score, images and labels of
-``val`` where they are known, else of ``holdout``.  No pixel mask is read, but those of the training images that the
-method asks for by id (GAIN_ext's subset), which are recorded as mask supervision.
+Reads: the images and labels of split ``train`` minus split ``holdout``, and those of ``holdout`` for the closing score
+(where val has labels, ``evaluate`` scores the classifier on them).  No pixel mask is read, but those of the training
+images that the method asks for by id (GAIN_ext's subset), which are recorded as mask supervision.
 Writes: classifier.safetensors, classifier.json (what it takes to build it again), history.json (loss curve).
 A run that was stopped continues at its last checkpoint and ends with the same bytes.
 Under torchrun every rank trains, and the main one alone writes and scores.
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from stages.nets.classifier import Classifier
     from stages.ops.step import StepInfo
 
-VERSION = 1
+VERSION = 2
 """Raise when equal inputs give other bytes than before."""
 
 
@@ -90,7 +90,7 @@ def train_classifier(
     progress: Progress,
     runtime: Runtime | None = None,
 ) -> StageResult:
-    """Train a classifier and score it on images it has not seen.
+    """Train a classifier, and score it on the images that were held out for it.
 
     Args:
         config: What to train and how.
@@ -104,8 +104,8 @@ def train_classifier(
         runtime: Device, threads and loading processes.
 
     Returns:
-        ``classifier.map`` (mean average precision) and ``classifier.label_accuracy`` in [0, 1], both absent when no
-        image outside the training has labels; the ids whose masks the method used.  Nothing on other ranks than the
+        ``classifier.map`` (mean average precision) and ``classifier.label_accuracy`` in [0, 1], both absent where
+        nothing is held out; the ids whose masks the method used.  Nothing on other ranks than the
         main one.
 
     Raises:
@@ -139,7 +139,8 @@ def train_classifier(
     )
     if not is_main():
         return StageResult()
-    metrics = score_classifier(classifier.eval(), image_set, config.augment.short_side_px, progress, runtime)
+    short_side_px = config.augment.short_side_px
+    metrics = score_classifier(classifier.eval(), image_set, "holdout", short_side_px, progress, runtime)
     write_json(out / "history.json", history)
     save_classifier(out, description, classifier)
     remove_checkpoint(out)

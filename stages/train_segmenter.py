@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from stages.nets.segmenters.segmenter import Segmenter
 
-VERSION = 1
+VERSION = 2
 """Raise when equal inputs give other bytes than before."""
 
 _WHY_TWO = "its image pooling is followed by a BatchNorm, which cannot learn from a single value"
@@ -125,14 +125,12 @@ class TrainSegmenterConfig(LossConfig):
         return self.model_copy(update=changes)
 
     def key_content(self, device: str = "cpu") -> dict[str, Any]:
-        """The options as JSON; one that came later is in it only where it is used, so that earlier keys stay valid.
+        """What of these options decides the weights, as JSON; not those of a loss or of rounds that there are not.
 
         Args:
             device: ``Runtime.device``, which decides what a CRF's ``backend: auto`` means.
         """
-        later = {"validation": self.validation is None, "rounds": not self.rounds, "retraining": not self.rounds}
-        unused = {name for name, is_unused in later.items() if is_unused}
-        content = self.model_dump(mode="json", exclude=unused | set(LossConfig.model_fields))
+        content = self.model_dump(mode="json", exclude={"retraining", *LossConfig.model_fields})
         if self.rounds:
             content["retraining"] = self.retraining.key_content(device)
         return content | self.loss_key_content(self.losses, device)

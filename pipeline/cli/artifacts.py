@@ -170,10 +170,9 @@ def show_config(
     import yaml
 
     from pipeline.config.run_config import find_config, load_config
-    from stages.growing import every_option
 
     output = get_output(context)
-    values = every_option(load_config(find_config(config), overrides or []))
+    values = load_config(find_config(config), overrides or []).model_dump(mode="json")
     output.document = {"config": config, "values": values}
     if not output.is_json:
         output.say(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())

@@ -165,11 +165,9 @@ def _split_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
 
 def _method_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
     """A subset of pixel-labelled images that the data set does not have."""
-    images = {image.id: image for image in listing.images}
     kept_out = set(hold_out(listing, run.prepare_data.holdout_ratio))
-    trained = [images[name] for name in listing.splits["train"] if name not in kept_out]
     try:
-        run.train_classifier.method.pixel_labelled(trained)
+        run.train_classifier.method.pixel_labelled(listing.split("train", without=kept_out))
     except ConfigError as error:
         yield from (f"train_classifier.{line}" for line in (error.problems or (error.message,)))
 
@@ -185,9 +183,8 @@ def _label_rule_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
     if rule.sweep is not None and not run.make_attention.keep_maps:
         yield SWEEP_NEEDS_MAPS
     if rule.sweep is not None:
-        images = {image.id: image for image in listing.images}
         try:
-            choose_sweep_images(rule.sweep, [images[name] for name in listing.splits["train"]])
+            choose_sweep_images(rule.sweep, listing.split("train"))
         except ConfigError as error:
             yield from (f"make_masks.{line}" for line in (error.problems or (error.message,)))
 

@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,6 +47,8 @@ class Job:
     """How the stage is run, for the manifest."""
     call: Callable[[Path, Progress, Part | None], StageResult]
     """Calls the stage: work folder, progress, part (None for all)."""
+    upstream: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the artifacts that it rests on, for the manifest: prepare_data's is in no other key."""
     num_parts: int = 1
     num_units: Callable[[], int] = lambda: 0
     """How many images, or whatever the stage goes through one by one, all parts have; asked only with several parts."""
@@ -115,6 +117,7 @@ def build(job: Job, store: Store, progress: KeepingProgress, *, force: bool = Fa
             "seconds": round(time.monotonic() - started, 3),
             "resumed": is_resumed,
             "runtime": job.runtime,
+            "upstream": dict(job.upstream),
             "metrics": to_plain(result.metrics),
             "warnings": list(dict.fromkeys(progress.warnings)),
             **({"parts": job.num_parts} if job.num_parts > 1 else {}),

@@ -76,6 +76,7 @@ def answer_stage(request: Request, progress: ChildProgress) -> dict[str, Any]:
         key=request.key,
         content=request.content,
         runtime=request.run.get("runtime"),
+        upstream=request.upstream,
         call=partial(_call, request, store),
         num_parts=request.num_parts,
         num_units=lambda: _count_units(request, store),

@@ -1,7 +1,9 @@
 """Cache keys: one hash per stage over everything that decides its result, and nothing else.
 
-key = sha256(stage name, VERSION, config as sorted JSON, keys of its inputs, and per stage: data digest, seed, weights,
-the CRF backend that really runs).  Device, processes, threads and every absolute path stay out.
+key = sha256(stage name, VERSION, config as sorted JSON, keys of its inputs, and per stage: what it reads of the data,
+seed, weights, the CRF backend that really runs).  Device, processes, threads and every absolute path stay out.
+The first stage indexes the data, and its key changes with any of them.  A later stage's key therefore does not hold it,
+but its VERSION and a digest of the stage's own view of the data.
 Reads the data set's lists and a cache of file digests; writes that cache.
 """
 
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.engine.stage_table import STAGES, TABLE, DataState, StageSpec, StageTable
+from pipeline.engine.stage_table import STAGES, TABLE, DataState, StageTable
 
 __all__ = ["STAGES", "Plan", "key_content", "plan_run", "stage_key"]
 
@@ -64,16 +66,21 @@ def plan_run(run: Any, cache_file: Path, table: StageTable = TABLE, *, last: str
     keys: dict[str, str] = {}
     contents: dict[str, Mapping[str, Any]] = {}
     for name in table.needed(run, last):
-        spec = table.spec(name)
-        contents[name] = key_content(spec, run, data, {stage: keys[stage] for stage in spec.inputs(run)})
+        contents[name] = key_content(table, name, run, data, keys)
         keys[name] = stage_key(contents[name])
     return Plan(run, table, data, keys, contents)
 
 
-def key_content(spec: StageSpec, run: Any, data: DataState, input_keys: Mapping[str, str]) -> dict[str, Any]:  # noqa: ANN401 - the table's run type
-    """Everything that decides the result of ``spec``, as JSON."""
-    parts = spec.key_parts(run, data)
-    return {"stage": spec.name, "version": spec.version, "inputs": dict(input_keys), **parts}
+def key_content(table: StageTable, stage: str, run: Any, data: DataState, keys: Mapping[str, str]) -> dict[str, Any]:  # noqa: ANN401 - the table's run type
+    """Everything that decides the result of ``stage``, as JSON; ``keys`` are those of the stages before it."""
+    spec = table.spec(stage)
+    inputs = {name: keys[name] for name in spec.inputs(run)}
+    content = {"stage": stage, "version": spec.version, "inputs": inputs, **spec.key_parts(run, data)}
+    if spec.view is not None and data.digests is not None:
+        index = table.specs[0]
+        inputs.pop(index.name, None)
+        content["data"] = {index.name: index.version, "view": data.digests.of(spec.view(run, data.digests.listing))}
+    return content
 
 
 def stage_key(content: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from stages.data.splits import hold_out
 
 from pipeline.config.model_errors import did_you_mean
 from pipeline.config.network_check import check_networks, needs_check
@@ -19,8 +20,8 @@ from pipeline.config.preflight import config_warnings, preflight
 from pipeline.config.run_config import RunConfig
 from stages.contracts import Progress, StageResult, open_image_set
 from stages.data.config import DataConfig
-from stages.data.listing import DataListing, digest_data
-from stages.data.subsets import sweep_key_content
+from stages.data.listing import DataDigests, DataListing, DataView, digest_data
+from stages.data.subsets import choose_sweep_images, sweep_key_content
 from stages.errors import ConfigError
 from stages.evaluate import EvaluateConfig, PseudoMasks
 from stages.make_masks import MakeMasksConfig
@@ -34,12 +35,10 @@ from stages.ops.crf.dense_crf import CrfConfig
 class DataState:
     """What a run knows of its data before the first stage."""
 
-    digest: str
-    """Changes whenever a list, a label or a byte of an image or mask does; independent of where the data lies."""
     root: Path | None = None
     """Folder of the user's data; None where prepare_data generates it."""
-    listing: DataListing | None = None
-    """The data set's lists; no key rests on them but through the digest."""
+    digests: DataDigests | None = None
+    """The data set's lists and the digest of each file; independent of where the data lies."""
     warnings: tuple[str, ...] = ()
     """What a run should say before its first stage, beside what prepare_data says."""
 
@@ -67,6 +66,9 @@ class StageSpec:
     """Everything but name, version and inputs that decides the result, as JSON."""
     arguments: Callable[[StageCall], Mapping[str, Any]]
     """Keyword arguments; ``config`` among them."""
+    view: Callable[[Any, DataListing], DataView] | None = None
+    """What the stage reads of the data through the first stage's artifact; stands in its key instead of that one's key.
+    Nothing else of the data may decide a byte of what it writes."""
     package: str = "stages"
     num_units: Callable[[StageCall], int] | None = None
     """How many images (or other units) the stage goes through one by one, for those that take ``part``; else None."""
@@ -134,8 +136,8 @@ class StageTable:
 def _read_data(run: RunConfig, cache_file: Path) -> DataState:
     listing = preflight(run)
     warnings = config_warnings(run)
-    digest = digest_data(listing, run.data, cache_file, warn=warnings.append)
-    return DataState(digest=digest, root=listing.root, listing=listing, warnings=tuple(warnings))
+    digests = digest_data(listing, run.data, cache_file, warn=warnings.append)
+    return DataState(root=listing.root, digests=digests, warnings=tuple(warnings))
 
 
 def _is_weak(run: RunConfig) -> bool:
@@ -154,11 +156,74 @@ def _segmenter_inputs(run: RunConfig) -> tuple[str, ...]:
 
 
 def _evaluate_inputs(run: RunConfig) -> tuple[str, ...]:
-    classifier = ("train_classifier",) if run.evaluate.localization is not None else ()
+    """The classifier wherever the run has one: its labels are scored on val."""
     if not run.evaluate.segmentation:
-        return ("prepare_data", *classifier)
-    masks = ("make_attention", "make_masks") if _is_weak(run) else ()
-    return ("prepare_data", *classifier, *masks, "train_segmenter")
+        return ("prepare_data", "train_classifier")
+    if _is_weak(run):
+        return ("prepare_data", "train_classifier", "make_attention", "make_masks", "train_segmenter")
+    has_classifier = run.train_segmenter.init == "classifier" or run.evaluate.localization is not None
+    return ("prepare_data", *(("train_classifier",) if has_classifier else ()), "train_segmenter")
+
+
+# What each stage reads of the data.
+
+
+def _masks_of(run: RunConfig, listing: DataListing, ids: Iterable[str], *, kind: str = "masks") -> dict[str, Any]:
+    """Masks of training images in a view.
+
+    With ``on_bad_image: skip`` an image whose mask is damaged counts as one without, so that all masks together decide
+    which images are chosen.
+    """
+    found = tuple(ids)
+    if found and run.data.on_bad_image == "skip":
+        return {"masks": listing.splits["train"], "full_masks": listing.splits["train"]}
+    return {kind: found}
+
+
+def _classifier_view(run: RunConfig, listing: DataListing) -> DataView:
+    """Train and what of it is held out, and the masks of the subset that the method asks for (GAIN_ext)."""
+    holdout = hold_out(listing, run.prepare_data.holdout_ratio)
+    subset = run.train_classifier.method.pixel_labelled(listing.split("train", without=holdout))
+    splits = {"train": listing.splits["train"], "holdout": holdout}
+    return DataView(splits, **_masks_of(run, listing, subset))
+
+
+def _attention_view(run: RunConfig, listing: DataListing) -> DataView:
+    """Train."""
+    del run
+    return DataView({"train": listing.splits["train"]})
+
+
+def _masks_view(run: RunConfig, listing: DataListing) -> DataView:
+    """Train, and the masks of the subset on which a threshold is chosen."""
+    sweep = run.make_masks.sweep
+    subset = () if sweep is None else choose_sweep_images(sweep, listing.split("train"))
+    return DataView({"train": listing.splits["train"]}, **_masks_of(run, listing, subset))
+
+
+def _segmenter_view(run: RunConfig, listing: DataListing) -> DataView:
+    """Train; its masks with full supervision alone."""
+    train = listing.splits["train"]
+    return DataView({"train": train}, **_masks_of(run, listing, () if _is_weak(run) else train, kind="full_masks"))
+
+
+def _evaluate_view(run: RunConfig, listing: DataListing) -> DataView:
+    """What is predicted, val in any case, with masks and boxes; of train the masks that score pseudo-masks."""
+    splits = {name: listing.splits.get(name, ()) for name in ("val", *run.evaluate.splits)}
+    predicted = [image_id for ids in splits.values() for image_id in ids]
+    if not (run.evaluate.segmentation and _is_weak(run)):
+        return DataView(splits, masks=predicted, boxes=splits["val"])
+    scored = listing.splits["train_score"]
+    kinds = _masks_of(run, listing, scored)
+    return DataView(
+        {**splits, "train_score": scored},
+        masks=(*predicted, *kinds["masks"]),
+        full_masks=kinds.get("full_masks", ()),
+        boxes=splits["val"],
+    )
+
+
+# What else is in each key.
 
 
 def _json(config: BaseModel) -> dict[str, Any]:
@@ -209,11 +274,9 @@ def _classifier_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
     backbone = run.train_classifier.backbone
     is_public = backbone.pretrained and START not in run.weights
     weights = _weights(backbone.name if is_public else None, run.weights)
+    start = _weights(START if START in run.weights else None, run.weights)
     config = _json(run.train_classifier) | {"method": run.train_classifier.method.key_content()}
-    if config["head"] == "gap":
-        del config["head"]  # the keys of the time when there was no other stay valid
-    start = {"start": _weights(START, run.weights)} if START in run.weights else {}
-    return {"config": config, "seed": run.seed, "weights": weights, **start}
+    return {"config": config, "seed": run.seed, "weights": weights, "start": start}
 
 
 def _segmenter_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
@@ -269,7 +332,7 @@ TABLE = StageTable(
             key_parts=lambda run, data: {
                 "config": _json(run.prepare_data),
                 "data": data_key_parts(run.data),
-                "digest": data.digest,
+                "digest": None if data.digests is None else data.digests.whole(),
             },
             arguments=lambda call: {"config": call.run.prepare_data, "data": call.run.data},
         ),
@@ -277,12 +340,14 @@ TABLE = StageTable(
             name="train_classifier",
             inputs=lambda run: ("prepare_data",),
             key_parts=_classifier_parts,
+            view=_classifier_view,
             arguments=lambda call: {"config": call.run.train_classifier, **_training(call)},
         ),
         StageSpec(
             name="make_attention",
             inputs=lambda run: ("prepare_data", "train_classifier"),
-            key_parts=lambda run, data: {"config": run.make_attention.key_content()},
+            key_parts=lambda run, data: {"config": _json(run.make_attention)},
+            view=_attention_view,
             arguments=lambda call: {
                 "config": call.run.make_attention,
                 "classifier": call.inputs["train_classifier"],
@@ -296,6 +361,7 @@ TABLE = StageTable(
             name="make_masks",
             inputs=_mask_inputs,
             key_parts=_mask_parts,
+            view=_masks_view,
             arguments=lambda call: {
                 "config": _mask_config(call.run),
                 "attention": call.inputs["make_attention"],
@@ -309,6 +375,7 @@ TABLE = StageTable(
             name="train_segmenter",
             inputs=_segmenter_inputs,
             key_parts=_segmenter_parts,
+            view=_segmenter_view,
             arguments=lambda call: {
                 "config": call.run.train_segmenter.resolved(call.run.runtime.device),
                 **_optional(call, [("masks", "make_masks"), ("classifier", "train_classifier")]),
@@ -319,10 +386,12 @@ TABLE = StageTable(
             name="evaluate",
             inputs=_evaluate_inputs,
             key_parts=_evaluate_parts,
+            view=_evaluate_view,
             arguments=lambda call: {
                 "config": _evaluate_config(call.run),
                 **_optional(call, [("segmenter", "train_segmenter"), ("classifier", "train_classifier")]),
                 "pseudo_masks": _pseudo_masks(call),
+                "labels_short_side_px": call.run.train_classifier.augment.short_side_px,
                 **_common(call),
             },
         ),

@@ -22,7 +22,6 @@ from pipeline.report.pictures import colour_css
 from pipeline.report.step_rows import step_rows
 from pipeline.report.tables import ClassTable, class_table, format_seconds, format_time, metric_rows, stage_rows
 from stages.contracts import ImageSet, open_image_set, read_json, write_atomic
-from stages.growing import every_option
 from stages.ops.metrics.confusion import SparseConfusions
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def build_report(
     Returns:
         ``out``.
     """
-    config = every_option(run)
+    config = run.model_dump(mode="json")
     images = open_image_set(artifacts["prepare_data"], data_root) if "prepare_data" in artifacts else None
     confusions = load_confusions(artifacts)
     metrics = _merge_metrics(manifests)

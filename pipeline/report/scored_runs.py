@@ -127,7 +127,7 @@ def _read_key(word: str, name: str, key: str, store: Store, command: str) -> Sco
 
 
 def _index_in(store: Store, artifact: Artifact) -> ImageIndex | None:
-    key = artifact.content.get("inputs", {}).get("prepare_data", "")
+    key = artifact.run.get("upstream", {}).get("prepare_data", "")
     if not key or store.lookup("prepare_data", key) is None:
         return None
     return _index_of(store.require("prepare_data", key).path)
@@ -140,9 +140,10 @@ def _index_of(prepared: Path) -> ImageIndex | None:
 def _read_folder(word: str, path: Path) -> ScoredRun:
     if not (path / _COUNTS).is_file():
         raise InputError(f"{word} is no folder of an {STAGE} artifact: it has no {_COUNTS}; name one, or a config")
-    content = read_json(path / MANIFEST).get("content", {}) if (path / MANIFEST).is_file() else {}
-    prepared = path.resolve().parent.parent / "prepare_data" / content.get("inputs", {}).get("prepare_data", "none")
-    key = str(content.get("key", path.resolve().name))
+    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
+    upstream = manifest.get("run", {}).get("upstream", {})
+    prepared = path.resolve().parent.parent / "prepare_data" / upstream.get("prepare_data", "none")
+    key = str(manifest.get("content", {}).get("key", path.resolve().name))
     return _read_files(word, key[:8], key, path, _index_of(prepared))
 
 

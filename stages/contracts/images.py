@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from stages.contracts.files import read_json
 from stages.contracts.masks import MASK_MODES, OBJECT_MASK_MODES, read_index_mask
@@ -73,15 +73,6 @@ class ImageRecord(StageConfig):
     boxes: tuple[LabelledBox, ...] | None = None
     """True boxes inside the image, in the order of the data set's list; None where it has no such list."""
 
-    @model_serializer(mode="wrap")
-    def _leave_out_no_boxes(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(handler(self), "boxes", None)
-
-
-def _without(fields: dict[str, Any], name: str, default: object) -> dict[str, Any]:
-    """``fields`` less one at its default: an index of a data set without it has the bytes that it always had."""
-    return {key: value for key, value in fields.items() if key != name or value != default}
-
 
 class ImageIndex(StageConfig):
     """Everything ``prepare_data`` knows of the data set."""
@@ -96,10 +87,6 @@ class ImageIndex(StageConfig):
     """Raw mask value to class index (0 … K or 255); every other raw value is a defect of the mask."""
     has_object_masks: bool = False
     """Whether masks only say object or not: ``mask_values`` gives 0 or 1, and 1 is the only label of the image."""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_no_object_masks(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(handler(self), "has_object_masks", False)
 
     def record(self, image_id: str) -> ImageRecord:
         """The record of ``image_id``."""

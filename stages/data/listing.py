@@ -1,4 +1,4 @@
-"""List any data set without opening an image, and digest it for the cache key.
+"""List any data set without opening an image, and digest it, or what somebody reads of it, for cache keys.
 
 Reads: lists, label files, folders' names; for the digest every listed image and mask as bytes.
 Writes: the cache of file digests, nothing else.
@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from stages.contracts import write_atomic
@@ -20,7 +21,7 @@ from stages.data.config import DataConfig
 from stages.data.records import PROBLEMS_SHOWN, DataListing, ListedImage, some
 from stages.errors import DataError
 
-__all__ = ["DataListing", "ListedImage", "digest_data", "list_data"]
+__all__ = ["DataDigests", "DataListing", "DataView", "ListedImage", "digest_data", "list_data"]
 
 _SETTLED_NS = 2_000_000_000
 """A file younger than this is hashed each time: a second write within the clock's step would go unseen."""
@@ -40,17 +41,69 @@ def list_data(config: DataConfig) -> DataListing:
     return scan.listing
 
 
+@dataclass(frozen=True)
+class DataView:
+    """The part of a data set that somebody reads, by image ids; where it lies and what files are called is no part."""
+
+    splits: Mapping[str, Sequence[str]]
+    """Split name to ids in list order: of these the labels and the image's bytes."""
+    masks: Collection[str] = ()
+    """Whose true masks for scores."""
+    full_masks: Collection[str] = ()
+    """Whose true masks for ``supervision: full``."""
+    boxes: Collection[str] = ()
+    """Whose true boxes."""
+
+
+@dataclass(frozen=True)
+class DataDigests:
+    """A data set's lists with the digest of each file: says of any part of it whether it is still the same."""
+
+    listing: DataListing
+    files: Mapping[str, str]
+    """Relative path of every image and mask to the digest of what is in it."""
+
+    def whole(self) -> str:
+        """Digest of everything: classes, splits, labels, boxes, files with their relative paths."""
+        listing = self.listing
+        described = [
+            listing.classes.names,
+            listing.splits,
+            sorted(listing.mask_values.items()),
+            listing.has_object_masks,
+            [[i.id, i.image, i.labels, i.mask, i.full_mask, i.boxes] for i in listing.images],
+        ]
+        return _sha256_json([described, sorted(self.files.items())])
+
+    def of(self, view: DataView) -> str:
+        """Digest of the part: the class list, what ``view`` names, and what mask values mean where it has masks."""
+        images = {image.id: image for image in self.listing.images}
+        seen = [images[image_id] for image_id in sorted(set().union(*view.splits.values()))]
+        scored = {i: self.files.get(images[i].mask or "") for i in view.masks}
+        full = {i: self.files.get(images[i].full_mask or "") for i in view.full_masks}
+        values = [sorted(self.listing.mask_values.items()), self.listing.has_object_masks]
+        described = {
+            "classes": self.listing.classes.names,
+            "splits": {name: list(ids) for name, ids in view.splits.items()},
+            "images": [[image.id, image.labels, self.files[image.image]] for image in seen],
+            "masks": scored,
+            "full_masks": full,
+            "boxes": {i: images[i].boxes for i in view.boxes},
+            "mask_values": values if any(scored.values()) or any(full.values()) else None,
+        }
+        return _sha256_json(described)
+
+
 def digest_data(
     listing: DataListing,
     config: DataConfig,
     cache_file: Path,
     *,
     warn: Callable[[str], None] | None = None,
-) -> str:
-    """Digest what the data set is: classes, splits, labels, and the contents of every image and mask.
+) -> DataDigests:
+    """Digest every image and mask of the data set.
 
-    Absolute paths do not enter: a copied or moved data set has the same digest.  The digest of a file is kept in
-    ``cache_file`` and used again while its size and modification time stay the same.
+    The digest of a file is kept in ``cache_file`` and used again while its size and modification time stay the same.
 
     Args:
         listing: From ``list_data(config)``.
@@ -58,21 +111,19 @@ def digest_data(
         cache_file: JSON file, made when absent.
         warn: Hears of images that stand in both train and val under two ids.
 
-    Returns:
-        64 hexadecimal digits.
-
     Raises:
         DataError: a listed file disappeared or cannot be read.
     """
     if isinstance(config, SyntheticConfig) or listing.root is None:
-        # The pictures follow from the config; how a bad image is treated changes no picture.
-        parts: object = [GENERATOR_VERSION, config.model_dump(mode="json", exclude={"on_bad_image"})]
-        return _sha256_json(parts)
-    digests = _file_digests(listing.root, listing.files, cache_file)
+        # A picture follows from these options and its own name: how many others there are changes nothing in it.
+        options = config.model_dump(mode="json", exclude={"num_train", "num_val", "on_bad_image"})
+        drawn = _sha256_json([GENERATOR_VERSION, options])
+        return DataDigests(listing, {path: f"{drawn}/{path}" for path in listing.files})
+    digests = DataDigests(listing, dict(_file_digests(listing.root, listing.files, cache_file)))
     if warn is not None:
-        for text in _same_contents(listing, dict(digests)):
+        for text in _same_contents(listing, digests.files):
             warn(text)
-    return _sha256_json([_describe(listing), digests])
+    return digests
 
 
 def _same_contents(listing: DataListing, digests: Mapping[str, str]) -> list[str]:
@@ -94,22 +145,6 @@ def _same_contents(listing: DataListing, digests: Mapping[str, str]) -> list[str
 
 def _sha256_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _describe(listing: DataListing) -> dict[str, object]:
-    described: dict[str, object] = {
-        "classes": listing.classes.names,
-        "splits": listing.splits,
-        "mask_values": sorted(listing.mask_values.items()),
-        "images": [[i.id, i.image, i.labels, i.mask, i.full_mask] for i in listing.images],
-    }
-    # absent where a data set has neither: its digest is what it was before there were any
-    boxes = {image.id: image.boxes for image in listing.images if image.boxes is not None}
-    if boxes:
-        described["boxes"] = boxes
-    if listing.has_object_masks:
-        described["has_object_masks"] = True
-    return described
 
 
 def _file_digests(root: Path, files: Iterable[str], cache_file: Path) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ Pure records; nothing is read or written here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,11 +52,16 @@ class DataListing:
     has_object_masks: bool = False
     """Whether masks only say object or not (as in ImageIndex)."""
 
+    def split(self, name: str, *, without: Collection[str] = ()) -> list[ListedImage]:
+        """The images of a split in list order."""
+        images = {image.id: image for image in self.images}
+        return [images[image_id] for image_id in self.splits.get(name, ()) if image_id not in without]
+
     @property
     def files(self) -> tuple[str, ...]:
-        """Relative paths whose contents enter the digest: every image and mask once, sorted."""
+        """Relative paths whose contents are digested: every image and mask once, sorted."""
         names = {path for image in self.images for path in (image.image, image.mask, image.full_mask) if path}
-        return () if self.root is None else tuple(sorted(names))
+        return tuple(sorted(names))
 
 
 @dataclass

@@ -11,14 +11,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from stages.contracts import IGNORE_INDEX
-from stages.growing import GrowingConfig
+from stages.contracts import IGNORE_INDEX, StageConfig
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +33,8 @@ PADDING_COLOUR = (124, 116, 104)
 """IMAGE_MEAN in 0 … 255: a padded pixel is (nearly) zero after normalising."""
 
 
-class AugmentConfig(GrowingConfig):
+class AugmentConfig(StageConfig):
     """How a training image becomes a square crop."""
-
-    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"resize"})
 
     crop_px: int = Field(default=321, ge=16, le=2048)
     """Side of the square crop in pixels; a smaller image is padded (mean colour, mask 255)."""

@@ -1,7 +1,7 @@
 """Make the pseudo-masks of some images: what a worker of ``make_masks`` does, a call at a time.
 
 Reads images and masks that an earlier call finished; writes ``<id>.png`` under the context's folder, and with ``soft``
-``confidence/<id>.png`` beside that; of the images that are scored also the masks between the steps
+``confidence/<id>.png`` beside that; with refinements also the masks between the steps
 (``stages.masks.mask_files``).  Needs no torch but for refinements that work with it.
 Shapes: H W image pixels.
 """
@@ -65,8 +65,6 @@ class Context:
     """Where refinements work that torch does."""
     is_pooled: bool = False
     """Whether other processes do the same beside this one."""
-    scored: frozenset[str] = frozenset()
-    """Images that evaluate will score; no true mask is read to know them."""
     writer: BackgroundWriter | None = None
     """Writes beside the work where this process refines on a device; never sent to another process."""
 
@@ -149,7 +147,7 @@ def _write(context: Context, job: Job, record: AttentionRecord, found: Refined) 
     if config.soft:
         confidence = label_confidence(found.mask, record.labels, found.states)
         write_confidence(made / "confidence" / f"{record.id}.png", confidence)
-    if record.id in context.scored:
+    if config.chain:
         first = (_thresholded(context, job.record),) if config.walks else ()
         write_steps(made, record.id, config.chain, (*first, *found.before))
     write_index_mask(context.out / f"{record.id}.png", found.mask)
@@ -166,8 +164,7 @@ def _refine(context: Context, images: Sequence[NDArray[np.uint8]], records: Sequ
     Half the images at a time where the device's memory does not hold them all.
     """
     try:
-        keep_steps = any(record.id in context.scored for record in records)
-        return refine_in_steps(images, records, context.config, device=context.device, keep_steps=keep_steps)
+        return refine_in_steps(images, records, context.config, device=context.device, keep_steps=True)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which a process without torch cannot name
             raise

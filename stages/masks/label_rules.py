@@ -83,17 +83,8 @@ class SeedConfig(StageConfig):
         return not self.thresholds and self.conflict == "strongest"
 
     def key_content(self) -> dict[str, Any]:
-        """What of these options decides the masks, as JSON: one that came later is in it only where it is used.
-
-        So the keys of earlier releases stay valid.  ``sweep`` is left to the caller, who can read its list.
-        """
-        content = self.model_dump(mode="json", exclude={"sweep"})
-        for name in ("thresholds", "conflict", "soft"):
-            if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True):
-                del content[name]
-        if self.sweep is not None:
-            del content["threshold"]
-        return content
+        """What of these options decides the masks, as JSON; ``sweep``, which chooses ``threshold``, is the caller's."""
+        return self.model_dump(mode="json", exclude={"sweep"} if self.sweep is None else {"sweep", "threshold"})
 
 
 def background_level(config: SeedConfig) -> float:

@@ -1,8 +1,9 @@
 """What ``make_masks`` keeps beside ``masks/``: how sure each pixel is, and the masks between the steps.
 
-Writes and reads ``confidence/<id>.png`` (grey PNG at the image's size, 255 = sure, 0 where the mask is 255) and, for
-the images that ``evaluate`` scores, ``steps/<number>-<name>/<id>.png``: step 0 is the threshold rule on the maps as
-they are, then each refinement in order; the last step is the pseudo-mask itself and stands in ``masks/`` alone.
+Writes and reads ``confidence/<id>.png`` (grey PNG at the image's size, 255 = sure, 0 where the mask is 255) and
+``steps/<number>-<name>/<id>.png``: step 0 is the threshold rule on the maps as they are, then each refinement in order;
+the last step is the pseudo-mask itself and stands in ``masks/`` alone.  Every image has its steps, since which images
+have true masks may change.
 Shapes: n labels of one image, L = n + 1 labels with background, H W image pixels.
 """
 
@@ -103,13 +104,8 @@ def step_path(made: Path, number: int, name: str, image_id: str) -> Path:
     return made / _FOLDER / f"{number}-{name}" / f"{image_id}.png"
 
 
-def has_steps(made: Path) -> bool:
-    """Whether ``make_masks`` kept any step: not without refinement, without true masks, or before it could."""
-    return (made / _FOLDER).is_dir()
-
-
 def read_steps(made: Path, image_id: str) -> dict[str, NDArray[np.uint8]]:
-    """The masks of one image that were kept, by step in order; none where it is not scored.
+    """The masks of one image that were kept, by step in order; none without refinement.
 
     Raises:
         DataError: a file does not read.

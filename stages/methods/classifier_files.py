@@ -209,15 +209,5 @@ def _without_public_weights(description: ClassifierDescription) -> ClassifierDes
 
 
 def _as_json(description: ClassifierDescription) -> dict[str, Any]:
-    """The description as plain JSON; the method with all options of its own class.
-
-    Head ``gap`` is not written: the bytes are those of the time when there was no other.
-    """
-    method: MethodConfig = description.method
-    head = {} if description.head == "gap" else {"head": description.head}
-    return {
-        "backbone": description.backbone.model_dump(mode="json"),
-        "method": method.model_dump(mode="json"),
-        "classes": description.classes.model_dump(mode="json"),
-        **head,
-    }
+    """The description as plain JSON; the method with all options of its own class."""
+    return description.model_dump(mode="json") | {"method": description.method.model_dump(mode="json")}

@@ -6,7 +6,7 @@ Reads images and their labels, never a mask.  Shapes: N images, K foreground cla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -27,33 +27,29 @@ MAX_BATCH_IMAGES = 64
 """Images of one batch, however small they are."""
 
 
-def scored_records(image_set: ImageSet) -> tuple[str, list[ImageRecord]]:
-    """The split that labels are scored on, and its labelled images: val, else holdout, else none."""
-    for split in ("val", "holdout"):
-        records = [record for record in image_set.index.split(split) if record.labels is not None]
-        if records:
-            return split, records
-    return "", []
-
-
 def score_classifier(
-    classifier: Classifier, image_set: ImageSet, short_side_px: int | None, progress: Progress, runtime: Runtime
+    classifier: Classifier,
+    image_set: ImageSet,
+    split: Literal["val", "holdout"],
+    short_side_px: int | None,
+    progress: Progress,
+    runtime: Runtime,
 ) -> dict[str, float]:
     """Label metrics on images that were not trained on; warns of classes that are never predicted.
 
     Args:
         classifier: In evaluation mode, on the device to use.
-        image_set: The data; labels of val count where they are known, else those of holdout.
+        image_set: The data.
+        split: Whose images count, those with known labels.
         short_side_px: Resize the shorter side to this first; None keeps the file's size.
         progress: Hears of every batch.
         runtime: Threads that read ahead.
 
     Returns:
-        ``classifier.label_accuracy`` and ``classifier.map``; without labelled images nothing, and a line says so.
+        ``classifier.label_accuracy`` and ``classifier.map``; nothing without labelled images.
     """
-    split, records = scored_records(image_set)
+    records = [record for record in image_set.index.split(split) if record.labels is not None]
     if not records:
-        progress.info("classifier: neither val nor a hold-out has labels, so its accuracy is not measured")
         return {}
     classes = image_set.index.classes
     labels = np.stack([multi_hot(record.labels or (), classes.num_foreground) for record in records]) > 0

@@ -5,19 +5,15 @@ Reads and writes nothing.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stages.growing import GrowingConfig
+from stages.contracts import StageConfig
 
 
-class TrainingConfig(GrowingConfig):
+class TrainingConfig(StageConfig):
     """How long and how fast to train: SGD with momentum and a learning rate schedule."""
-
-    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset(
-        {"accumulate_steps", "ema_decay", "bias_lr_factor", "bias_weight_decay"}
-    )
 
     epochs: float | None = Field(default=None, gt=0, le=10_000)
     """Passes over the data; give this or ``steps``."""

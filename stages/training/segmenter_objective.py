@@ -72,15 +72,13 @@ class LossConfig(StageConfig):
         return self
 
     def loss_key_content(self, losses: Collection[LossName], device: str = "cpu") -> dict[str, Any]:
-        """What of these options decides the weights, as JSON: an option that came later only where it is used.
+        """What of these options decides the weights, as JSON: not those of a loss that is not trained with.
 
         Args:
             losses: The losses that are trained with, ``loss`` among them.
             device: ``Runtime.device``, which decides what the CRF's ``backend: auto`` means.
         """
         unused = {option for loss, option in LOSS_OPTIONS.items() if loss not in losses}
-        if self.loss_weighting == "none":
-            unused.add("loss_weighting")
         if set(losses) == {"sec"}:
             unused.add("loss_resolution")
         content = self.model_dump(mode="json", include=set(LossConfig.model_fields) - unused)

@@ -508,16 +508,7 @@ def test_a_held_out_image_larger_than_memory_is_named_and_no_batch_is_blamed(
     assert "batch_size" not in str(found.value)
 
 
-# -- keys, passes, scales ---------------------------------------------------------------------------------------------
-
-
-def test_later_options_are_in_the_key_only_where_they_are_used():
-    plain = make_config().key_content()
-    assert not {"validation", "loss_weighting"} & set(plain)
-    assert "fc_init" not in plain["net"]
-    assert make_config(**WATCHED).key_content()["validation"]["every_steps"] == 2
-    averaged = make_config(training=TrainingConfig(steps=3, batch_size=2, learning_rate=0.01, ema_decay=0.9))
-    assert averaged.key_content()["training"] == {**plain["training"], "ema_decay": 0.9}
+# -- passes, scales ---------------------------------------------------------------------------------------------------
 
 
 def test_each_pass_of_a_pooled_net_needs_two_images():

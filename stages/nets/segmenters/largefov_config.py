@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stages.growing import GrowingConfig
 from stages.nets.backbones.config import BACKBONES, BackboneConfig
 from stages.nets.segmenters.base import Init, SegmenterBase
 
@@ -17,7 +16,7 @@ FC_CHANNELS = 4096
 """Channels of VGG16's own fc6 and fc7."""
 
 
-class LargeFovConfig(SegmenterBase, GrowingConfig):
+class LargeFovConfig(SegmenterBase):
     """DeepLab-LargeFOV: one wide dilated 3×3 convolution on a backbone, then 1×1 convolutions.
 
     Source: Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs", 2015;
@@ -25,8 +24,6 @@ class LargeFovConfig(SegmenterBase, GrowingConfig):
     Differs: fc6 and fc7 start at random unless ``fc_init: decimated`` (the release decimates VGG16's), and scores are
     taken for those of the cells' centres unless ``align_corners`` (the release aligns corners).
     """
-
-    LATER_FIELDS: ClassVar[frozenset[str]] = frozenset({"fc_init", "align_corners"})
 
     name: Literal["largefov"] = "largefov"
     backbone: BackboneConfig

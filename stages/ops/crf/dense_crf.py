@@ -34,10 +34,6 @@ _PROBABILITY_FLOOR = 1e-5
 """pydensecrf's ``unary_from_softmax`` clips here, so that no energy is infinite."""
 
 
-_LATER_FIELDS = ("resolution", "tolerance")
-"""Fields of ``CrfConfig`` that are younger than keys in use."""
-
-
 class CrfConfig(StageConfig):
     """A preset, and any of its numbers replaced."""
 
@@ -70,13 +66,8 @@ class CrfConfig(StageConfig):
         return CrfNumbers(**{name: getattr(preset, name) if own[name] is None else own[name] for name in own})
 
     def key_content(self, device: str = "cpu") -> dict[str, Any]:
-        """What a key holds of this CRF: the numbers and the backend that really runs.
-
-        A field that came later is left out at its default, so that the keys of the time before stay valid.
-        """
-        content = self.model_dump(mode="json") | {"backend": resolve_crf_backend(self.backend, device)}
-        later = {name for name in _LATER_FIELDS if content[name] == type(self).model_fields[name].default}
-        return {name: value for name, value in content.items() if name not in later}
+        """What a key holds of this CRF: the numbers and the backend that really runs."""
+        return self.resolved(device).model_dump(mode="json")
 
     def resolved(self, device: str = "cpu") -> CrfConfig:
         """The same with the backend by name, so that a stage runs the one that is in its key."""

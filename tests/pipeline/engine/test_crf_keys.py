@@ -1,4 +1,4 @@
-"""What of a CRF is in a key: options only where they are set, and the backend that the stage is then given."""
+"""What of a CRF is in a key: its options, and the backend that the stage is then given."""
 
 from __future__ import annotations
 
@@ -44,23 +44,8 @@ def given(run: RunConfig, stage: str) -> Any:
     return TABLE.spec(stage).arguments(call)["config"]
 
 
-def test_options_at_their_defaults_are_not_in_the_key(cache: Path) -> None:
-    named = ("make_masks.crf.resolution=full", "make_masks.crf.tolerance=null")
-    for crf in contents(cache, *EVALUATE, *named):
-        assert set(crf) == {
-            "preset",
-            "bilateral_weight",
-            "bilateral_sxy_px",
-            "bilateral_srgb",
-            "gaussian_weight",
-            "gaussian_sxy_px",
-            "iterations",
-            "backend",
-        }
-
-
 @pytest.mark.parametrize("option", ["resolution=half", "tolerance=0.01"])
-def test_options_that_are_set_are_in_the_key(cache: Path, option: str) -> None:
+def test_options_are_in_the_key(cache: Path, option: str) -> None:
     assert contents(cache, f"make_masks.crf.{option}")[0] != contents(cache)[0]
     refined = contents(cache, *EVALUATE, f"evaluate.crf_config.{option}")[1]
     assert refined != contents(cache, *EVALUATE)[1]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipeline.engine.estimate import Estimate, about, describe_disk, describe_stage, describe_time, estimate
 
 from pipeline.config.run_config import RunConfig, find_config
 from pipeline.config.yaml_models import load_model
-from pipeline.engine.estimate import Estimate, about, describe_disk, describe_stage, describe_time, estimate
 from pipeline.engine.plan import Plan, plan_run
 from pipeline.engine.run import status
 from pipeline.store.artifacts import Store
@@ -37,7 +37,12 @@ def publish(store: Store, planned: Plan, stage: str, seconds: float, **run: Any)
         if stage == "prepare_data":
             index = make_index(planned.run.data.num_train, planned.run.data.num_val)
             write_json(work / "index.json", index.model_dump(mode="json"))
-        described = {"host": "here", "seconds": seconds, "runtime": planned.run.runtime.model_dump(mode="json")}
+        described = {
+            "host": "here",
+            "seconds": seconds,
+            "runtime": planned.run.runtime.model_dump(mode="json"),
+            "upstream": {name: planned.keys[name] for name in planned.upstream(stage)},
+        }
         content = {**planned.contents[stage], "mask_supervision": []}
         return store.publish(stage, key, content=content, run={**described, **run}).path
 

@@ -1,4 +1,4 @@
-"""Refinements in keys: masks of the time when there was only the CRF keep theirs; numbers count only where used."""
+"""Refinements in keys: numbers count only where they are used."""
 
 from __future__ import annotations
 
@@ -12,18 +12,6 @@ from pipeline.engine.plan import Plan, plan_run
 from pipeline.engine.stage_table import TABLE, StageCall
 from stages.errors import ConfigError
 
-OLD_OPTIONS = {
-    "threshold",
-    "background",
-    "background_power",
-    "confident",
-    "refine",
-    "crf",
-    "unary",
-    "label_confidence",
-}
-"""What a key of make_masks held when ``refine`` was none or crf."""
-
 
 def _plan(cache: Path, *overrides: str) -> Plan:
     return plan_run(load_model(RunConfig, find_config("demo"), ["data.num_train=4", *overrides]), cache)
@@ -32,14 +20,6 @@ def _plan(cache: Path, *overrides: str) -> Plan:
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return tmp_path / "digests.json"
-
-
-@pytest.mark.parametrize("refine", ["none", "crf"])
-def test_the_old_refinements_have_the_old_content(cache: Path, refine: str) -> None:
-    content = _plan(cache, f"make_masks.refine={refine}").contents["make_masks"]
-    assert set(content["config"]) == OLD_OPTIONS
-    assert content["config"]["refine"] == refine
-    assert set(content["inputs"]) == {"prepare_data", "make_attention"}
 
 
 def test_a_list_of_one_is_its_name(cache: Path) -> None:

@@ -38,11 +38,11 @@ def scored_run(word: str, things: Mapping[str, SparseConfusions], **metrics: flo
     )
 
 
-def publish(store: Store, stage: str, key: str, inputs: Mapping[str, str], run: Mapping[str, Any]) -> Artifact:
+def publish(store: Store, stage: str, key: str, upstream: Mapping[str, str], run: Mapping[str, Any]) -> Artifact:
     """Publish what lies in the work folder."""
-    content = {"version": 1, "config": {}, "inputs": dict(inputs), "mask_supervision": []}
+    content = {"version": 1, "config": {}, "inputs": {}, "mask_supervision": []}
     with store.lock(stage, key):
-        return store.publish(stage, key, content=content, run=run)
+        return store.publish(stage, key, content=content, run={**run, "upstream": dict(upstream)})
 
 
 def publish_data(store: Store, key: str = PREPARED, names: tuple[str, ...] = NAMES, ids: Sequence[str] = IDS) -> None:

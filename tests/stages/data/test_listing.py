@@ -27,7 +27,7 @@ AsCustom = Callable[..., CustomConfig]
 
 
 def digest(config: CustomConfig, cache: Path) -> str:
-    return digest_data(list_data(config), config, cache)
+    return digest_data(list_data(config), config, cache).whole()
 
 
 def test_a_moved_copy_has_the_same_digest(synthetic_folder: Path, broken: Path, as_custom: AsCustom) -> None:
@@ -82,7 +82,7 @@ def test_one_photo_under_two_names_in_train_and_val_is_said(broken: Path, as_cus
     config, cache = as_custom(broken), broken.parent / "cache.json"
     warnings: list[str] = []
     expected = digest(config, cache)
-    assert digest_data(list_data(config), config, cache, warn=warnings.append) == expected
+    assert digest_data(list_data(config), config, cache, warn=warnings.append).whole() == expected
     assert warnings == []
     images = broken / "JPEGImages"
     for val, train in (("val_00000", "train_00004"), ("val_00002", "train_00001")):
@@ -105,7 +105,7 @@ def test_a_file_that_disappears_is_named(broken: Path, as_custom: AsCustom) -> N
 def test_the_digest_of_a_synthetic_set_is_that_of_its_config(tmp_path: Path) -> None:
     def of(**changes: object) -> str:
         config = SyntheticConfig.model_validate(changes)
-        return digest_data(list_data(config), config, tmp_path / "cache.json")
+        return digest_data(list_data(config), config, tmp_path / "cache.json").whole()
 
     assert of() == of(on_bad_image="skip")
     assert len({of(), of(seed=1), of(body_contrast=23), of(context_bias=True)}) == 4

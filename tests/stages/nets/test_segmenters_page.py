@@ -12,7 +12,6 @@ from stages.make_masks import MakeMasksConfig
 from stages.nets.downloads import COCO_WEIGHTS
 from stages.nets.segmenters.config import Init
 from stages.train_segmenter import TrainSegmenterConfig
-from stages.training.config import TrainingConfig
 from stages.training.rounds import RetrainingConfig
 from stages.training.segmenter_objective import LossConfig, LossName, SecConfig
 from stages.training.validation import ValidationConfig
@@ -40,8 +39,9 @@ def test_the_examples_on_the_page_are_configs():
     assert ValidationConfig.model_validate(second["validation"]).keep == "best"
 
 
-def test_every_net_start_and_later_option_is_on_the_page():
-    own = (TrainingConfig.LATER_FIELDS, ValidationConfig.model_fields, RetrainingConfig.model_fields)
+def test_every_net_start_and_option_is_on_the_page():
+    training = ("accumulate_steps", "ema_decay", "bias_lr_factor", "bias_weight_decay")
+    own = (training, ValidationConfig.model_fields, RetrainingConfig.model_fields)
     losses = (*get_args(LossName), *LossConfig.model_fields, *SecConfig.model_fields)
     for word in (*NETS, *get_args(Init), *losses, *chain.from_iterable(own)):
         assert re.search(rf"\b{word}\b", PAGE), word

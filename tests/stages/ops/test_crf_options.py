@@ -226,25 +226,6 @@ def test_wrong_options_are_refused(wrong: dict[str, object]) -> None:
         CrfConfig.model_validate(wrong)
 
 
-def test_the_key_content_of_earlier_configs_is_what_it_was() -> None:
-    assert CrfConfig(preset="psa", iterations=5, backend="torch").key_content() == {
-        "preset": "psa",
-        "bilateral_weight": None,
-        "bilateral_sxy_px": None,
-        "bilateral_srgb": None,
-        "gaussian_weight": None,
-        "gaussian_sxy_px": None,
-        "iterations": 5,
-        "backend": "torch",
-    }
-
-
-def test_new_options_are_in_the_key_when_they_are_set() -> None:
-    content = CrfConfig(resolution="half", tolerance=0.01, backend="torch").key_content()
-    assert content["resolution"] == "half"
-    assert content["tolerance"] == 0.01
-
-
 @pytest.mark.parametrize(
     ("device", "has_cuda", "expected"),
     [

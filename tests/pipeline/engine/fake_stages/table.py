@@ -33,14 +33,14 @@ def check(run: FakeRun, progress: Progress) -> None:
 TABLE = StageTable(
     location="fake_stages.table:TABLE",
     run_type=FakeRun,
-    read_data=lambda run, cache_file: DataState(run.digest, run.root),
+    read_data=lambda run, cache_file: DataState(run.root),
     needs_check=lambda run, stages: run.is_checked and "combine" in stages,
     check=check,
     specs=(
         StageSpec(
             name="collect",
             inputs=lambda run: (),
-            key_parts=lambda run, data: {"config": run.collect.model_dump(mode="json"), "digest": data.digest},
+            key_parts=lambda run, data: {"config": run.collect.model_dump(mode="json"), "digest": run.digest},
             arguments=lambda call: {"config": call.run.collect},
             package="fake_stages",
             num_units=lambda call: call.run.collect.items,

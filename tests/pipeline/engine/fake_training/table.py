@@ -18,7 +18,7 @@ class FakeRun(StageConfig):
 TABLE = StageTable(
     location="fake_training.table:TABLE",
     run_type=FakeRun,
-    read_data=lambda run, cache_file: DataState("d"),
+    read_data=lambda run, cache_file: DataState(),
     specs=(
         StageSpec(
             name="learn",

@@ -107,17 +107,6 @@ class ChildProgress:
         if is_new or done >= total or time.monotonic() - self._sent_at >= _STEP_EVERY_S:
             self.flush()
 
-    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
-        """Start a countable task."""
-        self.step(task, done, total, unit=unit)
-
-    def advance(self, count: int = 1, **values: float) -> None:
-        """Count finished units."""
-        if self._step:
-            old = self._step
-            values = {**old["values"], **values}
-            self.step(old["task"], old["done"] + count, old["total"], unit=old["unit"], **values)
-
     def info(self, text: str) -> None:
         """Say one line."""
         self.events.send("info", text=text)

@@ -24,14 +24,6 @@ class Progress(Protocol):
         """
         ...
 
-    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
-        """Start a countable task of ``total`` units of which ``done`` were there already (resumed)."""
-        ...
-
-    def advance(self, count: int = 1, **values: float) -> None:
-        """Count ``count`` finished units; ``values`` are shown beside the bar (loss=…)."""
-        ...
-
     def info(self, text: str) -> None:
         """Say one line."""
         ...
@@ -49,12 +41,6 @@ class SilentProgress:
         self.warnings: list[str] = []
 
     def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
-        """Ignore."""
-
-    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
-        """Ignore."""
-
-    def advance(self, count: int = 1, **values: float) -> None:
         """Ignore."""
 
     def info(self, text: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
-from pipeline.engine.disk_projection import require_space
+from pipeline.engine.forecast import check_space
 from pipeline.engine.outcomes import Around, Listener, Recruit, RunOutcome, SilentListener, StageOutcome, StageStatus
 from pipeline.engine.plan import Plan, plan_run
 from pipeline.engine.records import RunRecord
@@ -78,11 +78,11 @@ def run_stage(
 
     Raises:
         MissingArtifactError: an input is not in the store; the command that makes it is in the message.
-        EnvironmentFailure: the disk cannot hold what the stage writes; nothing was built.
+        EnvironmentFailure: the disk is nearly full; nothing was built.
     """
     plan = plan_with_inputs(stage, run, store, invocation, plan, table)
-    is_built = stage in plan.keys and (force or store.lookup(stage, plan.keys[stage]) is None)
-    require_space(plan, store, [stage] if is_built else [])
+    if stage in plan.keys and (force or store.lookup(stage, plan.keys[stage]) is None):
+        check_space(store)
     around = around or _as_it_is
     body = partial(ensure, stage, run, store, force=force, listener=listener, plan=plan, recruit=recruit, table=table)
     with terminate_as_interrupt(), RunRecord.open(store, plan) as record:
@@ -133,8 +133,7 @@ def run_pipeline(
         One outcome per stage up to ``until``.
 
     Raises:
-        EnvironmentFailure: the disk cannot hold what is to be built (``pipeline.engine.disk_projection``); nothing was
-        built.
+        EnvironmentFailure: the disk is nearly full; nothing was built.
         WsssError: the first failure; the listener has heard the outcomes before it and a ``failed`` one.
         KeyboardInterrupt: interrupted by SIGINT or SIGTERM; the unfinished stage continues next time.
     """
@@ -145,7 +144,8 @@ def run_pipeline(
     if missing:
         raise missing_error(table.names[first], missing, invocation)
     unbuilt = _to_build(plan, table.names[: last + 1], store, max(forced_from, first))
-    require_space(plan, store, unbuilt)
+    if unbuilt:
+        check_space(store)
     outcomes: list[StageOutcome] = []
     with terminate_as_interrupt(), RunRecord.open(store, plan) as record:
         for text in plan.data.warnings:

@@ -13,10 +13,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.config.model_errors import did_you_mean
+from pipeline.config.advice import config_warnings
 from pipeline.config.network_check import check_networks, needs_check
-from pipeline.config.preflight import config_warnings, preflight
+from pipeline.config.preflight import preflight
 from pipeline.config.run_config import RunConfig
+from pipeline.config.yaml_models import did_you_mean
 from stages.contracts import Progress, StageResult, open_image_set
 from stages.data.config import DataConfig
 from stages.data.listing import DataListing, digest_data

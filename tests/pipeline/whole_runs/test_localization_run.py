@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+from pipeline.engine.workload import DataFacts, count_work
 
-from pipeline.config.preflight import config_warnings, preflight
+from pipeline.config.advice import config_warnings
+from pipeline.config.preflight import preflight
 from pipeline.config.run_config import RunConfig, find_config
 from pipeline.config.yaml_models import load_model
 from pipeline.engine.plan import plan_run
 from pipeline.engine.stage_table import TABLE
-from pipeline.engine.workload import DataFacts, count_work
 from pipeline.report.tables import METRICS, metric_rows
 from stages.contracts import SilentProgress
 from stages.data.check import check_data

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from stages.contracts import Progress
 from stages.errors import ConfigError, WeightsError
@@ -21,10 +20,12 @@ from stages.nets.segmenters.config import (
     init_problems,
     pretrained_name,
 )
-from stages.nets.segmenters.deeplab import DeepLab
-from stages.nets.segmenters.deeplab_v2 import DeepLabV2
-from stages.nets.segmenters.largefov import LargeFov, Segmenter, load_decimated
-from stages.nets.weights import WeightsReport, load_coco, load_pretrained, load_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.nets.segmenters.largefov import Segmenter
+    from stages.nets.weights import WeightsReport
 
 
 def build_segmenter(
@@ -53,6 +54,8 @@ def build_segmenter(
         ConfigError: the net cannot be built or cannot start from ``init``.
         WeightsError: weights are missing or do not fit; the tensors are named.
     """
+    from stages.nets.weights import load_tensors
+
     segmenter = _build(config, num_classes)
     if init == "random":
         return segmenter
@@ -73,6 +76,9 @@ def build_segmenter(
 
 
 def _build(config: AnySegmenterConfig, num_classes: int) -> Segmenter:
+    from stages.nets.segmenters.deeplab import DeepLab
+    from stages.nets.segmenters.deeplab_v2 import DeepLabV2
+    from stages.nets.segmenters.largefov import LargeFov
 
     if isinstance(config, LargeFovConfig):
         return LargeFov(config, num_classes)
@@ -87,6 +93,9 @@ def _load_public(
     progress: Progress | None,
 ) -> list[WeightsReport]:
     """Load public weights into the trunk, and where the config says so into fc6 and fc7."""
+    from stages.nets.segmenters.largefov import LargeFov, load_decimated
+    from stages.nets.weights import load_coco, load_pretrained
+
     name = pretrained_name(config, init)
     assert name is not None
     if init == "coco":

@@ -1,4 +1,4 @@
-"""Put a run's numbers into rows for the report: what each number is called, how it is written and what it means.
+"""A run's numbers as rows for the page, Prefect and the terminal: what each is called and what it means.
 
 Reads manifests and confusion counts that the caller loaded; writes nothing.
 Shapes: C classes with background.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
-
-import numpy as np
 
 from stages.contracts import ClassList
 from stages.ops.metrics.boundaries import TRIMAP_WIDTHS_PX
@@ -26,7 +24,7 @@ STAGE_MEANINGS: dict[str, str] = {
     "train_segmenter": "learns the masks",
     "evaluate": "compares with true masks",
 }
-"""Every stage in the order of the road, with what it does."""
+"""Every stage in the order of a run, with what it does."""
 
 Unit = Literal["percent", "number", "count", "bytes"]
 
@@ -178,29 +176,79 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
 
     The limits of an interval, ``<name>_low`` and ``<name>_high``, stand in the row of their metric.
     """
-    numbers = {name: value for name, value in metrics.items() if _is_number(value)}
+    numbers = {n: v for n, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     limits = {f"{name}_{end}" for name in numbers for end in ("low", "high")}
-    known = [_metric_row(name, METRICS[name], numbers) for name in METRICS if name in numbers]
-    others = [
-        _metric_row(name, MetricText("Other", name, "", "number"), numbers)
-        for name in sorted(numbers)
-        if name not in METRICS and name not in limits
+    others = {name: MetricText("Other", name, "", "number") for name in sorted(numbers) if name not in limits}
+    rows = []
+    for name, text in (METRICS | {name: text for name, text in others.items() if name not in METRICS}).items():
+        if name not in numbers:
+            continue
+        value, low, high = numbers[name], numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
+        bar = min(max(value * 100.0, 0.0), 100.0) if text.unit == "percent" and math.isfinite(value) else None
+        interval = "" if low is None or high is None else f"{low * 100:.1f} … {high * 100:.1f}"
+        shown = format_value(value, text.unit)
+        rows.append(MetricRow(name, text.group, text.label, shown, text.meaning, bar, interval))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps of the pseudo-masks, classes, stages
+# ---------------------------------------------------------------------------------------------------------------------
+
+STEPS = "masks.steps"
+"""The metric: a list of the steps in order, each with ``step``, ``miou``, ``coverage`` and maybe ``miou_labelled``."""
+
+STEP_HEAD = ("Step", "mIoU", "Change", "mIoU, sure pixels", "Coverage")
+"""The columns of ``StepRow.cells``."""
+
+STEP_LABELS: dict[str, str] = {
+    "threshold": "threshold rule",
+    "random_walk": "random walk",
+    "par": "pixel-adaptive",
+    "crf": "dense CRF",
+}
+"""What a step is called on pages and under pictures; one that is not here keeps its name."""
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One line of the table of steps."""
+
+    label: str
+    miou: str
+    change: str
+    """Against the step before, in points of percent; empty for the first."""
+    miou_labelled: str
+    coverage: str
+    bar: float
+    """The mIoU in percent, 0 to 100."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The texts in the order of STEP_HEAD."""
+        return (self.label, self.miou, self.change, self.miou_labelled, self.coverage)
+
+
+def step_label(name: str) -> str:
+    """What the step ``name`` is called."""
+    return STEP_LABELS.get(name, name.replace("_", " "))
+
+
+def step_rows(metrics: Mapping[str, Any]) -> list[StepRow]:
+    """The rows of ``metrics[STEPS]``; none where no step was scored."""
+    steps: Sequence[Mapping[str, Any]] = metrics.get(STEPS) or ()
+    before = [None, *(step["miou"] for step in steps)]
+    return [
+        StepRow(
+            label=step_label(step["step"]),
+            miou=format_value(step["miou"], "percent"),
+            change="" if last is None else f"{(step['miou'] - last) * 100:+.1f}",
+            miou_labelled=format_value(step.get("miou_labelled", float("nan")), "percent"),
+            coverage=format_value(step["coverage"], "percent"),
+            bar=step["miou"] * 100,
+        )
+        for step, last in zip(steps, before, strict=False)
     ]
-    return known + others
-
-
-def _metric_row(name: str, text: MetricText, numbers: Mapping[str, float]) -> MetricRow:
-    value = numbers[name]
-    bar = min(max(value * 100.0, 0.0), 100.0) if text.unit == "percent" and math.isfinite(value) else None
-    row = MetricRow(name, text.group, text.label, format_value(value, text.unit), text.meaning, bar)
-    low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
-    if low is None or high is None:
-        return row
-    return replace(row, interval=f"{low * 100:.1f} … {high * 100:.1f}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -218,7 +266,10 @@ def class_table(confusions: Mapping[str, SparseConfusions], classes: ClassList) 
     """Per-class IoU out of the counts, background first."""
     others = sorted(thing for thing in set(confusions) - set(THINGS) if not thing.endswith("_labelled"))
     things = [thing for thing in THINGS if thing in confusions] + others
-    scores = [_percent(iou(confusions[thing].total())) for thing in things]
+    scores = [
+        [float(value) * 100.0 if math.isfinite(value) else None for value in iou(confusions[thing].total())]
+        for thing in things
+    ]
     rows = tuple(
         (name, class_index, tuple(column[class_index] for column in scores))
         for class_index, name in enumerate(classes.names_with_background)
@@ -230,10 +281,6 @@ def class_table(confusions: Mapping[str, SparseConfusions], classes: ClassList) 
         means=tuple(sum(values) / len(values) if values else None for values in present),
         num_images=tuple(len(confusions[thing].ids) for thing in things),
     )
-
-
-def _percent(values: np.ndarray) -> list[float | None]:
-    return [float(value) * 100.0 if math.isfinite(value) else None for value in values]
 
 
 @dataclass(frozen=True)
@@ -251,27 +298,27 @@ class StageRow:
 
 
 def stage_rows(manifests: Mapping[str, Mapping[str, Any]], states: Mapping[str, str]) -> list[StageRow]:
-    """Every stage of the road, also those that this run skipped."""
-    return [
-        _stage_row(name, meaning, manifests.get(name), states.get(name)) for name, meaning in STAGE_MEANINGS.items()
-    ]
-
-
-def _stage_row(name: str, meaning: str, manifest: Mapping[str, Any] | None, state: str | None) -> StageRow:
-    if manifest is None:
-        return StageRow(name, meaning, state or "skipped", "", "–", "–", "–", ())
-    content, run = manifest["content"], manifest["run"]
-    size = sum(entry["size"] for entry in content.get("files", {}).values())
-    return StageRow(
-        name=name,
-        meaning=meaning,
-        state=state or "in the store",
-        key=content["key"],
-        seconds=format_seconds(run.get("seconds")),
-        size=format_value(size, "bytes"),
-        started=format_time(run.get("started")),
-        warnings=tuple(run.get("warnings", ())),
-    )
+    """Every stage in order, also those that this run skipped."""
+    rows = []
+    for name, meaning in STAGE_MEANINGS.items():
+        manifest, state = manifests.get(name), states.get(name)
+        if manifest is None:
+            rows.append(StageRow(name, meaning, state or "skipped", "", "–", "–", "–", ()))
+            continue
+        content, run = manifest["content"], manifest["run"]
+        rows.append(
+            StageRow(
+                name=name,
+                meaning=meaning,
+                state=state or "in the store",
+                key=content["key"],
+                seconds=format_seconds(run.get("seconds")),
+                size=format_value(sum(entry["size"] for entry in content.get("files", {}).values()), "bytes"),
+                started=format_time(run.get("started")),
+                warnings=tuple(run.get("warnings", ())),
+            )
+        )
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,14 +334,9 @@ def format_value(value: float, unit: Unit) -> str:
         return f"{value * 100:.1f} %"
     if unit == "count":
         return f"{value:,.0f}"
-    if unit == "bytes":
-        return _format_bytes(value)
-    return f"{value:.3g}"
-
-
-def _format_bytes(value: float) -> str:
-    names: Sequence[str] = ("B", "kB", "MB", "GB", "TB")
-    step = 0
+    if unit == "number":
+        return f"{value:.3g}"
+    names, step = ("B", "kB", "MB", "GB", "TB"), 0
     while value >= 999.5 and step < len(names) - 1:
         value, step = value / 1000, step + 1
     return f"{value:.0f} {names[step]}" if step == 0 or value >= 99.5 else f"{value:.1f} {names[step]}"
@@ -320,8 +362,6 @@ def format_seconds(seconds: float | None) -> str:
 
 def format_time(started: object) -> str:
     """An ISO time or a Unix time as ``2026-11-20 12:05 UTC``; anything else as it is."""
-    from datetime import UTC
-
     if isinstance(started, int | float):
         return datetime.fromtimestamp(started, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
     try:

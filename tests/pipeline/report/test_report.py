@@ -15,13 +15,23 @@ import pytest
 from PIL import Image
 
 from pipeline.report.charts import line_chart, nice_ticks
-from pipeline.report.examples import find_attention, load_scored_examples, load_training_examples, score_images
-from pipeline.report.page import _loss_chart, _watch_charts, build_report
-from pipeline.report.picture_sections import write_picture_grid
-from pipeline.report.pictures import colour_css, colour_mask, mask_uri, overlay_heat, photo_uri
-from pipeline.report.step_rows import STEPS
+from pipeline.report.page import _history_charts, build_report
+from pipeline.report.pictures import (
+    PALETTE,
+    colour_css,
+    find_attention,
+    load_confusions,
+    load_scored_examples,
+    load_training_examples,
+    mask_uri,
+    overlay_heat,
+    photo_uri,
+    score_images,
+    write_picture_grid,
+)
 from pipeline.report.tables import (
     STAGE_MEANINGS,
+    STEPS,
     class_table,
     format_seconds,
     format_time,
@@ -424,9 +434,7 @@ def test_equal_runs_give_equal_pages(artifacts, tmp_path):
 
 
 def test_score_images_matches_hand_computation(artifacts):
-    from stages.ops.metrics.confusion import read_confusions
-
-    scores = score_images(read_confusions(artifacts["evaluate"] / "confusions.npz")["segmenter"])
+    scores = score_images(load_confusions(artifacts), "segmenter")
     assert scores == pytest.approx({f"v.{letter}": expected_miou(letter) for letter in RESULT_COLUMNS})
     assert scores["v.a"] == 1.0
     assert scores["v.e"] == 0.25  # no object found: (0 + 16/32) / 2
@@ -519,7 +527,7 @@ def test_overlay_heat_is_warm_at_the_peak_and_cold_without_evidence():
 def test_colours_are_vocs():
     assert colour_css(1) == "#800000"
     assert colour_css(15) == "#c08080"
-    assert colour_mask(np.full((1, 1), 255, np.uint8)).tolist() == [[[224, 224, 192]]]
+    assert PALETTE[255].tolist() == [224, 224, 192]
 
 
 def test_picture_grid_puts_each_picture_in_its_column(artifacts, tmp_path):
@@ -596,7 +604,7 @@ def test_metric_that_is_not_finite_is_a_dash():
     assert (row.text, row.bar) == ("–", None)
 
 
-def test_stage_rows_cover_the_whole_road():
+def test_stage_rows_cover_every_stage():
     content = {"key": "k", "files": {"a": {"size": 1_200_000}, "b": {"size": 300_000}}}
     manifests = {"evaluate": {"content": content, "run": {"seconds": 2.0, "started": None}}}
     rows = stage_rows(manifests, {"evaluate": "resumed"})
@@ -671,11 +679,11 @@ def test_what_a_method_watches_stands_on_charts_of_its_own():
         {"step": n, "epoch": n, "learning_rate": 0.1, "loss": 1.0, "peak_logit": 9.0, "recall": 0.5, "mined": 0.4}
         for n in (1, 2)
     ]
-    assert [curve.name for curve in _loss_chart("Classifier", history).curves if "rate" not in curve.name] == ["loss"]
-    logit, share = _watch_charts("Classifier", history)
+    loss, logit, share = _history_charts("Classifier", history)
+    assert [curve.name for curve in loss.curves if "rate" not in curve.name] == ["loss"]
     assert (logit.title, logit.y_label) == ("Classifier: peak logit", "logit")
     assert {curve.name for curve in share.curves} == {"recall", "mined"}
-    assert _watch_charts("Segmenter", [{"step": 1, "epoch": 1, "loss": 1.0}]) == []
+    assert len(_history_charts("Segmenter", [{"step": 1, "epoch": 1, "loss": 1.0}])) == 1
 
 
 def test_held_out_images_have_a_chart(artifacts, tmp_path):

@@ -16,7 +16,7 @@ import fsspec
 import pytest
 
 from pipeline.cli import main as cli
-from pipeline.cli.machine import check_store, run_check
+from pipeline.cli.doctor import check_store, run_check
 from pipeline.store import object_store, work_mirror
 from pipeline.store.artifacts import Store, open_store
 from pipeline.store.object_store import ObjectFolder
@@ -459,13 +459,15 @@ def test_prune_is_refused_with_what_to_do_instead(first, second, wsss_json) -> N
 
 def test_doctor_tries_the_store(url: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WSSS_CACHE", str(tmp_path / "cache"))
-    assert check_store(url).found.startswith(f"{url}: locked by leases, files under {tmp_path}")
+    found = check_store(url).found
+    assert found.startswith(f"{url}: locked by leases, ")
+    assert f" GB free under {tmp_path}" in found
     failed = run_check("store", lambda: check_store("s3://no-such-bucket/a"))
     assert failed.status == "failed"
     assert "the bucket does not exist; make it" in failed.found
     assert "is made with the first artifact" in check_store(tmp_path / "new").found
     assert not (tmp_path / "new").exists()
-    assert check_store(tmp_path).found == f"{tmp_path}: locked by flock"
+    assert check_store(tmp_path).found.startswith(f"{tmp_path}: locked by flock, ")
 
 
 def test_cache_that_cannot_be_made_is_named(url: str, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.report.confusion_picture import MOST_CLASSES, matrix_picture
+from pipeline.report.charts import MOST_CLASSES, matrix_picture
 
 
 def test_rows_are_true_classes_and_add_up_to_one() -> None:

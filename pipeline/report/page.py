@@ -14,16 +14,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipeline.delivery.submission import archive_command
-from pipeline.report.charts import LineChart, MatrixPicture, line_chart, matrix_picture
+from pipeline.report.charts import Drawing, line_chart, matrix_picture
 from pipeline.report.pictures import colour_css, legend_entries, load_confusions, show_examples, write_picture_grid
-from pipeline.report.tables import (
-    class_table,
-    format_seconds,
-    format_time,
-    metric_rows,
-    stage_rows,
-    step_rows,
-)
+from pipeline.report.tables import class_table, format_seconds, format_time, metric_rows, stage_rows, step_rows
 from stages.contracts import ImageSet, open_image_set, read_json, write_atomic
 from stages.growing import every_option
 from stages.ops.metrics.confusion import SparseConfusions
@@ -182,7 +175,8 @@ def _facts(
     segmenter = _dig(config, "train_segmenter", "net")
     body = _dig(segmenter, "backbone", "name") or _dig(segmenter, "encoder")
     machines = [", ".join(str(found[name]) for name in HARDWARE if found.get(name)) for found in runs]
-    revisions = [str(found.get("revision") or "") for found in runs]
+    commits = [str(found.get("revision") or "") for found in runs]
+    commits = [f"{text[:10]}, with changes" if text.endswith("+") else text[:10] for text in commits]
     facts = {
         "Data": f"{_dig(config, 'data', 'format')} {_dig(config, 'data', 'root') or ''}",
         "Method": f"{_dig(config, 'train_classifier', 'method', 'name')}",
@@ -193,7 +187,7 @@ def _facts(
         "Started": format_time(min((str(found["started"]) for found in runs if found.get("started")), default="")),
         "Stage time": format_seconds(sum(found.get("seconds") or 0.0 for found in runs)),
         "Hardware": _join_distinct(machines),
-        "Code": _join_distinct(text.removesuffix("+")[:10] + (", with changes" if text.endswith("+") else "") for text in revisions),
+        "Code": _join_distinct(commits),
         "Python": _join_distinct(str(found.get("python") or "") for found in runs),
     }
     if has_scores and run.evaluate.segmentation:
@@ -219,7 +213,7 @@ def _join_distinct(texts: Iterable[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _matrix(confusions: Mapping[str, SparseConfusions], images: ImageSet | None) -> MatrixPicture | None:
+def _matrix(confusions: Mapping[str, SparseConfusions], images: ImageSet | None) -> Drawing | None:
     """The confusions of the segmenter, or of the pseudo-masks where no segmenter was scored."""
     for thing, title in (("segmenter", "the segmenter, single scale, on val"), ("masks", "the pseudo-masks")):
         if images and thing in confusions and confusions[thing].count.size:
@@ -233,7 +227,7 @@ def _read(artifacts: Mapping[str, Path], stage: str, name: str) -> Any:  # noqa:
     return read_json(path) if path is not None and path.is_file() else None
 
 
-def _loss_charts(artifacts: Mapping[str, Path]) -> list[LineChart]:
+def _loss_charts(artifacts: Mapping[str, Path]) -> list[Drawing]:
     """The losses of both trainings, what their methods watched, and the segmenter on its held-out training images."""
     charts = []
     for stage, title in (("train_classifier", "Classifier"), ("train_segmenter", "Segmenter")):
@@ -255,10 +249,10 @@ def _loss_charts(artifacts: Mapping[str, Path]) -> list[LineChart]:
     return charts
 
 
-def _history_charts(title: str, history: Sequence[Mapping[str, float]]) -> list[LineChart]:
+def _history_charts(title: str, history: Sequence[Mapping[str, float]]) -> list[Drawing]:
     """The losses with the learning rate, then one chart for each unit of what was watched."""
 
-    def chart(title: str, unit: str, names: Sequence[str], faint: Mapping[str, Sequence[float]]) -> LineChart:
+    def chart(title: str, unit: str, names: Sequence[str], faint: Mapping[str, Sequence[float]]) -> Drawing:
         lines = {name.replace("_", " "): [entry.get(name, float("nan")) for entry in history] for name in names}
         epochs = [entry["epoch"] for entry in history]
         return line_chart(title, x_label="epoch", y_label=unit, x=epochs, lines=lines, faint=faint)

@@ -608,9 +608,9 @@ def test_stage_rows_cover_every_stage():
     content = {"key": "k", "files": {"a": {"size": 1_200_000}, "b": {"size": 300_000}}}
     manifests = {"evaluate": {"content": content, "run": {"seconds": 2.0, "started": None}}}
     rows = stage_rows(manifests, {"evaluate": "resumed"})
-    assert [row.name for row in rows] == list(STAGE_MEANINGS)
-    assert [row.state for row in rows] == ["skipped"] * 5 + ["resumed"]
-    assert (rows[-1].size, rows[-1].seconds) == ("1.5 MB", "2.0 s")
+    assert [row["name"] for row in rows] == list(STAGE_MEANINGS)
+    assert [row["state"] for row in rows] == ["skipped"] * 5 + ["resumed"]
+    assert (rows[-1]["size"], rows[-1]["seconds"]) == ("1.5 MB", "2.0 s")
 
 
 @pytest.mark.parametrize(
@@ -640,29 +640,29 @@ def test_nice_ticks(low, high, ticks):
 
 def test_line_chart_places_points_and_skips_what_is_not_finite():
     chart = line_chart("t", x_label="x", y_label="y", x=[0, 1, 2], lines={"a": [0.0, float("nan"), 1.0]})
-    assert chart.curves[0].points == "58.0,222.0 504.0,16.0"
-    assert [tick.text for tick in chart.y_ticks] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert chart["curves"][0]["points"] == "58.0,222.0 504.0,16.0"
+    assert [tick["text"] for tick in chart["y_ticks"]] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
 
 
 def test_line_chart_thins_long_histories_and_keeps_the_last_point():
     steps = list(range(10_001))
     chart = line_chart("t", x_label="x", y_label="y", x=steps, lines={"a": [1.0] * len(steps)})
-    points = chart.curves[0].points.split()
+    points = chart["curves"][0]["points"].split()
     assert len(points) <= 402
     assert points[-1] == "504.0,16.0"
 
 
 def test_line_chart_survives_flat_and_single_values():
     chart = line_chart("t", x_label="x", y_label="y", x=[1.0], lines={"a": [0.0]}, faint={"r": [0.0]})
-    assert chart.curves[1].points == "58.0,222.0"
+    assert chart["curves"][1]["points"] == "58.0,222.0"
 
 
 def test_line_chart_goes_below_zero_where_a_value_does():
     chart = line_chart("t", x_label="x", y_label="y", x=[0, 1], lines={"a": [-2.0, 4.0]})
-    low, high = (tuple(map(float, point.split(","))) for point in chart.curves[0].points.split())
-    texts = [tick.text for tick in chart.y_ticks]
+    low, high = (tuple(map(float, point.split(","))) for point in chart["curves"][0]["points"].split())
+    texts = [tick["text"] for tick in chart["y_ticks"]]
     assert texts[0] == "-2"
-    assert low[1] == pytest.approx(chart.y_ticks[0].at, abs=0.1)
+    assert low[1] == pytest.approx(chart["y_ticks"][0]["at"], abs=0.1)
     assert low[1] > high[1]
 
 
@@ -671,7 +671,7 @@ def test_marks_have_colours_that_no_line_has():
     for names, styles in ((["a"], ["mark-0", "mark-1"]), (["a", "b"], ["mark-1", "mark-2"])):
         chosen = {name: lines[name] for name in names}
         chart = line_chart("t", x_label="x", y_label="y", x=[0, 1], lines=chosen, marks={"m": 0.5, "n": 1.0})
-        assert [mark.style for mark in chart.marks] == styles  # mark-n is drawn in the colour of line-(n + 1)
+        assert [mark["style"] for mark in chart["marks"]] == styles  # mark-n is drawn in the colour of line-(n + 1)
 
 
 def test_what_a_method_watches_stands_on_charts_of_its_own():
@@ -680,9 +680,9 @@ def test_what_a_method_watches_stands_on_charts_of_its_own():
         for n in (1, 2)
     ]
     loss, logit, share = _history_charts("Classifier", history)
-    assert [curve.name for curve in loss.curves if "rate" not in curve.name] == ["loss"]
-    assert (logit.title, logit.y_label) == ("Classifier: peak logit", "logit")
-    assert {curve.name for curve in share.curves} == {"recall", "mined"}
+    assert [curve["name"] for curve in loss["curves"] if "rate" not in curve["name"]] == ["loss"]
+    assert (logit["title"], logit["y_label"]) == ("Classifier: peak logit", "logit")
+    assert {curve["name"] for curve in share["curves"]} == {"recall", "mined"}
     assert len(_history_charts("Segmenter", [{"step": 1, "epoch": 1, "loss": 1.0}])) == 1
 
 

@@ -80,6 +80,11 @@ class Example:
     prediction: NDArray[np.uint8] | None = None
     truth: NDArray[np.uint8] | None = None
 
+    @property
+    def heat(self) -> NDArray[np.uint8] | None:
+        """The attention laid over the image, RGB (H, W, 3)."""
+        return None if self.attention is None else overlay_heat(self.image, self.attention)
+
 
 def load_confusions(artifacts: Mapping[str, Path]) -> dict[str, SparseConfusions]:
     """The counts of everything that evaluate scored, by name; empty where it did not run."""
@@ -96,13 +101,9 @@ def score_images(confusions: Mapping[str, SparseConfusions], thing: str) -> dict
 def load_training_examples(
     images: ImageSet, artifacts: Mapping[str, Path], scores: Mapping[str, float], count: int
 ) -> list[Example]:
-    """Load ``count`` training images from the best to the worst pseudo-mask, evenly spaced by rank.
+    """Load ``count`` training images from the best to the worst pseudo-mask by ``scores`` (id to mean IoU).
 
-    Args:
-        images: The run's images.
-        artifacts: Folder of each stage that ran.
-        scores: Mean IoU of the pseudo-mask by image id; where there are none, the images are evenly spaced in the list.
-        count: Most images to return.
+    They are evenly spaced by rank; where there are no scores, in the list.
     """
     records: Sequence[ImageRecord] = images.index.split("train_score") or images.index.split("train")
     if scores:
@@ -118,15 +119,9 @@ def load_training_examples(
 def load_scored_examples(
     images: ImageSet, evaluate: Path, scores: Mapping[str, float], count: int
 ) -> tuple[list[Example], list[Example]]:
-    """Load the ``count`` best and the ``count`` worst predictions; no image is in both.
+    """Load the ``count`` best and the ``count`` worst predictions by ``scores`` (id to mean IoU); none is in both.
 
-    Where there are no true masks, the first list holds evenly spaced images of val, or else of test; the second none.
-
-    Args:
-        images: The run's images.
-        evaluate: Folder of the evaluate stage.
-        scores: Mean IoU of the prediction by image id.
-        count: Most images in each list.
+    Where there are no scores, the first list holds evenly spaced images of val, or else of test; the second none.
     """
     ranked = sorted(scores, key=lambda image_id: (-scores[image_id], image_id))
     best = [images.index.record(image_id) for image_id in ranked[:count]]
@@ -192,13 +187,8 @@ def _load(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Example pictures as the template wants them, or the sentence that says why there are none."""
-
-    examples: Sequence[Mapping[str, Any]] = ()
-    scored: bool = False
-    missing: str = ""
+Section = Mapping[str, Any]
+"""Example pictures as the template wants them, or the sentence that says why there are none."""
 
 
 def show_examples(
@@ -206,7 +196,7 @@ def show_examples(
     artifacts: Mapping[str, Path],
     confusions: Mapping[str, SparseConfusions],
     predictions: str = "segmenter",
-) -> dict[str, Examples]:
+) -> dict[str, Section]:
     """The three picture sections; a data root that has moved since the run costs the pictures, not the page.
 
     Args:
@@ -215,8 +205,8 @@ def show_examples(
         confusions: Counts of each score.
         predictions: The score of the predictions that are shown (``EvaluateConfig.written_score``).
     """
-    training = Examples(missing="this run made no attention maps or pseudo-masks.")
-    best, worst = Examples(missing="this run has not evaluated a segmenter."), Examples()
+    training = _nothing("this run made no attention maps or pseudo-masks.")
+    best, worst = _nothing("this run has not evaluated a segmenter."), _nothing("")
     try:
         if images and "make_attention" in artifacts:
             scores = score_images(confusions, "masks")
@@ -227,33 +217,36 @@ def show_examples(
             good, bad = load_scored_examples(images, artifacts["evaluate"], scores, NUM_SCORED_EXAMPLES)
             best, worst = _show(good, images.index.classes), _show(bad, images.index.classes)
     except (WsssError, zipfile.BadZipFile) as error:
-        training = best = Examples(missing=f"the pictures could not be read: {error}")
-        worst = Examples()
+        training = best = _nothing(f"the pictures could not be read: {error}")
+        worst = _nothing("")
     return {"training": training, "best": best, "worst": worst}
 
 
-def _show(examples: Sequence[Example], classes: ClassList) -> Examples:
+def _nothing(why: str) -> Section:
+    return {"examples": (), "scored": False, "missing": why}
+
+
+def _show(examples: Sequence[Example], classes: ClassList) -> Section:
     names, shown = classes.names_with_background, []
     for example in examples:
-        photos = {"image": example.image}
-        if example.attention is not None:
-            photos["attention"] = overlay_heat(example.image, example.attention)
-        masks = {step_label(name): mask for name, mask in example.steps.items()} | {
+        pictures = {
+            "image": example.image,
+            "attention": example.heat,
+            **{step_label(name): mask for name, mask in example.steps.items()},
             "pseudo-mask": example.pseudo_mask,
             "prediction": example.prediction,
             "truth": example.truth,
         }
-        tiles = [{"title": title, "uri": photo_uri(p, PICTURE_PX), "is_mask": False} for title, p in photos.items()]
-        tiles += [
-            {"title": title, "uri": mask_uri(mask, PICTURE_PX), "is_mask": True}
-            for title, mask in masks.items()
-            if mask is not None
+        tiles = [
+            {"title": title, "uri": picture_uri(picture, PICTURE_PX), "is_mask": picture.ndim == 2}
+            for title, picture in pictures.items()
+            if picture is not None
         ]
         score = None if example.miou is None else f"{example.miou * 100:.1f} %"
         present = [{"name": names[index], "colour": colour_css(index)} for index in example.classes]
         shown.append({"id": example.id, "score": score, "classes": present, "tiles": tiles})
     is_scored = any(example.miou is not None for example in examples)
-    return Examples(examples=shown, scored=is_scored, missing="there are no images to show.")
+    return {"examples": shown, "scored": is_scored, "missing": "there are no images to show."}
 
 
 def legend_entries(classes: ClassList) -> list[dict[str, str]]:
@@ -283,16 +276,14 @@ def overlay_heat(image: NDArray[np.uint8], record: AttentionRecord) -> NDArray[n
     return np.clip(grey * (1.0 - opacity) + colour * opacity, 0, 255).astype(np.uint8)
 
 
-def photo_uri(image: NDArray[np.uint8], longest_px: int) -> str:
-    """RGB (H, W, 3) as a JPEG data URI, never enlarged."""
-    return _data_uri(_fit(Image.fromarray(image), longest_px, smooth=True), "jpeg", quality=JPEG_QUALITY)
-
-
-def mask_uri(mask: NDArray[np.uint8], longest_px: int) -> str:
-    """Class indices (H, W) as a palette PNG data URI, never enlarged: small, and in exactly the legend's colours."""
-    picture = _fit(Image.fromarray(mask), longest_px, smooth=False)
-    picture.putpalette(PALETTE.tobytes())
-    return _data_uri(picture, "png", optimize=True)
+def picture_uri(picture: NDArray[np.uint8], longest_px: int) -> str:
+    """RGB (H, W, 3) as a JPEG data URI, class indices (H, W) as a PNG in the legend's colours; never enlarged."""
+    image, buffer = _fit(Image.fromarray(picture), longest_px, smooth=picture.ndim == 3), io.BytesIO()
+    kind, options = ("jpeg", {"quality": JPEG_QUALITY}) if picture.ndim == 3 else ("png", {"optimize": True})
+    if picture.ndim == 2:
+        image.putpalette(PALETTE.tobytes())
+    image.save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def colour_css(class_index: int) -> str:
@@ -308,12 +299,6 @@ def _fit(picture: Image.Image, longest_px: int, *, smooth: bool, enlarge: bool =
         return picture
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
     return picture.resize(size, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
-
-
-def _data_uri(picture: Image.Image, kind: str, **options: int) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format=kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,17 +335,13 @@ def write_picture_grid(
         predictions: The score of the predictions that are shown.
         num_rows: Images on each side.
         tile_px: Side of one tile.
-
-    Returns:
-        ``out``.
     """
     images = open_image_set(artifacts["prepare_data"], data_root)
     confusions = load_confusions(artifacts)
     blocks: list[Block] = []
     if "make_masks" in artifacts:
         found = load_training_examples(images, artifacts, score_images(confusions, "masks"), num_rows)
-        heat = [None if e.attention is None else overlay_heat(e.image, e.attention) for e in found]
-        rows = [(e.image, h, e.pseudo_mask, e.truth) for e, h in zip(found, heat, strict=True)]
+        rows = [(e.image, e.heat, e.pseudo_mask, e.truth) for e in found]
         blocks.append((("image", "attention", "pseudo-mask", "truth"), rows))
     if "evaluate" in artifacts:
         scores = score_images(confusions, predictions)
@@ -378,16 +359,7 @@ def write_picture_grid(
 
 
 def _draw_grid(blocks: Sequence[Block], legend: Mapping[str, int], tile_px: int) -> Image.Image:
-    """Blocks of picture rows side by side, titles above the columns and the class colours below.
-
-    Args:
-        blocks: Groups of columns, separated by a wide gap; missing rows at a block's end stay paper.
-        legend: Mask value of each class name.
-        tile_px: Side of the square that each picture is fitted into.
-
-    Returns:
-        RGB picture.
-    """
+    """Blocks of picture rows side by side, titles above the columns, and below the colour of each class by its name."""
     num_columns = sum(len(titles) for titles, _ in blocks)
     num_rows = max(len(rows) for _, rows in blocks)
     width = num_columns * (tile_px + GAP_PX) + GAP_PX + 2 * GAP_PX * (len(blocks) - 1)

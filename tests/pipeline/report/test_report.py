@@ -23,9 +23,8 @@ from pipeline.report.pictures import (
     load_confusions,
     load_scored_examples,
     load_training_examples,
-    mask_uri,
     overlay_heat,
-    photo_uri,
+    picture_uri,
     score_images,
     write_picture_grid,
 )
@@ -493,7 +492,7 @@ def decode(uri: str) -> Image.Image:
 
 def test_mask_uri_keeps_indices_and_palette():
     mask = object_mask(2, 5)
-    picture = decode(mask_uri(mask, 200))
+    picture = decode(picture_uri(mask, 200))
     assert picture.mode == "P"
     np.testing.assert_array_equal(np.asarray(picture), mask)
     np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), voc_palette()[mask])
@@ -502,11 +501,11 @@ def test_mask_uri_keeps_indices_and_palette():
 def test_pictures_shrink_to_the_longest_side_and_masks_gain_no_value():
     mask = np.zeros((300, 400), dtype=np.uint8)
     mask[:, 200:] = 15
-    picture = decode(mask_uri(mask, 200))
+    picture = decode(picture_uri(mask, 200))
     assert picture.size == (200, 150)
     assert set(np.unique(np.asarray(picture))) == {0, 15}
-    assert decode(photo_uri(np.zeros((300, 400, 3), np.uint8), 200)).size == (200, 150)
-    assert decode(photo_uri(np.zeros((30, 40, 3), np.uint8), 200)).size == (40, 30)
+    assert decode(picture_uri(np.zeros((300, 400, 3), np.uint8), 200)).size == (200, 150)
+    assert decode(picture_uri(np.zeros((30, 40, 3), np.uint8), 200)).size == (40, 30)
 
 
 def test_overlay_heat_is_warm_at_the_peak_and_cold_without_evidence():

@@ -23,18 +23,14 @@ def compare(
     context: typer.Context,
     runs: Annotated[
         list[str],
-        typer.Argument(
-            metavar="RUN RUN...",
-            help="A config, a run's name or id, or a key or folder of an evaluate artifact; the others are compared "
-            "with the first.",
-        ),
+        typer.Argument(metavar="RUN RUN...", help="Config, run name or id, key or folder of an evaluate artifact."),
     ],
     per_class: Annotated[bool, typer.Option("--per-class", help="Show every class too.")] = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write an HTML page.")] = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare finished runs: scores, differences to the first, and 95 % intervals over the images."""
+    """Compare finished runs with the first: scores, differences, and 95 % intervals over the images."""
     from pipeline.report.comparison import compare_runs, find_scored_run
     from pipeline.store.artifacts import open_store
     from stages.errors import InputError

@@ -49,7 +49,7 @@ for command in (doctor, up, down):
 
 
 def version() -> str:
-    """The installed version, or that of nothing installed."""
+    """The installed version."""
     try:
         return importlib.metadata.version("wsss-pipeline")
     except importlib.metadata.PackageNotFoundError:
@@ -95,16 +95,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error.show()  # type: ignore[attr-defined]  # every click error has it
         return 2
     except Exception as error:  # the one place for every error
-        return _end_error(error, output, " ".join(["wsss", *words[:1]]))
+        from pipeline.engine.failures import InternalFailure, deliberate
+
+        failure = deliberate(error, " ".join(["wsss", *words[:1]]))
+        message = failure.message
+        if isinstance(failure, InternalFailure):
+            typer.echo(failure.trace, err=True)
+            message = f"a fault of ours: {message}; the traceback is above, please report it"
+        output.finish(code=failure.exit_code, message=message, problems=failure.problems)
+        return failure.exit_code
     finally:
         signal.signal(signal.SIGTERM, before)
     if code == INTERRUPTED:
-        next_time = "the same command continues where it stopped"
-        if "--force" in words:
-            next_time = "with --force the same command starts over, without it what is in the store is used"
+        again = "with --force the same command starts over, without it what is in the store is used"
+        next_time = again if "--force" in words else "the same command continues where it stopped"
         output.finish(code=INTERRUPTED, message=f"interrupted; {next_time}")
-        return INTERRUPTED
-    if output.document and not code:
+    elif output.document and not code:
         output.finish()
     return int(code or 0)
 
@@ -112,18 +118,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Treat SIGTERM like Ctrl-C, so that what was started is ended too."""
     raise KeyboardInterrupt
-
-
-def _end_error(error: Exception, output: Output, doing: str) -> int:
-    from pipeline.engine.failures import InternalFailure, deliberate
-
-    failure = deliberate(error, doing)
-    message = failure.message
-    if isinstance(failure, InternalFailure):
-        typer.echo(failure.trace, err=True)
-        message = f"a fault of ours: {message}; the traceback is above, please report it"
-    output.finish(code=failure.exit_code, message=message, problems=failure.problems)
-    return failure.exit_code
 
 
 if __name__ == "__main__":

@@ -23,10 +23,7 @@ def predict(
     context: typer.Context,
     words: Annotated[
         list[str],
-        typer.Argument(
-            metavar="[CONFIG] IMAGE...",
-            help="A YAML file or shipped config (not with --model), then image files, folders, quoted patterns.",
-        ),
+        typer.Argument(metavar="[CONFIG] IMAGE...", help="A config (not with --model), then files, folders, patterns."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write to.")],
     model: Annotated[
@@ -39,14 +36,11 @@ def predict(
         bool | None, typer.Option("--flip/--no-flip", help="Mirror images too; default the config's.")
     ] = None,
     crf: Annotated[
-        str | None,
-        typer.Option("--crf", metavar="on|off|PRESET", help="Dense CRF: the config's numbers, none, or a preset."),
+        str | None, typer.Option(metavar="on|off|PRESET", help="Dense CRF: the config's numbers, none, or a preset.")
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(
-            "--window", metavar="N", help="Windows of N pixels for larger images; 0 never; default 1024 above 2048."
-        ),
+        typer.Option(metavar="N", help="Window of larger images in px (default 1024 above 2048); 0: none."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Predict again what is there, and replace it.")] = False,
     device: Annotated[

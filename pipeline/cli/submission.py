@@ -15,6 +15,7 @@ from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
+    from pipeline.delivery.submission import Submission
     from pipeline.store.artifacts import Store
     from stages.scoring.submission.reference import Expected
 
@@ -29,10 +30,7 @@ class CompetitionName(enum.StrEnum):
 def submission(
     context: typer.Context,
     config: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="CONFIG", help="The run whose test predictions are packed, or whose images are checked against."
-        ),
+        str | None, typer.Argument(metavar="CONFIG", help="Pack this run's predictions, or check against its images.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The .tar.gz to write.")] = None,
     check: Annotated[
@@ -40,19 +38,16 @@ def submission(
     ] = None,
     competition: Annotated[
         CompetitionName | None,
-        typer.Option(help="comp6 (default): trained on anything but test; comp5: on VOC's trainval images alone."),
+        typer.Option(help="comp5: trained on VOC trainval alone; comp6 (default): more."),
     ] = None,
     image_list: Annotated[
-        Path | None,
-        typer.Option("--image-list", metavar="FILE", help="The test list, one id a line (--check, --predictions)."),
+        Path | None, typer.Option(metavar="FILE", help="The test list, one id a line (--check, --predictions).")
     ] = None,
     images: Annotated[
-        Path | None,
-        typer.Option("--images", metavar="DIR", help="The images, to compare sizes with (--check, --predictions)."),
+        Path | None, typer.Option(metavar="DIR", help="The images, to compare sizes with (--check, --predictions).")
     ] = None,
     predictions: Annotated[
-        Path | None,
-        typer.Option("--predictions", metavar="DIR", help="Pack these <id>.png, e.g. of wsss predict CONFIG."),
+        Path | None, typer.Option(metavar="DIR", help="Pack these <id>.png, for instance of wsss predict CONFIG.")
     ] = None,
     overrides: OverridesOption = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
@@ -68,12 +63,11 @@ def submission(
     files = {"--image-list": image_list, "--images": images}
     if check is not None:
         _refuse({"--out": out, "--predictions": predictions}, "--check writes nothing; leave one of the two away")
-        if config is not None:
-            _refuse(files, "CONFIG knows its own; leave one of the two away")
+        _refuse(files if config is not None else {}, "CONFIG knows its own; leave one of the two away")
     elif config is None or out is None:
         raise typer.BadParameter("expected CONFIG --out FILE.tar.gz, or --check FILE")
-    elif predictions is None:
-        _refuse(files, "it belongs to --check or --predictions; CONFIG knows its own")
+    else:
+        _refuse({} if predictions else files, "it belongs to --check or --predictions; CONFIG knows its own")
 
     def open_run() -> tuple[RunConfig, Store, str]:
         from pipeline.store.artifacts import open_store
@@ -92,8 +86,14 @@ def submission(
     if check is not None:
         _check(output, check, expected, competition)
     elif out is not None:
+        from pipeline.delivery.submission import make_submission, submit_run
+
         output.document = {"config": config, "archive": None}
-        _make(output, open_run(), out, competition or CompetitionName.COMP6, predictions, expected)
+        run, for_ = open_run(), (competition or CompetitionName.COMP6).value
+        if predictions is None:
+            _tell_made(output, submit_run(*run, out, competition=for_))
+        else:
+            _tell_made(output, make_submission(run[0], predictions, expected(), out, competition=for_))
 
 
 def _refuse(options: dict[str, Path | None], why: str) -> None:
@@ -102,20 +102,7 @@ def _refuse(options: dict[str, Path | None], why: str) -> None:
             raise typer.BadParameter(why, param_hint=name)
 
 
-def _make(
-    output: Output,
-    run: tuple[RunConfig, Store, str],
-    out: Path,
-    competition: CompetitionName,
-    predictions: Path | None,
-    expected: Callable[[], Expected],
-) -> None:
-    from pipeline.delivery.submission import make_submission, submit_run
-
-    if predictions is None:
-        made = submit_run(*run, out, competition=competition.value)
-    else:
-        made = make_submission(run[0], predictions, expected(), out, competition=competition.value)
+def _tell_made(output: Output, made: Submission) -> None:
     output.document |= {
         "archive": made.path,
         "competition": made.competition,

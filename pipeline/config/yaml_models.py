@@ -13,7 +13,7 @@ import difflib
 import math
 import re
 import types
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -30,7 +30,6 @@ Raw = Any
 """A value as YAML gives it."""
 Form = Any
 """An annotation: a class, a union, a list of something."""
-
 Model = TypeVar("Model", bound=BaseModel)
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
@@ -52,23 +51,6 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-@dataclass
-class _Document:
-    """A mapping read from YAML, where each of its values stands, and what was wrong with its form."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[KeyPath, str] = field(default_factory=dict)
-    """Path to ``file:line`` or ``--set a.b=c``."""
-    problems: list[str] = field(default_factory=list)
-
-    def origin(self, path: KeyPath) -> str:
-        """Where ``path``, or else the nearest section around it, was written; empty when nowhere."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.origins:
-                return self.origins[path[:length]]
-        return ""
-
-
 def load_model(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
     """Read the YAML file ``path``, apply ``overrides`` in order and validate the result against ``model``.
 
@@ -80,129 +62,117 @@ def load_model(model: type[Model], path: Path, overrides: Sequence[str] = ()) ->
     Raises:
         ConfigError: with all problems: form, duplicate and unknown keys, wrong types, ranges and names.
     """
-    return _build(model, _read_document(path), str(path), overrides)
-
-
-def load_values(model: type[Model], values: Mapping[str, Any], overrides: Sequence[str], source: str) -> Model:
-    """As ``load_model``, from plain values as JSON has them, which errors call ``source``."""
-    return _build(model, _Document(values=copy.deepcopy(dict(values))), source, overrides)
-
-
-def _build(model: type[Model], document: _Document, source: str, overrides: Sequence[str]) -> Model:
-    for override in overrides:
-        try:
-            _apply_override(document, override)
-        except ConfigError as error:
-            document.problems.append(error.message)
-    problems = list(document.problems)
-    found = dict(loose_values(model, document.values))
-    validated: Model | None = None
-    try:
-        validated = model.model_validate(document.values)
-    except ValidationError as error:
-        found = dict(explain(error, model, document.values)) | found
-    for at, text in found.items():
-        where = document.origin(at)
-        problems.append(f"{text}  ({where})" if where else text)
-    if problems or validated is None:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{source} is not a valid config: {count}", problems)
-    return validated
-
-
-def _read_document(path: Path) -> _Document:
+    document = _Document()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as UTF-8 text ({error}); name a YAML config") from error
-    document = _Document()
-    values = _parse(text, str(path), document)
+    values = document.parse(text, str(path))
     if not isinstance(values, dict):
         found = "an empty file" if values is None else f"{type(values).__name__} at the top level"
         raise ConfigError(f"{path}: expected 'key: value' lines at the top level, found {found}")
     document.values = values
-    return document
+    return document.build(model, overrides, str(path))
 
 
-def _apply_override(document: _Document, override: str) -> None:
-    """Put one ``a.b=value`` into ``document``; sections that do not exist yet are made."""
-    name, equals, text = override.partition("=")
-    keys = tuple(name.strip().split("."))
-    if not equals or not all(keys):
-        raise ConfigError(f"--set {override}: expected dotted.path=value, for instance make_masks.crf.iterations=5")
-    form = _Document()
-    value = _parse(text, f"--set {override}", form)
-    document.problems.extend(form.problems)
-    section: dict[str, Any] = document.values
-    for depth, key in enumerate(keys[:-1], start=1):
-        section = section.setdefault(key, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"--set {override}: {dotted(keys[:depth])} is the value {section!r}, not a section")
-    section[keys[-1]] = value
-    document.origins = {at: text for at, text in document.origins.items() if at[: len(keys)] != keys}
-    document.origins[keys] = f"--set {override}"
+def load_values(model: type[Model], values: Mapping[str, Any], overrides: Sequence[str], source: str) -> Model:
+    """As ``load_model``, from plain values as JSON has them, which errors call ``source``."""
+    return _Document(copy.deepcopy(dict(values))).build(model, overrides, source)
 
 
-def _parse(text: str, source: str, document: _Document) -> object:
-    """The plain value of ``text``; lines and duplicate keys go to ``document``."""
-    try:
-        loader = _Loader(text)
+@dataclass
+class _Document:
+    """A mapping read from YAML, where each of its values stands, and what was wrong with its form."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+    """Path to ``file:line`` or ``--set a.b=c``."""
+    problems: list[str] = field(default_factory=list)
+
+    def build(self, model: type[Model], overrides: Sequence[str], source: str) -> Model:
+        for text in overrides:
+            try:
+                self.override(text)
+            except ConfigError as error:
+                self.problems.append(error.message)
+        found = dict(_loose_values(model, self.values))
+        validated: Model | None = None
         try:
-            node = loader.get_single_node()
-            return None if node is None else _Reader(loader, source, document).value(node, ())
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = source if mark is None or source.startswith("--set") else f"{source}:{mark.line + 1}"
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{where}: not valid YAML: {reason}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{source}: an anchor contains itself, or sections are nested too deeply") from error
+            validated = model.model_validate(self.values)
+        except ValidationError as error:
+            found = dict(explain(error, model, self.values)) | found
+        problems = list(self.problems)
+        for path, text in found.items():
+            # where the value, or else the nearest section around it, was written
+            places = [self.origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.origins]
+            problems.append(f"{text}  ({places[0]})" if places else text)
+        if problems or validated is None:
+            count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+            raise ConfigError(f"{source} is not a valid config: {count}", problems)
+        return validated
 
+    def override(self, override: str) -> None:
+        """Put in one ``a.b=value``; sections that do not exist yet are made."""
+        name, equals, text = override.partition("=")
+        keys = tuple(name.strip().split("."))
+        source = f"--set {override}"
+        if not equals or not all(keys):
+            raise ConfigError(f"{source}: expected dotted.path=value, for instance make_masks.crf.iterations=5")
+        value = self.parse(text, source)
+        section: dict[str, Any] = self.values
+        for depth, key in enumerate(keys[:-1], start=1):
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{source}: {dotted(keys[:depth])} is the value {section!r}, not a section")
+        section[keys[-1]] = value
+        self.origins = {at: text for at, text in self.origins.items() if at[: len(keys)] != keys} | {keys: source}
 
-@dataclass(frozen=True)
-class _Reader:
-    """Turns YAML nodes into plain values and remembers the line of each."""
+    def parse(self, text: str, source: str) -> object:
+        """The plain value of ``text``; the lines of a file's values and what is wrong with its form are kept."""
+        try:
+            loader = _Loader(text)
+            try:
+                node = loader.get_single_node()
+                return None if node is None else self._plain(loader, node, (), source)
+            finally:
+                loader.dispose()
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = source if mark is None else _place(source, mark)
+            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise ConfigError(f"{where}: not valid YAML: {reason}") from error
+        except RecursionError as error:
+            raise ConfigError(f"{source}: an anchor contains itself, or sections are nested too deeply") from error
 
-    loader: _Loader
-    source: str
-    document: _Document
-
-    def value(self, node: yaml.Node, path: KeyPath) -> object:
-        if not self.source.startswith("--set"):
-            self.document.origins.setdefault(path, f"{self.source}:{node.start_mark.line + 1}")
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path)
+    def _plain(self, loader: _Loader, node: yaml.Node, path: KeyPath, source: str) -> object:
+        if not source.startswith("--set"):
+            self.origins.setdefault(path, _place(source, node.start_mark))
         if isinstance(node, yaml.SequenceNode):
-            return [self.value(item, (*path, number)) for number, item in enumerate(node.value)]
-        return self.loader.construct_object(node, deep=True)
-
-    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
-        self._report_duplicates(node, path)
-        self.loader.flatten_mapping(node)
+            return [self._plain(loader, item, (*path, number), source) for number, item in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            return loader.construct_object(node, deep=True)
+        lines: dict[str, int] = {}
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _MERGE_TAG:
+                key, line = key_node.value, key_node.start_mark.line + 1
+                if key in lines:
+                    text = f"{dotted((*path, key))}: written twice, first on line {lines[key]}; keep one"
+                    self.problems.append(f"{text}  ({_place(source, key_node.start_mark)})")
+                lines.setdefault(key, line)
+        loader.flatten_mapping(node)
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = self.loader.construct_object(key_node, deep=True)
+            key = loader.construct_object(key_node, deep=True)
+            at = (*path, str(key))
             if not isinstance(key, str):
-                self._problem(key_node, f"{dotted((*path, str(key)))}: expected text as a key, found {key!r}; quote it")
-            values[str(key)] = self.value(value_node, (*path, str(key)))
+                text = f"{dotted(at)}: expected text as a key, found {key!r}; quote it"
+                self.problems.append(f"{text}  ({_place(source, key_node.start_mark)})")
+            values[str(key)] = self._plain(loader, value_node, at, source)
         return values
 
-    def _report_duplicates(self, node: yaml.MappingNode, path: KeyPath) -> None:
-        lines: dict[Hashable, int] = {}
-        for key_node, _ in node.value:
-            if key_node.tag == _MERGE_TAG or not isinstance(key_node, yaml.ScalarNode):
-                continue
-            line = key_node.start_mark.line + 1
-            if key_node.value in lines:
-                at = dotted((*path, key_node.value))
-                self._problem(key_node, f"{at}: written twice, first on line {lines[key_node.value]}; keep one")
-            lines.setdefault(key_node.value, line)
 
-    def _problem(self, node: yaml.Node, text: str) -> None:
-        where = self.source if self.source.startswith("--set") else f"{self.source}:{node.start_mark.line + 1}"
-        self.document.problems.append(f"{text}  ({where})")
+def _place(source: str, mark: yaml.Mark) -> str:
+    return source if source.startswith("--set") else f"{source}:{mark.line + 1}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,15 +180,11 @@ class _Reader:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _PLAIN_WORDS: Mapping[str, str] = {
-    "model_type": "expected a section",
-    "model_attributes_type": "expected a section",
-    "dict_type": "expected a section",
-    "tuple_type": "expected a list",
-    "list_type": "expected a list",
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "expected a section"),
+    **dict.fromkeys(("tuple_type", "list_type"), "expected a list"),
     "path_type": "expected a path",
     "string_type": "expected text",
-    "int_from_float": "expected a whole number",
-    "int_type": "expected a whole number",
+    **dict.fromkeys(("int_from_float", "int_type"), "expected a whole number"),
     "float_type": "expected a number",
     "bool_type": "expected true or false",
 }
@@ -240,13 +206,7 @@ def did_you_mean(word: object, allowed: Sequence[str]) -> str:
 
 
 def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """Each problem of ``error`` once, as (path, line of text), in the order of the model.
-
-    Args:
-        error: What validation raised.
-        model: The class that was validated against.
-        values: The raw values that were validated.
-    """
+    """Each problem that validating ``values`` against ``model`` raised once, as (path, line of text), in its order."""
     grouped: dict[KeyPath, list[tuple[str, str]]] = {}
     for detail in error.errors(include_url=False):
         path = _key_path(detail["loc"], values, is_missing=detail["type"] == "missing")
@@ -260,7 +220,7 @@ def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str,
         yield path, f"{dotted(path)}: {expectations}{parts[-1][1]}"
 
 
-def loose_values(model: type[BaseModel], values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+def _loose_values(model: type[BaseModel], values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """Problems that pydantic lets pass: text or true for a number, a number for true or false, nan and infinity.
 
     (Its strict mode refuses them too, but refuses lists for tuples behind any ``mode="before"`` validator.)
@@ -311,7 +271,10 @@ def _sentence(
     if kind == "extra_forbidden":
         return path, "unknown key", _unknown_key(path, model, values)
     if kind == "missing":
-        return path, "missing", _missing_key(path, model, values)
+        members = _models(_annotation_at(model, values, path[:-1]), _value_at(values, path[:-1]))
+        options = [member.model_fields[str(path[-1])] for member in members if str(path[-1]) in member.model_fields]
+        texts = [" ".join(option.description.split()) for option in options if option.description]
+        return path, "missing", f"; {texts[0] if texts else 'it has no default'}"
     if kind == "literal_error":
         allowed = _literals(context["expected"])
         return path, f"expected {_one_of(allowed)}", f", found {_show(found)}{did_you_mean(found, allowed)}"
@@ -351,15 +314,6 @@ def _unknown_key(path: KeyPath, model: type[BaseModel], values: Mapping[str, Any
         guess = f"; did you mean '{elsewhere[0]}'?" if elsewhere else "; remove it."
         hint = did_you_mean(key, allowed) or guess
     return f"{hint} Allowed here: {', '.join(allowed)}"
-
-
-def _missing_key(path: KeyPath, model: type[BaseModel], values: Mapping[str, Any]) -> str:
-    section = _annotation_at(model, values, path[:-1])
-    for member in _models(section, _value_at(values, path[:-1])):
-        field = member.model_fields.get(str(path[-1]))
-        if field is not None and field.description:
-            return f"; {' '.join(field.description.split())}"
-    return "; it has no default"
 
 
 def _show(value: object) -> str:

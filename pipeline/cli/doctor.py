@@ -1,7 +1,4 @@
-"""``wsss doctor``: is this machine fit for a run?
-
-Looks at packages, device, CRF, store and Prefect.  Writes nothing but a lock in the store.
-"""
+"""``wsss doctor``: is this machine fit for a run?  Writes nothing but a lock in the store."""
 
 from __future__ import annotations
 
@@ -59,11 +56,7 @@ def doctor(context: typer.Context, artifacts: ArtifactsOption = DEFAULT_ARTIFACT
 
 
 def examine(artifacts: str | Path) -> list[Check]:
-    """Run every check; one that raises has failed, and the others still run.
-
-    Args:
-        artifacts: Where the store is, a folder or a URL; a folder need not exist.
-    """
+    """Run every check; one that raises has failed, and the others still run."""
     checks: dict[str, Callable[[], Check]] = {
         "packages": check_packages,
         "device": check_device,
@@ -85,10 +78,9 @@ def run_check(name: str, check: Callable[[], Check]) -> Check:
 
 
 def check_packages(requirements: Sequence[str] | None = None) -> Check:
-    """Every package that this distribution needs is there in a version that works, the Prefect pins among them.
+    """Every package is there in a version that works, the Prefect pins among them.
 
-    Args:
-        requirements: PEP 508 lines; by default those of the installed distribution, extras left out.
+    ``requirements`` are PEP 508 lines; by default those of the installed distribution, extras left out.
     """
     from packaging.requirements import Requirement
 
@@ -158,11 +150,7 @@ def _refines(backend: CrfBackend, device: str) -> bool:
 
 
 def check_store(artifacts: str | Path) -> Check:
-    """The store can be reached, written and locked, and its disk has room.
-
-    Args:
-        artifacts: Its folder or URL; a folder that does not exist yet is not made.
-    """
+    """The store can be reached, written and locked, and its disk has room; a folder that is not there is not made."""
     from pipeline.engine.forecast import check_space
     from pipeline.store.artifacts import open_store
     from pipeline.store.locks import USE_LEASES

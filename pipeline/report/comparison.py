@@ -88,7 +88,7 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare_runs`` found."""
+    """Scores of several runs, side by side."""
 
     runs: tuple[ScoredRun, ...]
     rows: tuple[ScoreRow, ...]
@@ -111,11 +111,9 @@ class Comparison:
 def find_scored_run(word: str, store: Store) -> ScoredRun:
     """Read the evaluation that ``word`` means.
 
-    Args:
-        word: A config file or the name of a shipped config; the folder of an ``evaluate`` artifact; the name of a run
-            (``demo``, ``demo-1f0c23ab``); or a run id or the key of an ``evaluate`` artifact, or the first digits of
-            either.
-        store: Where runs and artifacts are; a folder may also lie in another store.
+    It is a config file or the name of a shipped config; the folder of an ``evaluate`` artifact, of whatever store; the
+    name of a run (``demo``, ``demo-1f0c23ab``); or a run id or the key of an ``evaluate`` artifact, or the first digits
+    of either.
 
     Raises:
         InputError: ``word`` means nothing, or several things.
@@ -208,10 +206,7 @@ def _read_files(word: str, title: str, key: str, path: Path, index: ImageIndex |
 
 
 def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
-    """Compare evaluations of the same data with the first of them.
-
-    Args:
-        runs: At least two.
+    """Compare at least two evaluations of the same data with the first of them.
 
     Raises:
         InputError: they have other classes, other scored images of val or test, or other true masks or boxes; says
@@ -375,12 +370,9 @@ def _check_images(thing: str, first: tuple[str, Sequence[str]], other: tuple[str
 
 
 def _check_localization(runs: Sequence[ScoredRun]) -> list[str]:
-    """Refuse localisation on other images of val, or against other labels or boxes of theirs.
+    """Refuse localisation on other images of val, or against other labels or boxes; a note where nothing can tell.
 
     It is counted over all of val and not by image: what it stands on is known from the data's index alone.
-
-    Returns:
-        A note where that index is not there any more.
     """
     having = [run for run in runs if any(name.startswith("localization.") for name in run.metrics)]
     # labels and true boxes by id; masks have no digest in the index
@@ -403,11 +395,7 @@ def _check_localization(runs: Sequence[ScoredRun]) -> list[str]:
 def _check_truth(runs: Sequence[ScoredRun], chosen: Sequence[SparseConfusions], thing: str, num_classes: int) -> None:
     """Refuse scores against other true masks; counts that drop a run's unsure pixels cannot tell.
 
-    Args:
-        runs: Those that have the score.
-        chosen: Their counts, of the same images in the same order.
-        thing: What was counted.
-        num_classes: C of the counts.
+    ``chosen`` are the counts of ``runs``, of the same images in the same order and with ``num_classes``.
     """
     if thing.endswith("_labelled"):
         return

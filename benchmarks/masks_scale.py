@@ -10,8 +10,6 @@ and its workers, looked at ten times a second.
 Of the ratios the first compares an image's seconds in the largest set with the smallest; a start-up that is spread over
 more images makes that smaller than 1, so the second compares the seconds of each *further* image (from the middle set
 to the largest, against from the smallest to the middle); it has no value where the start-up hides the images.
-``projected`` is what a run would have said before its start that attention and masks take on disk: it must not be
-exceeded.
 
     python benchmarks/masks_scale.py [--quick] [--json] [--processes N]
 """
@@ -33,7 +31,6 @@ from typing import Any
 import torch
 from provenance import commit, hardware
 
-from pipeline.engine.disk_sizes import attention_bytes, masks_bytes
 from stages.contracts import ImageIndex, Runtime, SilentProgress, read_json, write_json
 from stages.data.adapters.synthetic import SyntheticConfig
 from stages.make_attention import MakeAttentionConfig, make_attention
@@ -122,23 +119,8 @@ def measure(folder: Path, count: int, path: str, processes: int) -> dict[str, An
         "seconds": round(seconds, 2),
         "ms_per_image": round(1000 * seconds / count, 2),
         "bytes_per_image": round(sum(file.stat().st_size for file in files) / count),
-        "blocks_per_image": round(sum(file.stat().st_blocks for file in files) * 512 / count),
-        "projected_per_image": round(projected_bytes(folder, count, path) / count),
         "peak_mb": round(peak / 1e6, 1),
     }
-
-
-def projected_bytes(folder: Path, count: int, path: str) -> float:
-    """What a run would have announced."""
-    index = ImageIndex.model_validate(read_json(folder / f"images-{count}" / "index.json"))
-    labels = sum(len(image.labels or ()) for image in index.images)
-    mean_px = sum(image.size[0] * image.size[1] for image in index.images) / count
-    attention = attention_config(is_stored=PATHS[path]).model_dump(mode="json")
-    found = (
-        attention_bytes(attention, count, labels, mean_px),
-        masks_bytes(MASKS.model_dump(mode="json"), count, mean_px),
-    )
-    return sum(size or 0.0 for size in found)
 
 
 def family(pid: int) -> Iterable[int]:
@@ -175,7 +157,6 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             _ratio(f"{path}: seconds of each further image, {span}", further, FURTHER_TARGET),
             _ratio(f"{path}: bytes of an image, {span}", _quotient("bytes_per_image", large, small), DISK_TARGET),
             _ratio(f"{path}: peak memory, {span}", _quotient("peak_mb", large, small), MEMORY_TARGET),
-            _ratio(f"{path}: used / projected disk", large["blocks_per_image"] / large["projected_per_image"], 1.0),
         ]
     return found
 
@@ -202,11 +183,11 @@ def _ratio(name: str, value: float | None, target: float) -> dict[str, Any]:
 
 def show(document: dict[str, Any]) -> None:
     """As a table."""
-    print("path        images   seconds  ms/image  bytes/image  projected  peak MB")
+    print("path        images   seconds  ms/image  bytes/image  peak MB")
     for row in document["rows"]:
         print(
             f"{row['path']:10}{row['images']:8,d}{row['seconds']:10.1f}{row['ms_per_image']:10.1f}"
-            f"{row['bytes_per_image']:13,d}{row['projected_per_image']:11,d}{row['peak_mb']:9.0f}"
+            f"{row['bytes_per_image']:13,d}{row['peak_mb']:9.0f}"
         )
     for ratio in document["ratios"]:
         value = "       –" if ratio["value"] is None else f"{ratio['value']:8.3f}"

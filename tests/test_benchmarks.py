@@ -113,14 +113,14 @@ def test_attention_throughput_agrees_with_its_peer_and_keeps_to_the_limits_on_di
 
 
 @pytest.mark.slow
-def test_masks_scale_measures_both_paths_and_disk_stays_below_its_projection():
+def test_masks_scale_measures_both_paths_and_disk_grows_linearly():
     document = run_quick("masks_scale", "--processes", 1)
     assert "load_average" in document
     assert [(row["path"], row["images"]) for row in document["rows"]] == [
         (path, count) for path in ("two stages", "fused") for count in (40, 80, 160)
     ]
-    disk = [ratio for ratio in document["ratios"] if "bytes" in ratio["name"] or "projected" in ratio["name"]]
-    assert [ratio["met"] for ratio in disk] == [True] * 4
+    disk = [ratio for ratio in document["ratios"] if "bytes" in ratio["name"]]
+    assert [ratio["met"] for ratio in disk] == [True] * 2
     stored, fused = (row["bytes_per_image"] for row in document["rows"] if row["images"] == 160)
     assert fused < stored, "no map is on the disk"
     assert all(row["peak_mb"] > 50 for row in document["rows"])

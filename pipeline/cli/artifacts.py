@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
-from pipeline.cli.output import get_output, plain
+from pipeline.cli.output import get_output, load_run, plain
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 
 if TYPE_CHECKING:
@@ -19,11 +19,6 @@ artifacts_app = typer.Typer(help="Look after the artifact store.", no_args_is_he
 config_app = typer.Typer(help="Look at a config.", no_args_is_help=True, rich_markup_mode=None)
 
 StageOrKey = Annotated[str, typer.Argument(metavar="KEY", help="Key of an artifact, or its first digits.")]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# artifacts
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @artifacts_app.command("list")
@@ -37,13 +32,11 @@ def list_artifacts(
     output = get_output(context)
     found = list(open_store(artifacts).artifacts())
     output.document = {"artifacts": [_describe(artifact) for artifact in found]}
-    if output.is_json:
-        return
     for artifact in found:
         size = format_value(artifact.size_bytes, "bytes")
-        output.say(f"{artifact.stage:18}{artifact.key}  {size:>8}  {artifact.run.get('started', '')}")
+        output.tell(f"{artifact.stage:18}{artifact.key}  {size:>8}  {artifact.run.get('started', '')}")
     total = format_value(sum(artifact.size_bytes for artifact in found), "bytes")
-    output.say(f"{len(found)} artifacts, {total}, in {artifacts}")
+    output.tell(f"{len(found)} artifacts, {total}, in {artifacts}")
 
 
 @artifacts_app.command("show")
@@ -66,8 +59,7 @@ def show_artifact(
         found = damage[0] if damage else f"{stage} {whole_key} is not there any more"
         raise MissingArtifactError(f"{found}; run the stage {stage} again")
     output.document = {**_describe(artifact), "manifest": dict(artifact.manifest)}
-    if not output.is_json:
-        output.say(json.dumps(plain(output.document), indent=1, ensure_ascii=False))
+    output.tell(json.dumps(plain(output.document), indent=1, ensure_ascii=False))
 
 
 @artifacts_app.command("verify")
@@ -88,8 +80,7 @@ def verify_artifacts(
     output.document = {"verified": len(found), "problems": problems}
     if problems:
         raise DamagedFileError("artifacts are damaged; remove each folder named here and run again", problems)
-    if not output.is_json:
-        output.say(f"{len(found)} artifacts are as they were written")
+    output.tell(f"{len(found)} artifacts are as they were written")
 
 
 @artifacts_app.command("prune")
@@ -115,16 +106,12 @@ def prune_artifacts(
         )
     removals = prune(store, keep=keep, dry_run=not yes)
     size = sum(removal.size_bytes for removal in removals)
-    entries = [
-        {"path": removal.path, "reason": removal.reason, "size_bytes": removal.size_bytes} for removal in removals
-    ]
+    entries = [{"path": r.path, "reason": r.reason, "size_bytes": r.size_bytes} for r in removals]
     output.document = {"removed": yes, "size_bytes": size, "entries": entries}
-    if output.is_json:
-        return
     for removal in removals:
-        output.say(f"{format_value(removal.size_bytes, 'bytes'):>8}  {removal.path}  ({removal.reason})")
+        output.tell(f"{format_value(removal.size_bytes, 'bytes'):>8}  {removal.path}  ({removal.reason})")
     verb = "removed" if yes else "would be removed; add --yes to remove it"
-    output.say(f"{format_value(size, 'bytes')} in {len(removals)} places {verb}")
+    output.tell(f"{format_value(size, 'bytes')} in {len(removals)} places {verb}")
 
 
 def _describe(artifact: Artifact) -> dict[str, Any]:
@@ -157,11 +144,6 @@ def _find(store: Store, text: str) -> tuple[str, str]:
     return found[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# config
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @config_app.command("show")
 def show_config(
     context: typer.Context, config: ConfigArgument, overrides: OverridesOption = None, as_json: JsonOption = False
@@ -169,13 +151,10 @@ def show_config(
     """The whole config with every default, as YAML."""
     import yaml
 
-    from pipeline.config.run_config import find_config, load_config
-
     output = get_output(context)
-    values = load_config(find_config(config), overrides or []).model_dump(mode="json")
+    values = load_run(config, overrides).model_dump(mode="json")
     output.document = {"config": config, "values": values}
-    if not output.is_json:
-        output.say(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
+    output.tell(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
 
 
 @config_app.command("check")
@@ -184,16 +163,13 @@ def check_config(
 ) -> None:
     """Check a config, its data lists, weights and networks, without decoding an image."""
     from pipeline.config.preflight import preflight
-    from pipeline.config.run_config import find_config, load_config
 
     output = get_output(context)
     output.document = {"config": config}
-    run = load_config(find_config(config), overrides or [])
-    listing = preflight(run)
+    listing = preflight(load_run(config, overrides))
     splits = {name: len(ids) for name, ids in listing.splits.items()}
     output.document |= {"classes": list(listing.classes.names), "images": splits, "warnings": list(listing.warnings)}
-    if not output.is_json:
-        images = ", ".join(f"{count} {name}" for name, count in splits.items())
-        output.say(f"{config} is fine: {len(listing.classes.names)} classes; images: {images}")
-        for warning in listing.warnings:
-            output.say(f"  warning: {warning}")
+    images = ", ".join(f"{count} {name}" for name, count in splits.items())
+    output.tell(f"{config} is fine: {len(listing.classes.names)} classes; images: {images}")
+    for warning in listing.warnings:
+        output.tell(f"  warning: {warning}")

@@ -1,4 +1,4 @@
-"""``wsss compare``: the scores of finished runs side by side, with what is sure of their differences."""
+"""``wsss compare``: the scores of finished runs side by side, with how certain their differences are."""
 
 from __future__ import annotations
 
@@ -18,26 +18,20 @@ if TYPE_CHECKING:
     from pipeline.report.comparison import Comparison, ScoreRow
     from stages.ops.metrics.bootstrap import Interval
 
-RunsArgument = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="RUN RUN...",
-        help="A config, a run's name or id, or a key or folder of an evaluate artifact; the first is compared with.",
-    ),
-]
-
 
 def compare(
     context: typer.Context,
-    runs: RunsArgument,
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN RUN...", help="Config, run name or id, key or folder of an evaluate artifact."),
+    ],
     per_class: Annotated[bool, typer.Option("--per-class", help="Show every class too.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write a page of HTML.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write an HTML page.")] = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare finished runs: scores, differences to the first, and 95 % intervals over the images."""
-    from pipeline.report.comparison import compare_runs
-    from pipeline.report.scored_runs import find_scored_run
+    """Compare finished runs with the first: scores, differences, and 95 % intervals over the images."""
+    from pipeline.report.comparison import compare_runs, find_scored_run
     from pipeline.store.artifacts import open_store
     from stages.errors import InputError
 
@@ -47,63 +41,51 @@ def compare(
         raise InputError(f"a comparison needs at least two runs, found {len(runs)}: wsss compare RUN RUN...")
     store = open_store(artifacts)
     found = compare_runs([find_scored_run(word, store) for word in runs])
-    output.document = describe(found) | {"page": out}
+    output.document = _describe(found) | {"page": out}
     if out is not None:
         from pipeline.report.comparison_page import write_page
 
         write_page(found, out)
     if not output.is_json:
         _show(found, per_class=per_class)
-        if out is not None:
-            output.say(f"\npage: {out}")
+    if out is not None:
+        output.tell(f"\npage: {out}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# JSON
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def describe(found: Comparison) -> dict[str, Any]:
+def _describe(found: Comparison) -> dict[str, Any]:
     """The JSON document: fractions, null for what a run does not have."""
+
+    def limits(found: Interval | None) -> dict[str, float | None]:
+        return {"low": found.low if found else None, "high": found.high if found else None}
+
+    def describe_row(row: ScoreRow) -> dict[str, Any]:
+        values = [
+            None if value is None else {"value": value, **limits(interval)}
+            for value, interval in zip(row.values, row.intervals, strict=True)
+        ]
+        differences = [
+            None if d is None else {"value": d.value, **limits(d.interval), "better_ratio": d.better_ratio}
+            for d in row.differences
+        ]
+        return {"metric": row.metric, "images": row.num_images, "values": values, "differences": differences}
+
     return {
         "runs": [{"run": run.word, "title": run.title, "key": run.key, "path": run.path} for run in found.runs],
-        "metrics": [_describe_row(row) for row in found.rows],
-        "classes": [{"class": row.class_name, **_describe_row(row)} for row in found.class_rows],
+        "metrics": [describe_row(row) for row in found.rows],
+        "classes": [{"class": row.class_name, **describe_row(row)} for row in found.class_rows],
         "notes": list(found.notes),
     }
-
-
-def _describe_row(row: ScoreRow) -> dict[str, Any]:
-    differences = [
-        None if found is None else {"value": found.value, **_limits(found.interval), "better_ratio": found.better_ratio}
-        for found in row.differences
-    ]
-    values = [
-        None if value is None else {"value": value, **_limits(limits)}
-        for value, limits in zip(row.values, row.intervals, strict=True)
-    ]
-    return {"metric": row.metric, "images": row.num_images, "values": values, "differences": differences}
-
-
-def _limits(found: Interval | None) -> dict[str, float | None]:
-    return {"low": found.low if found else None, "high": found.high if found else None}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# For people
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _show(found: Comparison, *, per_class: bool) -> None:
     from pipeline.cli.console import make_console
 
     console = make_console(is_json=False)
-    for number, run in enumerate(found.runs):
-        console.print(f"{number + 1}  {run.title}  {run.word}", markup=False)
+    for number, run in enumerate(found.runs, start=1):
+        console.print(f"{number}  {run.title}  {run.word}", markup=False)
     console.print(_table(found, found.rows))
     if per_class:
-        for metric in dict.fromkeys(row.metric for row in found.class_rows):
-            rows = [row for row in found.class_rows if row.metric == metric]
+        for rows in found.rows_by_metric().values():
             console.print(_table(found, rows))
     for note in found.notes:
         console.print(f"note: {note}", markup=False)
@@ -114,18 +96,16 @@ def _table(found: Comparison, rows: Sequence[ScoreRow]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from pipeline.report.comparison_text import difference_text, label_text, value_text
+    from pipeline.report.comparison import difference_text, label_text, value_text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(escape(label_text(rows[0])) if rows and rows[0].class_name else "score")
     table.add_column("images", justify="right")
-    for number, run in enumerate(found.runs):
-        table.add_column(escape(f"{number + 1} {run.title}"))
+    for number, run in enumerate(found.runs, start=1):
+        table.add_column(escape(f"{number} {run.title}"))
     for row in rows:
-        cells = []
-        for place in range(len(row.values)):
-            lines = [value_text(row, place), difference_text(row, place)]
-            cells.append("\n".join(line for line in lines if line))
-        label = row.class_name or label_text(row)
-        table.add_row(escape(label), "" if row.num_images is None else f"{row.num_images}", *cells)
+        pairs = [(value_text(row, place), difference_text(row, place)) for place in range(len(row.values))]
+        cells = ["\n".join(filter(None, pair)) for pair in pairs]
+        images = "" if row.num_images is None else f"{row.num_images}"
+        table.add_row(escape(row.class_name or label_text(row)), images, *cells)
     return table

@@ -1,6 +1,6 @@
 """Show a run to the person who started it: stages, progress with the time left, warnings, and the table of results.
 
-Writes to one rich console; on a terminal a live bar, elsewhere plain lines at most every ten seconds.
+Writes to one rich console: a live bar on a terminal, elsewhere plain lines at most every ten seconds.
 The console is stdout, or stderr where stdout belongs to ``--json``.
 """
 
@@ -18,9 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from pipeline.engine.countdown import Pace
-from pipeline.engine.estimate import Estimate, describe_disk, describe_stage, describe_time
-from pipeline.report.step_rows import HEAD, StepRow, step_rows
-from pipeline.report.tables import describe_value, format_seconds, metric_rows
+from pipeline.report.tables import STEP_HEAD, describe_value, format_seconds, metric_rows, step_rows
 
 if TYPE_CHECKING:
     from pipeline.engine.run import StageOutcome, StageStatus
@@ -34,9 +32,6 @@ STATE_STYLES: Mapping[str, str] = {
     "helped": "green",
     "cached": "cyan",
     "skipped": "dim",
-    "partial": "yellow",
-    "missing": "yellow",
-    "damaged": "red",
     "failed": "bold red",
 }
 HEADLINES: Mapping[str, tuple[str, ...]] = {
@@ -45,6 +40,13 @@ HEADLINES: Mapping[str, tuple[str, ...]] = {
     "evaluate": ("segmenter.miou", "localization.top1_loc"),
 }
 """Metrics that stand beside a finished stage; all are in the table at the end."""
+_PLAN_TITLES = {
+    "cached": "in the store",
+    "partial": "to continue",
+    "missing": "to build",
+    "damaged": "to build",
+    "skipped": "not needed",
+}
 
 
 def make_console(*, is_json: bool) -> Console:
@@ -55,89 +57,105 @@ def make_console(*, is_json: bool) -> Console:
 
 
 class ConsoleListener:
-    """Follows a run and writes it to a console."""
+    """Follows a run, or one stage function in this process, and writes it to a console."""
 
     def __init__(self, console: Console, stages: Sequence[str], *, clock: Callable[[], float] = time.monotonic) -> None:
         """Begin with the names of all ``stages``, which are numbered in this order."""
         self.outcomes: list[StageOutcome] = []
         """Every finished stage, also when the run fails later."""
+        self.warnings: list[str] = []
+        """Every warning, in order."""
         self._console, self._stages, self._clock = console, tuple(stages), clock
         self._bar: Progress | None = None
-        self._bar_task: TaskID | None = None
+        self._bar_task = TaskID(0)
         self._stage = ""
         self._pace = Pace()
         self._last_line = 0.0
 
-    # -- the listener's protocol --------------------------------------------------------------------------------------
-
-    def stage_started(self, stage: str, key: str) -> None:
-        """Begin to follow ``stage``; what was followed before is closed."""
+    def stage_started(self, stage: str, key: str = "") -> None:
+        """Follow ``stage`` from here on."""
         del key
         self.close()  # a second live bar beside an open one is an error of rich's older versions
-        self._stage, self._pace = stage, Pace()
-        self._last_line = self._clock()
-        if not self._console.is_terminal:
-            return
-        self._bar = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[tail]}", style="dim"),
-            console=self._console,
-            transient=True,
-        )
-        self._bar_task = self._bar.add_task(self._label(stage), total=None, tail="")
-        self._bar.start()
+        self._stage, self._pace, self._last_line = stage, Pace(), self._clock()
+        if self._console.is_terminal:
+            tail = TextColumn("{task.fields[tail]}", style="dim")
+            columns = (TextColumn("  {task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), tail)
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._bar_task = self._bar.add_task(self._label(stage), total=None, tail="")
+            self._bar.start()
 
-    def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
         """Show that ``done`` of ``total`` units of ``task`` are done."""
         now = self._clock()
-        tail = _tail(unit, self._pace.left_s(task, total, done, now), values)
+        left_s = self._pace.left_s(task, total, done, now)
+        left = [] if left_s is None else [f"{format_seconds(left_s)} left"]
+        tail = ", ".join([unit, *(describe_value(name, value) for name, value in values.items()), *left])
         label = f"{self._label(self._stage)}: {escape(task)}"
-        if self._bar is not None and self._bar_task is not None:
+        if self._bar is not None:
             self._bar.update(self._bar_task, description=label, total=total, completed=done, tail=tail)
         elif now - self._last_line >= PLAIN_LINE_EVERY_S:
             self._last_line = now
             self._console.print(f"  {label} {done}/{total} {tail}")
 
-    def log(self, level: str, text: str) -> None:
+    def info(self, text: str) -> None:
         """Write one line of the stage that runs."""
-        if level == "error":
-            return  # the traceback of a fault, which main prints when it ends the command
-        is_warning = level == "warning"
         stage = f"{self._stage}: " if self._stage else ""  # before the first stage there is none
-        line = f"  {stage}{'warning: ' if is_warning else ''}{text}"
-        self._console.print(line, style="yellow" if is_warning else "dim", markup=False)
+        self._console.print(f"  {stage}{text}", style="dim", markup=False)
+
+    def warn(self, text: str) -> None:
+        """Write one line and keep it."""
+        self.warnings.append(text)
+        stage = f"{self._stage}: " if self._stage else ""
+        self._console.print(f"  {stage}warning: {text}", style="yellow", markup=False)
+
+    def output(self, text: str) -> None:
+        """Write what a library printed."""
+        self.info(text)
 
     def stage_finished(self, outcome: StageOutcome) -> None:
         """Write the stage's line: state, seconds, headline metrics."""
         self.close()
         self.outcomes.append(outcome)
-        style = STATE_STYLES.get(outcome.state, "")
         seconds = "" if outcome.state == "skipped" else format_seconds(outcome.seconds)
         names = HEADLINES.get(outcome.stage, ())
         shown = {name: outcome.metrics[name] for name in names if name in outcome.metrics}
         metrics = ", ".join(f"{row.group} {row.label} {row.text}" for row in metric_rows(shown))
-        line = f"{self._label(outcome.stage):24}[{style}]{outcome.state:8}[/] {seconds:>10}  {metrics}"
-        self._console.print(line.rstrip())
+        state = f"[{STATE_STYLES[outcome.state]}]{outcome.state:8}[/]"
+        self._console.print(f"{self._label(outcome.stage):24}{state} {seconds:>10}  {metrics}".rstrip())
 
     def close(self) -> None:
         """Take the live bar off the terminal."""
         if self._bar is not None:
             self._bar.stop()
-        self._bar, self._bar_task = None, None
+        self._bar = None
 
     def _label(self, stage: str) -> str:
         if stage not in self._stages:
             return stage
         return f"{self._stages.index(stage) + 1}/{len(self._stages)} {stage}"
 
+    # -- for callers that still speak the two older protocols ---------------------------------------------------------
 
-def _tail(unit: str, left_s: float | None, values: Mapping[str, float]) -> str:
-    parts = [unit, *(describe_value(name, value) for name, value in values.items())]
-    if left_s is not None:
-        parts.append(f"{format_seconds(left_s)} left")
-    return ", ".join(parts)
+    _counted: tuple[str, int, int, str] = ("", 0, 0, "")
+
+    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
+        """As ``step``, without showing anything yet."""
+        self._counted = (task, done, total, unit)
+
+    def advance(self, count: int = 1, **values: float) -> None:
+        """As ``step``, with what was begun."""
+        task, done, total, unit = self._counted
+        self._counted = (task, done + count, total, unit)
+        self.step(task, done + count, total, unit=unit, **values)
+
+    def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
+        """As ``step``."""
+        self.step(task, done, total, unit=unit, **values)
+
+    def log(self, level: str, text: str) -> None:
+        """As ``info``, ``warn`` or ``output``; main prints the traceback of a fault when it ends the command."""
+        if level != "error":
+            {"warning": self.warn, "output": self.output}.get(level, self.info)(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,84 +163,65 @@ def _tail(unit: str, left_s: float | None, values: Mapping[str, float]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-_PLAN_TITLES = {
-    "cached": "in the store",
-    "partial": "to continue",
-    "missing": "to build",
-    "damaged": "to build",
-    "skipped": "not needed",
-}
-
-
-def print_plan(console: Console, stages: Sequence[StageStatus], *, forced: int, found: Estimate | None = None) -> None:
-    """Say before the start what will be built, about how long that takes, and what is there already.
+def print_plan(
+    console: Console, stages: Sequence[StageStatus], *, forced: int, last_time: Callable[[str], float | None]
+) -> None:
+    """Say before the start what is in the store and what will be built, with the time that took on this machine.
 
     Args:
         console: Where to.
         stages: The stages of the run in order.
         forced: Position of the first stage that is built whatever is there; past the end when none is.
-        found: The estimate of those that will be built.
+        last_time: Seconds that a stage took last time; None where it was never built here.
     """
-    found = found or {}
     groups: dict[str, list[str]] = {}
     for position, stage in enumerate(stages):
         is_forced = position >= forced and stage.state != "skipped"
-        groups.setdefault("to build" if is_forced else _PLAN_TITLES[stage.state], []).append(
-            f"{stage.stage} ({describe_stage(found[stage.stage])})" if stage.stage in found else stage.stage
-        )
-    lines = {title: ", ".join(names) for title, names in groups.items()}
-    if found:
-        lines["time"] = describe_time(found)
-        lines["disk"] = describe_disk(found) or ""
-    for title, text in lines.items():
-        if text:
-            console.print(f"{title + ':':14}{text}")
+        title = "to build" if is_forced else _PLAN_TITLES[stage.state]
+        text = stage.stage
+        if title.startswith("to "):
+            seconds = last_time(stage.stage)
+            known = "not yet built here" if seconds is None else f"last time on this machine: {format_seconds(seconds)}"
+            text = f"{text} ({known})"
+        groups.setdefault(title, []).append(text)
+    for title, names in groups.items():
+        console.print(f"{title + ':':14}{', '.join(names)}")
 
 
 def print_metrics(console: Console, metrics: Mapping[str, Any]) -> None:
     """The table of numbers in percent, then what each step of the masks is worth, then the IoU of every class."""
     rows = metric_rows(metrics)
     if rows:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("")
-        table.add_column("metric")
-        table.add_column("value", justify="right")
-        if any(row.interval for row in rows):
-            table.add_column("95 %", justify="right")
-        groups = [""] + [row.group for row in rows]
-        for row, before in zip(rows, groups, strict=False):
+        has_intervals = any(row.interval for row in rows)
+        table = _table("", "metric", ">value", *([">95 %"] if has_intervals else []))
+        for row, before in zip(rows, ["", *(row.group for row in rows)], strict=False):
             group = row.group if row.group != before else ""
             table.add_row(group, escape(row.label), row.text, *([row.interval] if row.interval else []))
         console.print()
         console.print(table)
-    _print_steps(console, step_rows(metrics))
-    for name, value in metrics.items():
-        if isinstance(value, Mapping) and value:
-            _print_classes(console, name, value)
+    steps = step_rows(metrics)
+    if steps:
+        table = _table("pseudo-masks after", *(f">{title}" for title in STEP_HEAD[1:]))
+        for step in steps:
+            table.add_row(*step.cells)
+        console.print()
+        console.print(table)
+    for name, values in metrics.items():
+        if isinstance(values, Mapping) and values:
+            table = _table(escape(name), ">IoU")
+            # background first, as in every table of the field; JSON has sorted the names
+            for label, value in sorted(values.items(), key=lambda item: item[0] != "background"):
+                table.add_row(escape(label), "–" if value is None else f"{value * 100:.1f} %")
+            console.print()
+            console.print(table)
 
 
-def _print_steps(console: Console, rows: Sequence[StepRow]) -> None:
-    if not rows:
-        return
+def _table(*titles: str) -> Table:
+    """A plain table; columns whose title begins with ``>`` are aligned to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, title in enumerate(HEAD):
-        table.add_column("pseudo-masks after" if place == 0 else title, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*row.cells)
-    console.print()
-    console.print(table)
-
-
-def _print_classes(console: Console, name: str, values: Mapping[str, float | None]) -> None:
-    """One line per class of a metric that has a value for each, such as ``segmenter.iou``."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(escape(name))
-    table.add_column("IoU", justify="right")
-    # background first, as in every table of the field; JSON has sorted the names
-    for label, value in sorted(values.items(), key=lambda item: item[0] != "background"):
-        table.add_row(escape(label), "–" if value is None else f"{value * 100:.1f} %")
-    console.print()
-    console.print(table)
+    for title in titles:
+        table.add_column(title.removeprefix(">"), justify="right" if title.startswith(">") else "left")
+    return table
 
 
 def print_end(console: Console, warnings: Sequence[tuple[str, str]], report: Path | None) -> None:
@@ -233,39 +232,3 @@ def print_end(console: Console, warnings: Sequence[tuple[str, str]], report: Pat
             console.print(f"  - {stage}: {text}", style="yellow", markup=False)
     if report is not None:
         console.print(f"\nreport: {report}", markup=False)
-
-
-class ConsoleProgress:
-    """A stage's Progress that is shown by a listener, for work done in this process."""
-
-    def __init__(self, listener: ConsoleListener, stage: str) -> None:
-        """Show everything under the name ``stage``."""
-        self.warnings: list[str] = []
-        self._listener, self._stage = listener, stage
-        self._task, self._unit = "", ""
-        self._total = self._done = 0
-
-    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
-        """Show where ``task`` stands."""
-        if task != self._task:
-            self.begin(task, total=total, done=done, unit=unit)
-        self._listener.progress(task, total, done, unit, values)
-
-    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
-        """Start a countable task."""
-        self._task, self._unit, self._total, self._done = task, unit, total, done
-        self._listener.stage_started(self._stage, "")
-
-    def advance(self, count: int = 1, **values: float) -> None:
-        """Count finished units."""
-        self._done += count
-        self._listener.progress(self._task, self._total, self._done, self._unit, values)
-
-    def info(self, text: str) -> None:
-        """Say one line."""
-        self._listener.log("info", text)
-
-    def warn(self, text: str) -> None:
-        """Say one line and keep it."""
-        self.warnings.append(text)
-        self._listener.log("warning", text)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pipeline.cli.options import ConfigArgument, JsonOption, OverridesOption
-from pipeline.cli.output import get_output
-from pipeline.cli.progress import shown_progress
+from pipeline.cli.output import get_output, load_run
 
 data_app = typer.Typer(help="Make, fetch, convert and check data sets.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -24,7 +23,7 @@ def synthetic(
     num_val: Annotated[int | None, typer.Option(help="Validation images.")] = None,
     size_px: Annotated[int | None, typer.Option(help="Height and width in pixels.")] = None,
     num_classes: Annotated[int | None, typer.Option(help="Foreground classes.")] = None,
-    max_objects: Annotated[int | None, typer.Option(help="Most objects in one image.")] = None,
+    max_objects: Annotated[int | None, typer.Option(help="Most objects in an image.")] = None,
     head_ratio: Annotated[float | None, typer.Option(help="Size of the vivid head.")] = None,
     body_contrast: Annotated[float | None, typer.Option(help="Strength of the body's class texture.")] = None,
     context_bias: Annotated[float | None, typer.Option(help="Share of one class that has its own background.")] = None,
@@ -32,42 +31,27 @@ def synthetic(
     as_json: JsonOption = False,
 ) -> None:
     """Write the embedded data set "heads and bodies" in VOC layout; the same options give the same bytes."""
-    options = {
-        "num_train": num_train,
-        "num_val": num_val,
-        "size_px": size_px,
-        "num_classes": num_classes,
-        "max_objects": max_objects,
-        "head_ratio": head_ratio,
-        "body_contrast": body_contrast,
-        "context_bias": context_bias,
-        "seed": seed,
-    }
-    config = _synthetic_config({name: value for name, value in options.items() if value is not None})
-    from stages.data.adapters.synthetic_images import generate_synthetic
-
-    generate_synthetic(config, folder)
-    output = get_output(context)
-    output.document = {"folder": folder, "num_train": config.num_train, "num_val": config.num_val}
-    if not output.is_json:
-        output.say(f"{config.num_train} training and {config.num_val} validation images in {folder}")
-
-
-def _synthetic_config(options: dict[str, Any]) -> Any:  # noqa: ANN401 - SyntheticConfig is imported late
     from pydantic import ValidationError
 
-    from pipeline.config.model_errors import explain
+    from pipeline.config.yaml_models import explain
     from stages.data.adapters.synthetic import SyntheticConfig
+    from stages.data.adapters.synthetic_images import generate_synthetic
     from stages.errors import ConfigError
 
+    options = {name: context.params[name] for name in SyntheticConfig.model_fields if name in context.params}
+    options = {name: value for name, value in options.items() if value is not None}
     try:
-        return SyntheticConfig(**options)
+        config = SyntheticConfig(**options)
     except ValidationError as error:
         problems = [
             f"{'--' + str(path[0]).replace('_', '-') + ': ' if path else ''}{text}"
             for path, text in explain(error, SyntheticConfig, options)
         ]
         raise ConfigError("the options of the data set are wrong", problems) from error
+    generate_synthetic(config, folder)
+    output = get_output(context)
+    output.document = {"folder": folder, "num_train": config.num_train, "num_val": config.num_val}
+    output.tell(f"{config.num_train} training and {config.num_val} validation images in {folder}")
 
 
 @data_app.command()
@@ -76,11 +60,10 @@ def voc(context: typer.Context, folder: Folder, as_json: JsonOption = False) -> 
     from stages.data.download import fetch_voc
 
     output = get_output(context)
-    with shown_progress(output, "data voc") as progress:
+    with output.progress("data voc") as progress:
         root = fetch_voc(folder, progress)
     output.document = {"root": root}
-    if not output.is_json:
-        output.say(f"PASCAL VOC 2012 with trainaug is in {root}; use it with --set data.root={root}")
+    output.tell(f"PASCAL VOC 2012 with trainaug is in {root}; use it with --set data.root={root}")
 
 
 @data_app.command()
@@ -94,11 +77,10 @@ def sbd(
     from stages.data.sbd import convert_sbd
 
     output = get_output(context)
-    with shown_progress(output, "data sbd") as progress:
+    with output.progress("data sbd") as progress:
         num_images = convert_sbd(sbd_folder, voc_folder, progress)
     output.document = {"folder": voc_folder, "num_images": num_images}
-    if not output.is_json:
-        output.say(f"trainaug: {num_images} images in {voc_folder}")
+    output.tell(f"trainaug: {num_images} images in {voc_folder}")
 
 
 @data_app.command()
@@ -106,18 +88,16 @@ def check(
     context: typer.Context, config: ConfigArgument, overrides: OverridesOption = None, as_json: JsonOption = False
 ) -> None:
     """Check lists, labels, every image and every mask of a config's data set; all problems at once."""
-    from pipeline.config.run_config import find_config, load_config
     from stages.data.check import check_data
     from stages.errors import DataError
 
-    run = load_config(find_config(config), overrides or [])
+    run = load_run(config, overrides)
     output = get_output(context)
     output.document = {"config": config, "problems": [], "warnings": []}
-    with shown_progress(output, "data check") as progress:
+    with output.progress("data check") as progress:
         problems = check_data(run.data, progress, processes=run.runtime.processes)
     output.document |= {"problems": problems, "warnings": progress.warnings}
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise DataError(f"{count} in the data set of {config}", problems)
-    if not output.is_json:
-        output.say(f"the data set of {config} is fine")
+    output.tell(f"the data set of {config} is fine")

@@ -1,33 +1,198 @@
-"""``wsss doctor``: is this machine fit for a run?"""
+"""``wsss doctor``: is this machine fit for a run?  Writes nothing but a lock in the store."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import os
+import shutil
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
 from pipeline.cli.options import ArtifactsOption, JsonOption
 from pipeline.cli.output import get_output
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
+from stages.errors import EnvironmentFailure, WsssError
 
+if TYPE_CHECKING:
+    from stages.ops.crf.dense_crf import CrfBackend
+
+DISTRIBUTION = "wsss-pipeline"
+LOW_DISK_BYTES = 2e9
 _MARKS = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}
+_CRF_REMEDIES = {
+    "pydensecrf": "pip install --force-reinstall --no-cache-dir --no-deps pydensecrf2==1.1",
+    "numba": "pip install --upgrade numba, or set crf.backend to torch",
+    "torch": "install torch again from constraints.txt",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What one check found."""
+
+    name: str
+    status: Literal["ok", "warning", "failed"]
+    found: str
+    remedy: str = ""
 
 
 def doctor(context: typer.Context, artifacts: ArtifactsOption = DEFAULT_ARTIFACTS, as_json: JsonOption = False) -> None:
-    """Check interpreter, packages, device, CRF, disk, store and memory; exit 4 when something is missing."""
-    from pipeline.cli.machine import examine
-    from stages.errors import EnvironmentFailure
-
+    """Check packages, device, CRF, store and Prefect; exit 4 when one of them will not do."""
     output = get_output(context)
     checks = examine(artifacts)
     output.document = {"checks": [dataclasses.asdict(check) for check in checks]}
     for check in checks:
         remedy = f"  → {check.remedy}" if check.remedy else ""
         output.say(f"{_MARKS[check.status]}  {check.name:9} {check.found}{remedy}")
-    failed = [
-        f"{check.name}: {check.found}{check.remedy and '; '}{check.remedy}"
-        for check in checks
-        if check.status == "failed"
-    ]
+    failed = [f"{c.name}: {c.found}{c.remedy and '; '}{c.remedy}" for c in checks if c.status == "failed"]
     if failed:
         raise EnvironmentFailure("this machine is not fit for a run yet", failed)
+
+
+def examine(artifacts: str | Path) -> list[Check]:
+    """Run every check; one that raises has failed, and the others still run."""
+    checks: dict[str, Callable[[], Check]] = {
+        "packages": check_packages,
+        "device": check_device,
+        "crf": check_crf,
+        "store": lambda: check_store(artifacts),
+        "prefect": check_prefect,
+    }
+    return [run_check(name, check) for name, check in checks.items()]
+
+
+def run_check(name: str, check: Callable[[], Check]) -> Check:
+    """One check; what it raises becomes what it found."""
+    try:
+        return check()
+    except WsssError as error:
+        return Check(name, "failed", str(error))
+    except Exception as error:  # whatever an import of a broken package raises
+        return Check(name, "failed", f"{type(error).__name__}: {error}", "install again from constraints.txt")
+
+
+def check_packages(requirements: Sequence[str] | None = None) -> Check:
+    """Every package is there in a version that works, the Prefect pins among them.
+
+    ``requirements`` are PEP 508 lines; by default those of the installed distribution, extras left out.
+    """
+    from packaging.requirements import Requirement
+
+    if requirements is None:
+        try:
+            requirements = importlib.metadata.requires(DISTRIBUTION) or ()
+        except importlib.metadata.PackageNotFoundError:
+            return Check("packages", "warning", f"{DISTRIBUTION} is not installed", "pip install -e .")
+    needed = [r for r in map(Requirement, requirements) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    wrong: dict[str, str] = {}
+    shown = []
+    for requirement in needed:
+        try:
+            found = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            found = None
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            wrong[str(requirement)] = f"{requirement} (found {found or 'none'})"
+        elif requirement.name in ("prefect", "fastapi"):
+            shown.append(f"{requirement.name} {found}")
+    if wrong:
+        return Check("packages", "failed", "; ".join(wrong.values()), f"pip install {' '.join(map(repr, wrong))}")
+    return Check("packages", "ok", ", ".join([f"{len(needed)} requirements met", *shown]))
+
+
+def check_device() -> Check:
+    """Torch and torchvision fit together, and which device ``runtime.device: auto`` takes."""
+    import torch
+    from torchvision.ops import nms
+
+    nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # torchvision's own operators load and run
+    version = f"torch {torch.__version__}"
+    if torch.cuda.is_available():
+        count, properties = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
+        found = f"cuda: {count} × {properties.name}, {properties.total_memory / 1e9:.0f} GB; {version}"
+        return Check("device", "ok", found, "runtime.devices=auto trains on all of them" if count > 1 else "")
+    if torch.backends.mps.is_available():
+        return Check("device", "ok", f"mps; {version}")
+    return Check("device", "ok", f"cpu, {torch.get_num_threads()} threads (no GPU found); {version}")
+
+
+def check_crf() -> Check:
+    """The CRF backends that ``auto`` means on the CPU and on the device refine a tiny image."""
+    from stages.ops.crf.dense_crf import INSTALL_NUMBA, resolve_crf_backend
+
+    on_cpu, on_device = resolve_crf_backend("auto"), resolve_crf_backend("auto", "auto")
+    places: dict[CrfBackend, str] = {on_device: "cuda", on_cpu: "cpu"}  # one entry where they are the same
+    for backend, device in places.items():
+        if not _refines(backend, device):
+            return Check("crf", "failed", f"{backend} gives no probabilities on the {device}", _CRF_REMEDIES[backend])
+    found = on_cpu if on_device == on_cpu else f"{on_device} on the CUDA device, {on_cpu} with runtime.device=cpu"
+    slow = f"numba is missing or cannot be imported; it makes the CRF faster on a CPU: {INSTALL_NUMBA}"
+    return Check("crf", "ok", found, "" if on_cpu == "numba" else slow)
+
+
+def _refines(backend: CrfBackend, device: str) -> bool:
+    """Whether a pixel of another label in a flat image is smoothed away."""
+    import numpy as np
+
+    from stages.ops.crf.dense_crf import CrfConfig, dense_crf
+
+    start = np.full((2, 8, 8), 0.3, np.float32)
+    start[0] = 0.7
+    start[:, 4, 4] = 0.4, 0.6
+    refined = dense_crf(np.zeros((8, 8, 3), np.uint8), start, CrfConfig(backend=backend), device=device)
+    return bool((refined[0] > refined[1]).all() and np.allclose(refined.sum(axis=0), 1, atol=1e-3))
+
+
+def check_store(artifacts: str | Path) -> Check:
+    """The store can be reached, written and locked, and its disk has room; a folder that is not there is not made."""
+    from pipeline.engine.forecast import check_space
+    from pipeline.store.artifacts import open_store
+    from pipeline.store.locks import USE_LEASES
+    from pipeline.store.remote_store import RemoteStore
+
+    store = open_store(artifacts)
+    check_space(store)
+    folder = store.root.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        return Check("store", "failed", f"{folder} cannot be written", "choose another folder with --artifacts DIR")
+    free = shutil.disk_usage(folder).free
+    room = f"{free / 1e9:.1f} GB free under {folder}"
+    is_remote = isinstance(store, RemoteStore)
+    if is_remote or store.root.exists():
+        lock = store.lock("doctor", "check")
+        if lock.try_acquire():
+            lock.check_held()
+            lock.release()
+        kind = "leases" if is_remote or (store.root / ".locks" / USE_LEASES).exists() else "flock"
+        found = f"{store.location}: locked by {kind}, {room}"
+    else:
+        found = f"{store.location} is made with the first artifact, {room}"
+    if free < LOW_DISK_BYTES:
+        return Check("store", "warning", found, "a run on VOC needs about 2 GB; `wsss artifacts prune` makes room")
+    return Check("store", "ok", found)
+
+
+def check_prefect() -> Check:
+    """The server that PREFECT_API_URL names answers; without one a run needs none."""
+    url = os.environ.get("PREFECT_API_URL", "").rstrip("/")
+    if not url:
+        return Check("prefect", "ok", "no server is set (PREFECT_API_URL); `wsss up` starts one")
+    is_local = urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    # a configured proxy cannot answer for this machine
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local else []))
+    try:
+        with opener.open(f"{url}/health", timeout=5.0) as answer:
+            if answer.read().strip() == b"true":
+                return Check("prefect", "ok", f"{url} answers")
+        found = f"{url}/health does not answer as a Prefect API"
+    except (OSError, ValueError) as error:
+        found = f"{url} does not answer ({error})"
+    return Check("prefect", "failed", found, "start it with `wsss up`, or correct or unset PREFECT_API_URL")

@@ -9,7 +9,6 @@ import typer
 
 from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
 from pipeline.cli.output import get_output
-from pipeline.cli.progress import shown_progress
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 
 
@@ -30,7 +29,7 @@ def export(
     output = get_output(context)
     output.document = {"config": config, "out": out}
     found = find_segmenter(config, overrides, artifacts, doing="export")
-    with shown_progress(output, "export") as progress:
+    with output.progress("export") as progress:
         record = export_segmenter(
             found.artifact.path,
             out,
@@ -41,8 +40,8 @@ def export(
             sample=found.sample_image() if onnx else None,
             force=force,
         )
+    files = [*record.files, "config.json"]
     agreement = None if record.onnx is None else record.onnx.model_dump(mode="json")
-    output.document |= {"key": found.artifact.key, "files": [*record.files, "config.json"], "onnx": agreement}
-    if not output.is_json:
-        output.say(f"exported {found.artifact.key}: {', '.join(output.document['files'])} in {out}")
-        output.say(f"use it with: wsss predict --model {out} IMAGE... --out DIR")
+    output.document |= {"key": found.artifact.key, "files": files, "onnx": agreement}
+    output.tell(f"exported {found.artifact.key}: {', '.join(files)} in {out}")
+    output.tell(f"use it with: wsss predict --model {out} IMAGE... --out DIR")

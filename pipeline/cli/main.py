@@ -39,24 +39,17 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's help costs 0.1 s
     pretty_exceptions_enable=False,
 )
-app.command()(run)
-app.command()(stage)
-app.command()(status)
-app.command()(report)
-app.command()(predict)
-app.command()(export)
-app.command()(compare)
-app.command()(submission)
+for command in (run, stage, status, report, predict, export, compare, submission):
+    app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(artifacts_app, name="artifacts")
 app.add_typer(config_app, name="config")
-app.command()(doctor)
-app.command()(up)
-app.command()(down)
+for command in (doctor, up, down):
+    app.command()(command)
 
 
 def version() -> str:
-    """The installed version, or that of nothing installed."""
+    """The installed version."""
     try:
         return importlib.metadata.version("wsss-pipeline")
     except importlib.metadata.PackageNotFoundError:
@@ -95,19 +88,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(words, prog_name="wsss", obj=output, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
-    except _UsageError as error:
-        return _end_usage(error, output)
+    except _UsageError as error:  # a wrong command line
+        if output.is_json:
+            output.finish(code=2, message=getattr(error, "format_message", error.__str__)())
+        else:
+            error.show()  # type: ignore[attr-defined]  # every click error has it
+        return 2
     except Exception as error:  # the one place for every error
-        return _end_error(error, output, " ".join(["wsss", *words[:1]]))
+        from pipeline.engine.failures import InternalFailure, deliberate
+
+        failure = deliberate(error, " ".join(["wsss", *words[:1]]))
+        message = failure.message
+        if isinstance(failure, InternalFailure):
+            typer.echo(failure.trace, err=True)
+            message = f"a fault of ours: {message}; the traceback is above, please report it"
+        output.finish(code=failure.exit_code, message=message, problems=failure.problems)
+        return failure.exit_code
     finally:
         signal.signal(signal.SIGTERM, before)
     if code == INTERRUPTED:
-        next_time = "the same command continues where it stopped"
-        if "--force" in words:
-            next_time = "with --force the same command starts over, without it what is in the store is used"
+        again = "with --force the same command starts over, without it what is in the store is used"
+        next_time = again if "--force" in words else "the same command continues where it stopped"
         output.finish(code=INTERRUPTED, message=f"interrupted; {next_time}")
-        return INTERRUPTED
-    if output.document and not code:
+    elif output.document and not code:
         output.finish()
     return int(code or 0)
 
@@ -115,27 +118,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Treat SIGTERM like Ctrl-C, so that what was started is ended too."""
     raise KeyboardInterrupt
-
-
-def _end_usage(error: Exception, output: Output) -> int:
-    """A wrong command line: the command's usage and the reason, exit 2."""
-    if output.is_json:
-        output.finish(code=2, message=getattr(error, "format_message", error.__str__)())
-    else:
-        error.show()  # type: ignore[attr-defined]  # every click error has it
-    return 2
-
-
-def _end_error(error: Exception, output: Output, doing: str) -> int:
-    from pipeline.engine.failures import InternalFailure, deliberate
-
-    failure = deliberate(error, doing)
-    message = failure.message
-    if isinstance(failure, InternalFailure):
-        typer.echo(failure.trace, err=True)
-        message = f"a fault of ours: {message}; the traceback is above, please report it"
-    output.finish(code=failure.exit_code, message=message, problems=failure.problems)
-    return failure.exit_code
 
 
 if __name__ == "__main__":

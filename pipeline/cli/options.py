@@ -22,9 +22,5 @@ ArtifactsOption = Annotated[
     ),
 ]
 
-ForceOption = Annotated[
-    list[str] | None, typer.Option("--force", metavar="STAGE", help="Rebuild STAGE and all after it; repeatable.")
-]
-
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 """Read by ``main`` from the command line, since it also decides how a wrong command line is reported."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from pipeline.cli.console import ConsoleListener
+    from pipeline.config.run_config import RunConfig
     from pipeline.engine.run import StageOutcome
 
 INTERRUPTED = 130
@@ -33,6 +36,23 @@ class Output:
         """Write ``text`` for people: to stdout, or to stderr where stdout is for JSON."""
         typer.echo(text, err=self.is_json)
 
+    def tell(self, text: str) -> None:
+        """Write the result for people: nothing where stdout is for JSON."""
+        if not self.is_json:
+            typer.echo(text)
+
+    @contextmanager
+    def progress(self, name: str) -> Iterator[ConsoleListener]:
+        """Progress of a stage function that works in this process, shown under ``name`` until ``with`` ends."""
+        from pipeline.cli.console import ConsoleListener, make_console
+
+        listener = ConsoleListener(make_console(is_json=self.is_json), ())
+        listener.stage_started(name)
+        try:
+            yield listener
+        finally:
+            listener.close()
+
     def finish(self, *, code: int = 0, message: str = "", problems: tuple[str, ...] = ()) -> None:
         """Print the JSON document, with ``error`` when ``code`` is not 0; without ``--json`` the error in words."""
         if self.is_json:
@@ -49,6 +69,17 @@ class Output:
 def get_output(context: typer.Context) -> Output:
     """The Output that ``main`` made for this command."""
     return context.ensure_object(Output)
+
+
+def load_run(config: str, overrides: Sequence[str] | None) -> RunConfig:
+    """The config that CONFIG and ``--set`` mean.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    from pipeline.config.run_config import find_config, load_config
+
+    return load_config(find_config(config), overrides or [])
 
 
 def run_document(

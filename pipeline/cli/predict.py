@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.options import ArtifactsOption, JsonOption, OverridesOption
-from pipeline.cli.output import Output, get_output
-from pipeline.cli.progress import shown_progress
+from pipeline.cli.output import get_output
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 
 if TYPE_CHECKING:
     from stages.contracts import Runtime
-    from stages.scoring.image_prediction import PredictionSummary, SegmenterSource
+    from stages.scoring.image_prediction import SegmenterSource
     from stages.scoring.prediction import PredictionConfig
     from stages.scoring.window_prediction import PredictOptions
 
@@ -24,10 +23,7 @@ def predict(
     context: typer.Context,
     words: Annotated[
         list[str],
-        typer.Argument(
-            metavar="[CONFIG] IMAGE...",
-            help="A YAML file or shipped config (not with --model), then image files, folders, quoted patterns.",
-        ),
+        typer.Argument(metavar="[CONFIG] IMAGE...", help="A config (not with --model), then files, folders, patterns."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write to.")],
     model: Annotated[
@@ -40,14 +36,11 @@ def predict(
         bool | None, typer.Option("--flip/--no-flip", help="Mirror images too; default the config's.")
     ] = None,
     crf: Annotated[
-        str | None,
-        typer.Option("--crf", metavar="on|off|PRESET", help="Dense CRF: the config's numbers, none, or a preset."),
+        str | None, typer.Option(metavar="on|off|PRESET", help="Dense CRF: the config's numbers, none, or a preset.")
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(
-            "--window", metavar="N", help="Windows of N pixels for larger images; 0 never; default 1024 above 2048."
-        ),
+        typer.Option(metavar="N", help="Window of larger images in px (default 1024 above 2048); 0: none."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Predict again what is there, and replace it.")] = False,
     device: Annotated[
@@ -59,7 +52,9 @@ def predict(
 ) -> None:
     """Predict anybody's images with a trained segmenter: NAME.png, overlays/NAME.jpg, areas.csv."""
     from stages.data.pictures import find_pictures
+    from stages.errors import DataError
     from stages.scoring.image_prediction import predict_pictures
+    from stages.scoring.prediction_files import AREAS_FILE
 
     output = get_output(context)
     output.document = {"out": out, "model": model}
@@ -67,34 +62,42 @@ def predict(
     if not images:
         raise typer.BadParameter("name images, folders or patterns" + ("" if model else " after CONFIG"))
     pictures = find_pictures(images, out)
-    source, config, runtime = (
-        _from_export(model, overrides) if model is not None else _from_config(words[0], overrides, artifacts)
-    )
+    source, config, runtime = _find_source(model, words[0], overrides, artifacts)
     options = _options(config, scales, flip, crf, window)
-    with shown_progress(output, "predict") as progress:
-        summary = predict_pictures(
-            source, pictures, options, out=out, progress=progress, runtime=_on(device, runtime), force=force
-        )
-    _end(output, summary)
+    runtime = runtime if device is None else _on(device, runtime)
+    with output.progress("predict") as progress:
+        summary = predict_pictures(source, pictures, options, out=out, progress=progress, runtime=runtime, force=force)
+    output.document |= {
+        "predicted": summary.predicted,
+        "skipped": summary.skipped,
+        "windowed": summary.windowed,
+        "unreadable": summary.problems,
+        "seconds": round(summary.seconds, 3),
+        "images_per_s": round(summary.images_per_s, 3),
+        "areas": summary.out / AREAS_FILE,
+    }
+    there = f", {summary.windowed} of them in windows" if summary.windowed else ""
+    there += f", {summary.skipped} were there already" if summary.skipped else ""
+    pace = f" in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s)" if summary.predicted else ""
+    output.tell(f"{summary.predicted} images predicted{pace}{there}: {summary.out}")
+    if summary.problems:
+        count = f"{len(summary.problems)} image{'s' if len(summary.problems) > 1 else ''}"
+        raise DataError(f"{count} could not be read; the others are done", summary.problems)
 
 
-def _from_config(
-    config: str, overrides: Sequence[str] | None, artifacts: str
+def _find_source(
+    model: Path | None, config: str, overrides: Sequence[str] | None, artifacts: str
 ) -> tuple[SegmenterSource, PredictionConfig, Runtime]:
-    """The segmenter of a config from the store."""
-    from pipeline.delivery.trained_segmenter import find_segmenter
-    from stages.scoring.exported_model import trained_source
-
-    found = find_segmenter(config, overrides, artifacts, doing="predict")
-    return trained_source(found.artifact.path), found.prediction, found.run.runtime
-
-
-def _from_export(model: Path, overrides: Sequence[str] | None) -> tuple[SegmenterSource, PredictionConfig, Runtime]:
-    """The segmenter of an exported model."""
+    """The segmenter of an exported model, or else of a config, with how it predicts and how it is run."""
     from stages.contracts import Runtime
     from stages.errors import ConfigError
-    from stages.scoring.exported_model import exported_source, read_export
+    from stages.scoring.exported_model import exported_source, read_export, trained_source
 
+    if model is None:
+        from pipeline.delivery.trained_segmenter import find_segmenter
+
+        found = find_segmenter(config, overrides, artifacts, doing="predict")
+        return trained_source(found.artifact.path), found.prediction, found.run.runtime
     if overrides:
         raise ConfigError("--set changes a CONFIG, and --model stands instead of one; use --scales, --crf, --device …")
     folder, record = read_export(model)
@@ -107,7 +110,7 @@ def _options(
     """What the config does, changed by what the command line says; all mistakes at once."""
     from pydantic import ValidationError
 
-    from pipeline.config.model_errors import explain
+    from pipeline.config.yaml_models import explain
     from stages.errors import ConfigError
     from stages.scoring.window_prediction import PredictOptions
 
@@ -128,41 +131,12 @@ def _options(
         raise ConfigError("the options of the prediction are wrong", problems) from error
 
 
-def _on(device: str | None, runtime: Runtime) -> Runtime:
+def _on(device: str, runtime: Runtime) -> Runtime:
     from pydantic import ValidationError
 
     from stages.errors import ConfigError
 
-    if device is None:
-        return runtime
     try:
         return type(runtime).model_validate({**runtime.model_dump(), "device": device})
     except ValidationError as error:
         raise ConfigError(f"--device: expected auto, cpu, mps, cuda or cuda:N, found {device}") from error
-
-
-def _end(output: Output, summary: PredictionSummary) -> None:
-    """Say what was done; raises for images that could not be read."""
-    from stages.errors import DataError
-    from stages.scoring.image_prediction import AREAS_FILE
-
-    areas = summary.out / AREAS_FILE
-    output.document |= {
-        "predicted": summary.predicted,
-        "skipped": summary.skipped,
-        "windowed": summary.windowed,
-        "unreadable": summary.problems,
-        "seconds": round(summary.seconds, 3),
-        "images_per_s": round(summary.images_per_s, 3),
-        "areas": areas,
-    }
-    if not output.is_json:
-        there = f", {summary.windowed} of them in windows" if summary.windowed else ""
-        there += f", {summary.skipped} were there already" if summary.skipped else ""
-        pace = f" in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s)" if summary.predicted else ""
-        output.say(f"{summary.predicted} images predicted{pace}{there}: {summary.out}")
-    if summary.problems:
-        count = len(summary.problems)
-        raise DataError(
-            f"{count} image{'s' if count > 1 else ''} could not be read; the others are done", summary.problems
-        )

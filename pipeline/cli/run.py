@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import enum
+import re
 import time
-from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import (
-    ArtifactsOption,
-    ConfigArgument,
-    ForceOption,
-    JsonOption,
-    OverridesOption,
-)
-from pipeline.cli.output import Output, get_output, run_document
+from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
+from pipeline.cli.output import get_output, load_run, run_document
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
-from pipeline.report.upkeep import ensure_report, folders, manifests, report_path
-
-if TYPE_CHECKING:
-    from pipeline.config.run_config import RunConfig
-    from pipeline.engine.run import StageStatus
 
 
 class EngineName(enum.StrEnum):
@@ -34,9 +25,13 @@ class EngineName(enum.StrEnum):
     PREFECT = "prefect"
 
 
-EngineOption = Annotated[
-    EngineName, typer.Option("--engine", help="auto is prefect where PREFECT_API_URL is set, else local.")
-]
+def _check_part(text: str | None) -> str | None:
+    if text is None or text == "any":
+        return text
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise typer.BadParameter(f"expected I/N with I from 1 to N, such as 3/8, or any; found {text!r}")
+    return text
 
 
 def run(
@@ -45,31 +40,37 @@ def run(
     overrides: OverridesOption = None,
     from_: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="First stage to run.")] = None,
     until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Last stage to run.")] = None,
-    force: ForceOption = None,
-    engine: EngineOption = EngineName.AUTO,
+    force: Annotated[
+        list[str] | None, typer.Option("--force", metavar="STAGE", help="Rebuild STAGE and all after it; repeatable.")
+    ] = None,
+    engine: Annotated[
+        EngineName, typer.Option("--engine", help="auto is prefect where PREFECT_API_URL is set, else local.")
+    ] = EngineName.AUTO,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
     """Run a config to its mIoU; what is in the store is reused."""
     output = get_output(context)
     output.document = run_document(config)
-    run_config = _load(config, overrides)
+    run_config = load_run(config, overrides)
 
     from pipeline.cli.console import ConsoleListener, make_console, print_end, print_metrics, print_plan
     from pipeline.delivery.submission import archive_command
-    from pipeline.engine.estimate import estimate
+    from pipeline.engine.forecast import last_time
     from pipeline.engine.plan import plan_run
     from pipeline.engine.run import stage_positions, status
     from pipeline.engine.stage_table import TABLE
     from pipeline.flows.engines import RunCall, execute, resolve_engine
+    from pipeline.report.page import ensure_report
     from pipeline.store.artifacts import open_store
 
     store = open_store(artifacts)
     first, last, forced = stage_positions(TABLE, from_, until, force or ())
     plan = plan_run(run_config, store.digest_cache)
     console = make_console(is_json=output.is_json)
-    stages, forced_from = status(run_config, store, plan=plan)[: last + 1], max(first, forced)
-    print_plan(console, stages, forced=forced_from, found=estimate(plan, store, stages, forced=forced_from))
+    stages = status(run_config, store, plan=plan)[: last + 1]
+    known = partial(last_time, store, device=run_config.runtime.device)
+    print_plan(console, stages, forced=max(first, forced), last_time=known)
     listener = ConsoleListener(console, plan.table.names)
     invocation = write_invocation(config, overrides, artifacts)
     call = RunCall(
@@ -80,13 +81,12 @@ def run(
     finally:
         listener.close()
         output.document = run_document(config, stages=listener.outcomes)
-    report_path = ensure_report(run_config, plan, store, outcome)
-    output.document = run_document(config, outcome.run_id, outcome.stages, report_path)
+    page = ensure_report(run_config, plan, store, outcome)
+    output.document = run_document(config, outcome.run_id, outcome.stages, page)
     print_metrics(console, outcome.metrics)
-    warnings = [(stage.stage, text) for stage in outcome.stages for text in stage.warnings]
-    print_end(console, warnings, report_path)
+    print_end(console, [(stage.stage, text) for stage in outcome.stages for text in stage.warnings], page)
     archive = archive_command(run_config, invocation)
-    if report_path is not None and archive is not None:
+    if page is not None and archive is not None:
         console.print(f"archive: {archive}", markup=False, soft_wrap=True)
 
 
@@ -96,30 +96,39 @@ def stage(
     config: ConfigArgument,
     overrides: OverridesOption = None,
     force: Annotated[bool, typer.Option("--force", help="Rebuild it even if it is there.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--part",
+            metavar="I/N|any",
+            callback=_check_part,
+            help="Build part I of N alone, or every part that nobody holds; a run of the stage puts them together.",
+        ),
+    ] = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
     """Run one stage from cached inputs; exit 3 when one is missing."""
     output = get_output(context)
     output.document = run_document(config)
-    run_config = _load(config, overrides)
+    if part is not None and force:
+        raise typer.BadParameter("a part is never built again alone; leave --force away", param_hint="--part")
+    run_config = load_run(config, overrides)
 
     from pipeline.cli.console import ConsoleListener, make_console, print_end, print_metrics
-    from pipeline.engine.run import run_stage
+    from pipeline.engine.run import help_with, run_stage
     from pipeline.engine.stage_table import STAGES
     from pipeline.store.artifacts import open_store
 
-    console = make_console(is_json=output.is_json)
+    store, console = open_store(artifacts), make_console(is_json=output.is_json)
     listener = ConsoleListener(console, STAGES)
+    invocation = write_invocation(config, overrides, artifacts)
     try:
-        outcome = run_stage(
-            name,
-            run_config,
-            open_store(artifacts),
-            force=force,
-            listener=listener,
-            invocation=write_invocation(config, overrides, artifacts),
-        )
+        if part is not None:
+            num_parts = help_with(name, run_config, store, listener=listener, invocation=invocation)
+            console.print(f"{name}: {num_parts} part{'' if num_parts == 1 else 's'} built here", markup=False)
+            return
+        outcome = run_stage(name, run_config, store, force=force, listener=listener, invocation=invocation)
     finally:
         listener.close()
         output.document = run_document(config, stages=listener.outcomes)
@@ -138,15 +147,29 @@ def status(
     """Per stage: cached, partial, missing or damaged, with key, size and age."""
     output = get_output(context)
     output.document = {"config": config, "stages": []}
-    run_config = _load(config, overrides)
+    run_config = load_run(config, overrides)
 
     from pipeline.engine.run import status as read_status
+    from pipeline.report.tables import format_seconds, format_value
     from pipeline.store.artifacts import open_store
 
-    stages = read_status(run_config, open_store(artifacts))
-    output.document["stages"] = [_describe_status(found) for found in stages]
-    if not output.is_json:
-        _say_status(output, stages)
+    for found in read_status(run_config, open_store(artifacts)):
+        built_at = found.built_at
+        age_s = None if built_at is None else round(time.time() - datetime.fromisoformat(built_at).timestamp(), 1)
+        output.document["stages"].append(
+            {
+                "stage": found.stage,
+                "state": found.state,
+                "key": found.key,
+                "path": found.path,
+                "size_bytes": found.size_bytes,
+                "built_at": built_at,
+                "age_s": age_s,
+            }
+        )
+        size = format_value(found.size_bytes, "bytes") if found.state == "cached" else ""
+        age = "" if age_s is None else f"{format_seconds(age_s)} old"
+        output.tell(f"{found.stage:18}{found.state:9}{found.key or '':22}{size:>8}  {age}".rstrip())
 
 
 def report(
@@ -160,10 +183,10 @@ def report(
     """Write the self-contained HTML report of what the store holds for a config."""
     output = get_output(context)
     output.document = {"config": config, "report": None}
-    run_config = _load(config, overrides)
+    run_config = load_run(config, overrides)
 
     from pipeline.engine.run import finished_artifacts
-    from pipeline.report.page import build_report
+    from pipeline.report.page import report_path, write_report
     from pipeline.store.artifacts import open_store
     from stages.errors import MissingArtifactError
 
@@ -172,48 +195,6 @@ def report(
     if "prepare_data" not in found:
         command = f"wsss run {write_invocation(config, overrides, artifacts)}"
         raise MissingArtifactError(f"nothing of {config} is in {artifacts} yet; build it with: {command}")
-    found = {name: store.require(name, artifact.key) for name, artifact in found.items()}
     path = out or report_path(run_config, plan, store, is_complete=plan.table.names[-1] in found)
-    build_report(run_config, folders(found), manifests(found), plan.data.root, path)
-    output.document["report"] = path
-    if not output.is_json:
-        output.say(f"report: {path}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _load(config: str, overrides: Sequence[str] | None) -> RunConfig:
-    from pipeline.config.run_config import find_config, load_config
-
-    return load_config(find_config(config), overrides or [])
-
-
-def _describe_status(found: StageStatus) -> dict[str, Any]:
-    return {
-        "stage": found.stage,
-        "state": found.state,
-        "key": found.key,
-        "path": found.path,
-        "size_bytes": found.size_bytes,
-        "built_at": found.built_at,
-        "age_s": _age_s(found.built_at),
-    }
-
-
-def _age_s(built_at: str | None) -> float | None:
-    from datetime import datetime
-
-    return None if built_at is None else round(time.time() - datetime.fromisoformat(built_at).timestamp(), 1)
-
-
-def _say_status(output: Output, stages: Sequence[StageStatus]) -> None:
-    from pipeline.report.tables import format_seconds, format_value
-
-    for found in stages:
-        age = _age_s(found.built_at)
-        size = format_value(found.size_bytes, "bytes") if found.state == "cached" else ""
-        ago = "" if age is None else f"{format_seconds(age)} old"
-        output.say(f"{found.stage:18}{found.state:9}{found.key or '':22}{size:>8}  {ago}".rstrip())
+    output.document["report"] = write_report(run_config, plan, store, list(found), path)
+    output.tell(f"report: {path}")

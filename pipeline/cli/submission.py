@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.options import ArtifactsOption, JsonOption, OverridesOption
-from pipeline.cli.output import Output, get_output
+from pipeline.cli.output import Output, get_output, load_run
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
+    from pipeline.delivery.submission import Submission
     from pipeline.store.artifacts import Store
     from stages.scoring.submission.reference import Expected
 
@@ -30,10 +30,7 @@ class CompetitionName(enum.StrEnum):
 def submission(
     context: typer.Context,
     config: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="CONFIG", help="The run whose test predictions are packed, or whose images are checked against."
-        ),
+        str | None, typer.Argument(metavar="CONFIG", help="Pack this run's predictions, or check against its images.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The .tar.gz to write.")] = None,
     check: Annotated[
@@ -41,19 +38,16 @@ def submission(
     ] = None,
     competition: Annotated[
         CompetitionName | None,
-        typer.Option(help="comp6 (default): trained on anything but test; comp5: on VOC's trainval images alone."),
+        typer.Option(help="comp5: trained on VOC trainval alone; comp6 (default): more."),
     ] = None,
     image_list: Annotated[
-        Path | None,
-        typer.Option("--image-list", metavar="FILE", help="The test list, one id a line (--check, --predictions)."),
+        Path | None, typer.Option(metavar="FILE", help="The test list, one id a line (--check, --predictions).")
     ] = None,
     images: Annotated[
-        Path | None,
-        typer.Option("--images", metavar="DIR", help="The images, to compare sizes with (--check, --predictions)."),
+        Path | None, typer.Option(metavar="DIR", help="The images, to compare sizes with (--check, --predictions).")
     ] = None,
     predictions: Annotated[
-        Path | None,
-        typer.Option("--predictions", metavar="DIR", help="Pack these <id>.png, e.g. of wsss predict CONFIG."),
+        Path | None, typer.Option(metavar="DIR", help="Pack these <id>.png, for instance of wsss predict CONFIG.")
     ] = None,
     overrides: OverridesOption = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
@@ -66,69 +60,49 @@ def submission(
     wsss submission --check results.tar.gz [--image-list test.txt] [--images JPEGImages]
     wsss submission CONFIG --check results.tar.gz
     """  # noqa: D301 - \b keeps the lines apart in click's help
-    output = get_output(context)
-    words = _Words(config, overrides or (), artifacts, image_list, images)
+    files = {"--image-list": image_list, "--images": images}
     if check is not None:
-        for flag, value in (("--out", out), ("--predictions", predictions)):
-            _refuse(flag, value, "--check writes nothing; leave one of the two away")
-        if config is not None:
-            words.refuse_files("CONFIG knows its own; leave one of the two away")
-        _check(output, words, check, competition)
-        return
-    if config is None or out is None:
+        _refuse({"--out": out, "--predictions": predictions}, "--check writes nothing; leave one of the two away")
+        _refuse(files if config is not None else {}, "CONFIG knows its own; leave one of the two away")
+    elif config is None or out is None:
         raise typer.BadParameter("expected CONFIG --out FILE.tar.gz, or --check FILE")
-    if predictions is None:
-        words.refuse_files("it belongs to --check or --predictions; CONFIG knows its own")
-    _make(output, words, out, competition or CompetitionName.COMP6, predictions)
+    else:
+        _refuse({} if predictions else files, "it belongs to --check or --predictions; CONFIG knows its own")
 
-
-@dataclass(frozen=True)
-class _Words:
-    """What the user named to compare with."""
-
-    config: str | None
-    overrides: Sequence[str]
-    artifacts: str
-    image_list: Path | None
-    images: Path | None
-
-    def refuse_files(self, why: str) -> None:
-        _refuse("--image-list", self.image_list, why)
-        _refuse("--images", self.images, why)
-
-    def open_run(self) -> tuple[RunConfig, Store, str]:
-        """The run, its store, and how the user named them."""
-        from pipeline.config.run_config import find_config, load_config
+    def open_run() -> tuple[RunConfig, Store, str]:
         from pipeline.store.artifacts import open_store
 
-        config = str(self.config)
-        run = load_config(find_config(config), self.overrides)
-        return run, open_store(self.artifacts), write_invocation(config, self.overrides, self.artifacts)
+        invocation = write_invocation(str(config), overrides, artifacts)
+        return load_run(str(config), overrides), open_store(artifacts), invocation
 
-    def expected(self) -> Expected:
-        """The files' list and sizes where files are named or no run is, else the run's."""
+    def expected() -> Expected:
         from pipeline.delivery.submission import expected_of_files, expected_of_run
 
-        if self.config is None or self.image_list is not None or self.images is not None:
-            return expected_of_files(self.image_list, self.images)
-        return expected_of_run(*self.open_run())
+        if config is None or image_list is not None or images is not None:
+            return expected_of_files(image_list, images)
+        return expected_of_run(*open_run())
+
+    output = get_output(context)
+    if check is not None:
+        _check(output, check, expected, competition)
+    elif out is not None:
+        from pipeline.delivery.submission import make_submission, submit_run
+
+        output.document = {"config": config, "archive": None}
+        run, for_ = open_run(), (competition or CompetitionName.COMP6).value
+        if predictions is None:
+            _tell_made(output, submit_run(*run, out, competition=for_))
+        else:
+            _tell_made(output, make_submission(run[0], predictions, expected(), out, competition=for_))
 
 
-def _refuse(name: str, value: object, why: str) -> None:
-    if value is not None:
-        raise typer.BadParameter(why, param_hint=name)
+def _refuse(options: dict[str, Path | None], why: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise typer.BadParameter(why, param_hint=name)
 
 
-def _make(output: Output, words: _Words, out: Path, competition: CompetitionName, predictions: Path | None) -> None:
-    output.document = {"config": words.config, "archive": None}
-
-    from pipeline.delivery.submission import make_submission, submit_run
-
-    run, store, invocation = words.open_run()
-    if predictions is None:
-        made = submit_run(run, store, invocation, out, competition=competition.value)
-    else:
-        made = make_submission(run, predictions, words.expected(), out, competition=competition.value)
+def _tell_made(output: Output, made: Submission) -> None:
     output.document |= {
         "archive": made.path,
         "competition": made.competition,
@@ -138,16 +112,17 @@ def _make(output: Output, words: _Words, out: Path, competition: CompetitionName
         "sha256": made.sha256,
         "warnings": made.warnings,
     }
-    text = f"{made.path}: {made.num_masks:,} masks for {made.competition}, checked\n  masks: {made.masks}"
-    _say(output, text, made.warnings)
+    output.tell(f"{made.path}: {made.num_masks:,} masks for {made.competition}, checked\n  masks: {made.masks}")
+    for warning in made.warnings:
+        output.tell(f"  warning: {warning}")
 
 
-def _check(output: Output, words: _Words, file: Path, competition: CompetitionName | None) -> None:
+def _check(output: Output, file: Path, expected: Callable[[], Expected], competition: CompetitionName | None) -> None:
     output.document = {"archive": file, "problems": [], "warnings": []}
 
     from pipeline.delivery.submission import check_submission
 
-    found = check_submission(file, words.expected(), None if competition is None else competition.value)
+    found = check_submission(file, expected(), None if competition is None else competition.value)
     output.document |= {
         "competition": found.competition,
         "num_masks": len(found.masks),
@@ -156,11 +131,6 @@ def _check(output: Output, words: _Words, file: Path, competition: CompetitionNa
         "warnings": found.warnings,
     }
     found.raise_problems(file)
-    _say(output, f"{file} is fine: {len(found.masks):,} masks for {found.competition}", found.warnings)
-
-
-def _say(output: Output, text: str, warnings: Sequence[str]) -> None:
-    if not output.is_json:
-        output.say(text)
-        for warning in warnings:
-            output.say(f"  warning: {warning}")
+    output.tell(f"{file} is fine: {len(found.masks):,} masks for {found.competition}")
+    for warning in found.warnings:
+        output.tell(f"  warning: {warning}")

@@ -14,14 +14,12 @@ from stages.errors import ConfigError, InputError
 from stages.methods.classifier_files import START, ClassifierDescription, build_classifier
 from stages.nets.segmenters.config import DeepLabConfig, pretrained_name
 
-_TRAININGS = frozenset({"train_classifier", "train_segmenter"})
-
 
 def needs_check(run: RunConfig, stages: Collection[str]) -> bool:
     """Whether building ``stages`` would train a classifier before it finds out that the segmenter cannot be trained.
 
     A classifier that cannot be built, and a segmenter that is trained first, are refused by their own stage at once;
-    but names of layers that a user wrote by hand, and a number of devices, are looked up before the data are prepared.
+    but layers that a user names, and a number of devices, are looked up before the data are prepared.
     """
     trains_classifier = "train_classifier" in stages
     names_layers = trains_classifier and (run.train_classifier.method.names_layers or _walked_layer(run) is not None)
@@ -30,7 +28,7 @@ def needs_check(run: RunConfig, stages: Collection[str]) -> bool:
     is_tu = isinstance(config.net, DeepLabConfig) and config.net.encoder.startswith("tu-")
     is_half = config.training.precision == "fp16"
     is_fetched = pretrained_name(config.net, config.init) is not None
-    is_spread = run.runtime.devices not in (1, "auto") and not _TRAININGS.isdisjoint(stages)
+    is_spread = run.runtime.devices not in (1, "auto") and bool({"train_classifier", "train_segmenter"} & set(stages))
     return names_layers or is_spread or (is_late and (is_tu or is_half or is_fetched))
 
 
@@ -49,9 +47,7 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
     segmenter = run.train_segmenter
     # a start from the classifier needs no file, and its fit is checked in preflight
     init = segmenter.init if segmenter.init in ("imagenet", "coco") else "random"
-    checks: dict[str, Callable[[], object]] = {
-        "train_classifier": lambda: _build_classifier(run),
-    }
+    checks: dict[str, Callable[[], object]] = {"train_classifier": lambda: _build_classifier(run)}
     if run.evaluate.segmentation:
         checks["train_segmenter"] = lambda: build_segmenter(segmenter.net, 2, init=init, weights=run.weights)
     errors: dict[str, InputError] = {}
@@ -67,9 +63,8 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
     if errors:
         problems = [f"{stage}: {line}" for stage, error in errors.items() for line in (error.message, *error.problems)]
         kinds = {type(error) for error in errors.values()}
-        raise (kinds.pop() if len(kinds) == 1 else InputError)(
-            "a network of this run cannot be built or trained", problems
-        )
+        kind = kinds.pop() if len(kinds) == 1 else InputError
+        raise kind("a network of this run cannot be built or trained", problems)
     progress.info("the networks can be built and their weights fit")
 
 
@@ -77,7 +72,13 @@ def _build_classifier(run: RunConfig) -> None:
     """The classifier, and a look for the layer over whose features the masks' random walk goes."""
     from stages.nets.layers import find_layer
 
-    classifier, _ = build_classifier(_describe_classifier(run), run.weights)
+    config = run.train_classifier
+    # how many classes there are matters only to the weights of a trained classifier
+    classes = list_data(run.data).classes if START in run.weights else ClassList(names=("any",))
+    description = ClassifierDescription(
+        backbone=config.backbone, head=config.head, method=config.method, classes=classes
+    )
+    classifier, _ = build_classifier(description, run.weights)
     layer = _walked_layer(run)
     if layer is not None:
         try:
@@ -90,10 +91,3 @@ def _walked_layer(run: RunConfig) -> str | None:
     """The layer that ``make_masks.random_walk`` names, where masks are made by it."""
     is_used = run.train_segmenter.supervision == "weak" and run.evaluate.segmentation and run.make_masks.walks
     return run.make_masks.random_walk.layer if is_used else None
-
-
-def _describe_classifier(run: RunConfig) -> ClassifierDescription:
-    """The run's classifier; how many classes there are matters only to the weights of a trained one."""
-    config = run.train_classifier
-    classes = list_data(run.data).classes if START in run.weights else ClassList(names=("any",))
-    return ClassifierDescription(backbone=config.backbone, head=config.head, method=config.method, classes=classes)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.config.model_errors import did_you_mean
-from pipeline.config.yaml_models import load_model
+from pipeline.config.yaml_models import did_you_mean, load_model
 from stages.contracts import Runtime, StageConfig
 from stages.data.config import DataConfig
 from stages.errors import ConfigError

@@ -3,23 +3,33 @@
 Reads one YAML file and overrides of the form ``a.b=value``; writes nothing; imports neither torch nor Prefect.
 YAML here is YAML 1.1 without tags, with ``1e-4`` as a number, without timestamps, and with duplicate keys refused.
 Values are checked strictly: ``"5"`` is text and ``true`` is no number, wherever a number is asked for.
+A problem names the path, the found value, what is allowed, and the nearest valid spelling.
 """
 
 from __future__ import annotations
 
 import copy
+import difflib
+import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from pipeline.config.model_errors import KeyPath, dotted, explain, loose_values
 from stages.errors import ConfigError
 
+KeyPath = tuple[str | int, ...]
+"""Keys and list positions from the top level to one value."""
+Raw = Any
+"""A value as YAML gives it."""
+Form = Any
+"""An annotation: a class, a union, a list of something."""
 Model = TypeVar("Model", bound=BaseModel)
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
@@ -41,25 +51,8 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-@dataclass
-class Document:
-    """A mapping read from YAML, where each of its values stands, and what was wrong with its form."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[KeyPath, str] = field(default_factory=dict)
-    """Path to ``file:line`` or ``--set a.b=c``."""
-    problems: list[str] = field(default_factory=list)
-
-    def origin(self, path: KeyPath) -> str:
-        """Where ``path``, or else the nearest section around it, was written; empty when nowhere."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.origins:
-                return self.origins[path[:length]]
-        return ""
-
-
 def load_model(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
-    """Read ``path``, apply ``overrides`` in order and validate the result against ``model``.
+    """Read the YAML file ``path``, apply ``overrides`` in order and validate the result against ``model``.
 
     Args:
         model: The class that describes the file.
@@ -69,148 +62,339 @@ def load_model(model: type[Model], path: Path, overrides: Sequence[str] = ()) ->
     Raises:
         ConfigError: with all problems: form, duplicate and unknown keys, wrong types, ranges and names.
     """
-    return _build(model, read_document(path), str(path), overrides)
-
-
-def load_values(model: type[Model], values: Mapping[str, Any], overrides: Sequence[str], source: str) -> Model:
-    """As ``load_model``, from values that are read already.
-
-    Args:
-        model: The class that describes them.
-        values: Plain values as JSON has them.
-        overrides: As for ``load_model``.
-        source: What the values are called in errors.
-
-    Raises:
-        ConfigError: with all problems.
-    """
-    return _build(model, Document(values=copy.deepcopy(dict(values))), source, overrides)
-
-
-def _build(model: type[Model], document: Document, source: str, overrides: Sequence[str]) -> Model:
-    for override in overrides:
-        try:
-            apply_override(document, override)
-        except ConfigError as error:
-            document.problems.append(error.message)
-    problems = list(document.problems)
-    found = dict(loose_values(model, document.values))
-    validated: Model | None = None
-    try:
-        validated = model.model_validate(document.values)
-    except ValidationError as error:
-        found = dict(explain(error, model, document.values)) | found
-    problems += [_located(text, at, document) for at, text in found.items()]
-    if problems or validated is None:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{source} is not a valid config: {count}", problems)
-    return validated
-
-
-def read_document(path: Path) -> Document:
-    """Read the YAML file ``path``; problems of its form are kept in the document.
-
-    Raises:
-        ConfigError: the file is missing, unreadable, no YAML, or no mapping.
-    """
+    document = _Document()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable as UTF-8 text ({error}); name a YAML config") from error
-    document = Document()
-    values = _parse(text, str(path), document)
+    values = document.parse(text, str(path))
     if not isinstance(values, dict):
         found = "an empty file" if values is None else f"{type(values).__name__} at the top level"
         raise ConfigError(f"{path}: expected 'key: value' lines at the top level, found {found}")
     document.values = values
-    return document
+    return document.build(model, overrides, str(path))
 
 
-def apply_override(document: Document, override: str) -> None:
-    """Put one ``a.b=value`` into ``document``; sections that do not exist yet are made.
-
-    Raises:
-        ConfigError: ``override`` has no ``=``, an empty key, a value that is no YAML, or goes through a plain value.
-    """
-    name, equals, text = override.partition("=")
-    keys = tuple(name.strip().split("."))
-    if not equals or not all(keys):
-        raise ConfigError(f"--set {override}: expected dotted.path=value, for instance make_masks.crf.iterations=5")
-    form = Document()
-    value = _parse(text, f"--set {override}", form)
-    document.problems.extend(form.problems)
-    section: dict[str, Any] = document.values
-    for depth, key in enumerate(keys[:-1], start=1):
-        section = section.setdefault(key, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"--set {override}: {dotted(keys[:depth])} is the value {section!r}, not a section")
-    section[keys[-1]] = value
-    document.origins = {at: text for at, text in document.origins.items() if at[: len(keys)] != keys}
-    document.origins[keys] = f"--set {override}"
+def load_values(model: type[Model], values: Mapping[str, Any], overrides: Sequence[str], source: str) -> Model:
+    """As ``load_model``, from plain values as JSON has them, which errors call ``source``."""
+    return _Document(copy.deepcopy(dict(values))).build(model, overrides, source)
 
 
-def _parse(text: str, source: str, document: Document) -> object:
-    """The plain value of ``text``; lines and duplicate keys go to ``document``."""
-    try:
-        loader = _Loader(text)
+@dataclass
+class _Document:
+    """A mapping read from YAML, where each of its values stands, and what was wrong with its form."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+    """Path to ``file:line`` or ``--set a.b=c``."""
+    problems: list[str] = field(default_factory=list)
+
+    def build(self, model: type[Model], overrides: Sequence[str], source: str) -> Model:
+        for text in overrides:
+            try:
+                self.override(text)
+            except ConfigError as error:
+                self.problems.append(error.message)
+        found = dict(_loose_values(model, self.values))
+        validated: Model | None = None
         try:
-            node = loader.get_single_node()
-            return None if node is None else _Reader(loader, source, document).value(node, ())
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = source if mark is None or source.startswith("--set") else f"{source}:{mark.line + 1}"
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{where}: not valid YAML: {reason}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{source}: an anchor contains itself, or sections are nested too deeply") from error
+            validated = model.model_validate(self.values)
+        except ValidationError as error:
+            found = dict(explain(error, model, self.values)) | found
+        problems = list(self.problems)
+        for path, text in found.items():
+            # where the value, or else the nearest section around it, was written
+            places = [self.origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.origins]
+            problems.append(f"{text}  ({places[0]})" if places else text)
+        if problems or validated is None:
+            count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+            raise ConfigError(f"{source} is not a valid config: {count}", problems)
+        return validated
 
+    def override(self, override: str) -> None:
+        """Put in one ``a.b=value``; sections that do not exist yet are made."""
+        name, equals, text = override.partition("=")
+        keys = tuple(name.strip().split("."))
+        source = f"--set {override}"
+        if not equals or not all(keys):
+            raise ConfigError(f"{source}: expected dotted.path=value, for instance make_masks.crf.iterations=5")
+        value = self.parse(text, source)
+        section: dict[str, Any] = self.values
+        for depth, key in enumerate(keys[:-1], start=1):
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{source}: {dotted(keys[:depth])} is the value {section!r}, not a section")
+        section[keys[-1]] = value
+        self.origins = {at: text for at, text in self.origins.items() if at[: len(keys)] != keys} | {keys: source}
 
-@dataclass(frozen=True)
-class _Reader:
-    """Turns YAML nodes into plain values and remembers the line of each."""
+    def parse(self, text: str, source: str) -> object:
+        """The plain value of ``text``; the lines of a file's values and what is wrong with its form are kept."""
+        try:
+            loader = _Loader(text)
+            try:
+                node = loader.get_single_node()
+                return None if node is None else self._plain(loader, node, (), source)
+            finally:
+                loader.dispose()
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = source if mark is None else _place(source, mark)
+            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise ConfigError(f"{where}: not valid YAML: {reason}") from error
+        except RecursionError as error:
+            raise ConfigError(f"{source}: an anchor contains itself, or sections are nested too deeply") from error
 
-    loader: _Loader
-    source: str
-    document: Document
-
-    def value(self, node: yaml.Node, path: KeyPath) -> object:
-        if not self.source.startswith("--set"):
-            self.document.origins.setdefault(path, f"{self.source}:{node.start_mark.line + 1}")
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path)
+    def _plain(self, loader: _Loader, node: yaml.Node, path: KeyPath, source: str) -> object:
+        if not source.startswith("--set"):
+            self.origins.setdefault(path, _place(source, node.start_mark))
         if isinstance(node, yaml.SequenceNode):
-            return [self.value(item, (*path, number)) for number, item in enumerate(node.value)]
-        return self.loader.construct_object(node, deep=True)
-
-    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
-        self._report_duplicates(node, path)
-        self.loader.flatten_mapping(node)
+            return [self._plain(loader, item, (*path, number), source) for number, item in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            return loader.construct_object(node, deep=True)
+        lines: dict[str, int] = {}
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _MERGE_TAG:
+                key, line = key_node.value, key_node.start_mark.line + 1
+                if key in lines:
+                    text = f"{dotted((*path, key))}: written twice, first on line {lines[key]}; keep one"
+                    self.problems.append(f"{text}  ({_place(source, key_node.start_mark)})")
+                lines.setdefault(key, line)
+        loader.flatten_mapping(node)
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = self.loader.construct_object(key_node, deep=True)
+            key = loader.construct_object(key_node, deep=True)
+            at = (*path, str(key))
             if not isinstance(key, str):
-                self._problem(key_node, f"{dotted((*path, str(key)))}: expected text as a key, found {key!r}; quote it")
-            values[str(key)] = self.value(value_node, (*path, str(key)))
+                text = f"{dotted(at)}: expected text as a key, found {key!r}; quote it"
+                self.problems.append(f"{text}  ({_place(source, key_node.start_mark)})")
+            values[str(key)] = self._plain(loader, value_node, at, source)
         return values
 
-    def _report_duplicates(self, node: yaml.MappingNode, path: KeyPath) -> None:
-        lines: dict[Hashable, int] = {}
-        for key_node, _ in node.value:
-            if key_node.tag == _MERGE_TAG or not isinstance(key_node, yaml.ScalarNode):
-                continue
-            line = key_node.start_mark.line + 1
-            if key_node.value in lines:
-                at = dotted((*path, key_node.value))
-                self._problem(key_node, f"{at}: written twice, first on line {lines[key_node.value]}; keep one")
-            lines.setdefault(key_node.value, line)
 
-    def _problem(self, node: yaml.Node, text: str) -> None:
-        where = self.source if self.source.startswith("--set") else f"{self.source}:{node.start_mark.line + 1}"
-        self.document.problems.append(f"{text}  ({where})")
+def _place(source: str, mark: yaml.Mark) -> str:
+    return source if source.startswith("--set") else f"{source}:{mark.line + 1}"
 
 
-def _located(text: str, path: KeyPath, document: Document) -> str:
-    where = document.origin(path)
-    return f"{text}  ({where})" if where else text
+# ---------------------------------------------------------------------------------------------------------------------
+# What pydantic found wrong, in words
+# ---------------------------------------------------------------------------------------------------------------------
+
+_PLAIN_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "expected a section"),
+    **dict.fromkeys(("tuple_type", "list_type"), "expected a list"),
+    "path_type": "expected a path",
+    "string_type": "expected text",
+    **dict.fromkeys(("int_from_float", "int_type"), "expected a whole number"),
+    "float_type": "expected a number",
+    "bool_type": "expected true or false",
+}
+"""What pydantic's error types mean to somebody who writes YAML."""
+
+
+def dotted(path: KeyPath) -> str:
+    """``("a", "b", 2)`` as ``a.b[2]``; the top level has a name of its own."""
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    return text.removeprefix(".") or "top level"
+
+
+def did_you_mean(word: object, allowed: Sequence[str]) -> str:
+    """``; did you mean 'x'?`` or nothing; case and ``-`` against ``_`` do not count."""
+    folded = {name.lower().replace("-", "_"): name for name in reversed(allowed)}
+    word = word.lower().replace("-", "_") if isinstance(word, str) else ""
+    found = difflib.get_close_matches(word, folded, n=1, cutoff=0.6)
+    return f"; did you mean '{folded[found[0]]}'?" if found else ""
+
+
+def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Each problem that validating ``values`` against ``model`` raised once, as (path, line of text), in its order."""
+    grouped: dict[KeyPath, list[tuple[str, str]]] = {}
+    for detail in error.errors(include_url=False):
+        path = _key_path(detail["loc"], values, is_missing=detail["type"] == "missing")
+        path, expected, found = _sentence(detail, path, model, values)
+        parts = grouped.setdefault(path, [])
+        if (expected, found) not in parts:
+            parts.append((expected, found))
+    for path, parts in grouped.items():
+        # a value that fits no branch of a plain union gives one error per branch: one line, joined by "or"
+        expectations = " or ".join(dict.fromkeys(expected for expected, _ in parts))
+        yield path, f"{dotted(path)}: {expectations}{parts[-1][1]}"
+
+
+def _loose_values(model: type[BaseModel], values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Problems that pydantic lets pass: text or true for a number, a number for true or false, nan and infinity.
+
+    (Its strict mode refuses them too, but refuses lists for tuples behind any ``mode="before"`` validator.)
+    """
+    for path, value in _leaves(values, ()):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield path, f"{dotted(path)}: expected a finite number, found {value}"
+            continue
+        kinds = set(_members(_annotation_at(model, values, path)))
+        if not kinds or not kinds <= {int, float, bool}:
+            continue
+        is_truth = isinstance(value, bool)
+        if isinstance(value, str) or (is_truth and bool not in kinds) or (not is_truth and kinds == {bool}):
+            wanted = "true or false" if kinds == {bool} else "a number"
+            yield path, f"{dotted(path)}: expected {wanted}, found {_show(value)}"
+
+
+def _leaves(value: Raw, path: KeyPath) -> Iterator[tuple[KeyPath, object]]:
+    """Every value that is neither a section nor a list nor null, with its path."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, key))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _leaves(item, (*path, number))
+    elif value is not None:
+        yield path, value
+
+
+def _key_path(location: Sequence[str | int], values: Raw, *, is_missing: bool) -> KeyPath:
+    """``location`` without the union tags and validator names that pydantic puts between the keys."""
+    path: list[str | int] = []
+    here: Raw = values
+    for number, key in enumerate(location):
+        if _has(here, key):
+            path.append(key)
+            here = here[key]
+        elif is_missing and number == len(location) - 1:
+            path.append(key)
+    return tuple(path)
+
+
+def _sentence(
+    detail: ErrorDetails, path: KeyPath, model: type[BaseModel], values: Mapping[str, Any]
+) -> tuple[KeyPath, str, str]:
+    """The problem's path, what was expected, and what was found with the remedy."""
+    kind, context, found = detail["type"], detail.get("ctx", {}), detail["input"]
+    if kind == "extra_forbidden":
+        return path, "unknown key", _unknown_key(path, model, values)
+    if kind == "missing":
+        members = _models(_annotation_at(model, values, path[:-1]), _value_at(values, path[:-1]))
+        options = [member.model_fields[str(path[-1])] for member in members if str(path[-1]) in member.model_fields]
+        texts = [" ".join(option.description.split()) for option in options if option.description]
+        return path, "missing", f"; {texts[0] if texts else 'it has no default'}"
+    if kind == "literal_error":
+        allowed = _literals(context["expected"])
+        return path, f"expected {_one_of(allowed)}", f", found {_show(found)}{did_you_mean(found, allowed)}"
+    if kind == "union_tag_invalid":
+        allowed = _literals(context["expected_tags"])
+        tag = context["tag"]
+        path = (*path, context["discriminator"].strip("'"))
+        return path, f"expected {_one_of(allowed)}", f", found {_show(tag)}{did_you_mean(tag, allowed)}"
+    if kind == "union_tag_not_found":
+        key = context["discriminator"].strip("'")
+        members = _models(_annotation_at(model, values, path), None)
+        tags = [get_args(member.model_fields[key].annotation) for member in members if key in member.model_fields]
+        return (*path, key), "missing", f"; expected {_one_of([str(tag) for choices in tags for tag in choices])}"
+    if kind in {"value_error", "assertion_error"}:
+        return path, str(detail["msg"]).split(", ", 1)[-1], "" if isinstance(found, dict) else f", found {_show(found)}"
+    if kind == "string_pattern_mismatch":
+        return path, f"expected text of the form {context['pattern']}", f", found {_show(found)}"
+    if kind in _PLAIN_WORDS:
+        return path, _PLAIN_WORDS[kind], f", found {_show(found)}"
+    message = str(detail["msg"]).replace("Input should", "should", 1)
+    message = message.replace("should be ", "expected ", 1).replace("should have ", "expected ", 1)
+    return path, message[:1].lower() + message[1:], f", found {_show(found)}"
+
+
+def _unknown_key(path: KeyPath, model: type[BaseModel], values: Mapping[str, Any]) -> str:
+    key = str(path[-1])
+    section = _annotation_at(model, values, path[:-1])
+    allowed = list(dict.fromkeys(n for m in _models(section, _value_at(values, path[:-1])) for n in m.model_fields))
+    # other alternatives of this section that have the option, such as another method
+    others = [member.model_fields for member in _models(section, None) if key in member.model_fields]
+    tags = [fields[tag].annotation for fields in others for tag in ("name", "format") if tag in fields]
+    owners = [str(choice) for tag in tags if get_origin(tag) is Literal for choice in get_args(tag)]
+    elsewhere = [at for at in _all_paths(model) if at.rsplit(".", 1)[-1] == key]
+    if owners:
+        hint = f"; it is an option of {', '.join(owners)}: remove it."
+    else:
+        guess = f"; did you mean '{elsewhere[0]}'?" if elsewhere else "; remove it."
+        hint = did_you_mean(key, allowed) or guess
+    return f"{hint} Allowed here: {', '.join(allowed)}"
+
+
+def _show(value: object) -> str:
+    """``value`` as a person would name it, short."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a section with " + ", ".join(map(str, value)) if value else "an empty section"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _one_of(allowed: Sequence[str]) -> str:
+    return "one of " + ", ".join(allowed) if len(allowed) > 1 else "".join(allowed)
+
+
+def _literals(text: str) -> list[str]:
+    """Pydantic's ``'a', 'b' or 'c'`` as a list."""
+    return [part.strip().strip("'") for part in text.replace(" or ", ", ").split(",")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which model stands at a path
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _members(annotation: Form) -> list[Form]:
+    """The alternatives of ``annotation`` without Annotated, unions and None."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in {Union, types.UnionType}:
+        return [member for part in get_args(annotation) for member in _members(part)]
+    return [] if annotation is type(None) else [annotation]
+
+
+def _models(annotation: Form, value: object) -> list[type[BaseModel]]:
+    """The model classes that may describe ``value``: those whose literal fields do not contradict it."""
+
+    def fits(model: type[BaseModel], value: Mapping[str, Any]) -> bool:
+        for tag in ("name", "format"):
+            field = model.model_fields.get(tag)
+            if field is not None and get_origin(field.annotation) is Literal and tag in value:
+                return value[tag] in get_args(field.annotation)
+        return True
+
+    models = [member for member in _members(annotation) if isinstance(member, type) and issubclass(member, BaseModel)]
+    if not isinstance(value, dict):
+        return models
+    return [member for member in models if fits(member, value)] or models
+
+
+def _annotation_at(model: type[BaseModel], values: Mapping[str, Any], path: KeyPath) -> Form:
+    """The annotation of the value at ``path``."""
+    annotation: Form = model
+    here: Raw = values
+    for key in path:
+        inner = [m.model_fields[str(key)].annotation for m in _models(annotation, here) if str(key) in m.model_fields]
+        containers = [get_args(m)[-1] for m in _members(annotation) if get_args(m) and get_args(m)[-1] is not Ellipsis]
+        annotation = inner[0] if inner else containers[0] if containers else None
+        here = _value_at(here, (key,))
+    return annotation
+
+
+def _value_at(values: Raw, path: KeyPath) -> Raw:
+    for key in path:
+        values = values[key] if _has(values, key) else None
+    return values
+
+
+def _has(container: Raw, key: str | int) -> bool:
+    """Whether ``key`` is a key of this section or a position of this list."""
+    if isinstance(container, dict):
+        return key in container
+    return isinstance(container, list) and isinstance(key, int) and key < len(container)
+
+
+def _all_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted path of every field of ``model`` and of the models inside it."""
+    for name, option in model.model_fields.items():
+        yield prefix + name
+        for member in _models(option.annotation, None):
+            yield from _all_paths(member, f"{prefix}{name}.")

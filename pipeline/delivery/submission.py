@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import io
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.engine.run import finished_artifacts
-from stages.contracts import ImageRecord, open_image_set, write_atomic
+from stages.contracts import open_image_set, write_atomic
 from stages.data.adapters.voc import VOC_CLASSES, VocConfig
 from stages.data.records import some
 from stages.errors import ConfigError, DamagedFileError, DataError, InputError, MissingArtifactError
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from pipeline.store.artifacts import Store
 
 SUFFIXES = (".tar.gz", ".tgz")
-"""What the file may be called."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +50,22 @@ def archive_command(run: RunConfig, invocation: str = "CONFIG") -> str | None:
     return f"wsss submission {invocation} --out {shlex.quote(f'{run.name}.tar.gz')}"
 
 
-def find_predictions(run: RunConfig, store: Store, invocation: str) -> tuple[Path, Expected]:
-    """The folder of a run's cached predictions, and the test images that it must hold; builds nothing.
+def submit_run(run: RunConfig, store: Store, invocation: str, out: Path, *, competition: Competition) -> Submission:
+    """Write the archive of the predictions that the store holds; builds nothing.
 
     Args:
         run: The run's config.
         store: Where its artifacts are.
         invocation: Config and options as the user wrote them, for the command in an error.
+        out: The file to write.
+        competition: Names the folder inside.
 
     Raises:
-        InputError: the data is not VOC's.
+        InputError: ``out`` has another ending, or the data is not VOC's.
         MissingArtifactError: the test images have not been predicted; the command that does is in the message.
+        DamagedFileError: the predictions do not read back; the command that makes them anew is in the message.
     """
+    _check_name(out)
     _require_test_split(run, _require_voc(run), invocation)
     plan, found = finished_artifacts(run, store)
     if not {"prepare_data", "evaluate"} <= set(found):
@@ -71,20 +73,9 @@ def find_predictions(run: RunConfig, store: Store, invocation: str) -> tuple[Pat
             f"the test images have not been predicted yet; predict them with: wsss run {invocation}"
         )
     folder = store.require("evaluate", plan.keys["evaluate"]).path / "predictions"
-    return folder, _expected(_test_records(plan, store))
-
-
-def submit_run(run: RunConfig, store: Store, invocation: str, out: Path, *, competition: Competition) -> Submission:
-    """Write the archive of the predictions that the store holds; the other words are those of the next two functions.
-
-    Raises:
-        DamagedFileError: they do not read back as ``evaluate`` wrote them; the command that makes them anew is named.
-    """
-    _check_name(out)
-    folder, expected = find_predictions(run, store, invocation)
     try:
         masks = run.evaluate.describe_predictions()
-        return make_submission(run, folder, expected, out, competition=competition, masks=masks)
+        return make_submission(run, folder, _test_images(plan, store), out, competition=competition, masks=masks)
     except DataError as error:
         command = f"wsss run {invocation} --force evaluate"
         text = f"the cached predictions are damaged: {error.message}; make them anew with: {command}"
@@ -114,24 +105,35 @@ def make_submission(
         InputError: ``out`` has another ending, the data is not VOC's, or a prediction is missing or wrong.
     """
     _check_name(out)
-    config = _require_voc(run)
-    files = _prediction_files(predictions, expected)
-    data = build_archive(files, voc_values(config.class_names), competition)
+    class_names = _require_voc(run).class_names
+    if not predictions.is_dir():
+        raise DataError(f"expected a folder of predictions, found no folder {predictions}; correct the path")
+    there = {file.stem: file for file in sorted(predictions.glob("*.png"))}
+    wanted = tuple(there) if expected.ids is None else tuple(expected.ids)
+    missing = [image_id for image_id in wanted if image_id not in there]
+    if missing:
+        raise DataError(
+            f"{predictions} has no prediction of {len(missing):,} of {len(wanted):,} images: {some(missing)}"
+        )
+    data = build_archive([(image_id, there[image_id]) for image_id in wanted], voc_values(class_names), competition)
     found = check_stream(io.BytesIO(data), out.name, replace(expected, competition=competition))
     found.raise_problems(out, "; it was not written")
     write_atomic(out, data)
-    warnings = (*found.warnings, *_warnings(config, competition))
+    warnings = [*found.warnings]
+    if len(class_names) < len(VOC_CLASSES):
+        warnings.append(f"the run knows {len(class_names)} of VOC's {len(VOC_CLASSES)} classes: the others score 0")
+    if competition == "comp5":
+        warnings.append(
+            "comp5 is for methods trained on VOC's own trainval images alone: ImageNet weights, or trainaug with SBD's "
+            "images, make it comp6"
+        )
     digest = hashlib.sha256(data).hexdigest()
-    return Submission(out, competition, masks or f"those of {predictions}", len(files), len(data), digest, warnings)
+    masks = masks or f"those of {predictions}"
+    return Submission(out, competition, masks, len(wanted), len(data), digest, tuple(warnings))
 
 
 def check_submission(file: Path, expected: Expected, competition: Competition | None = None) -> Findings:
-    """Check anybody's archive; problems are in what is returned.
-
-    Args:
-        file: The archive.
-        expected: The list and sizes that it should fit.
-        competition: The one it should be for; None takes either.
+    """Check anybody's archive against a list and sizes; problems are in what is returned.
 
     Raises:
         DataError: there is no such file.
@@ -154,7 +156,7 @@ def expected_of_run(run: RunConfig, store: Store, invocation: str) -> Expected:
     if "prepare_data" not in found:
         command = f"wsss run {invocation} --until prepare_data"
         raise MissingArtifactError(f"the images have not been indexed yet; index them with: {command}")
-    return _expected(_test_records(plan, store))
+    return _test_images(plan, store)
 
 
 def expected_of_files(image_list: Path | None, images: Path | None) -> Expected:
@@ -163,11 +165,6 @@ def expected_of_files(image_list: Path | None, images: Path | None) -> Expected:
         ids=None if image_list is None else read_test_list(image_list),
         size_of=None if images is None else ImageFolder(images).size_of,
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _check_name(out: Path) -> None:
@@ -198,42 +195,7 @@ def _require_test_split(run: RunConfig, data: VocConfig, invocation: str) -> Non
     )
 
 
-def _test_records(plan: Plan, store: Store) -> Sequence[ImageRecord]:
+def _test_images(plan: Plan, store: Store) -> Expected:
     prepared = store.require("prepare_data", plan.keys["prepare_data"])
-    return open_image_set(prepared.path, plan.data.root).index.split("test")
-
-
-def _prediction_files(folder: Path, expected: Expected) -> list[tuple[str, Path]]:
-    """Image id and file of every expected image; without a list, of every PNG in ``folder``.
-
-    Raises:
-        DataError: there is no such folder, or images have no prediction in it.
-    """
-    if not folder.is_dir():
-        raise DataError(f"expected a folder of predictions, found no folder {folder}; correct the path")
-    there = {file.stem: file for file in sorted(folder.glob("*.png"))}
-    wanted = tuple(there) if expected.ids is None else tuple(expected.ids)
-    missing = [image_id for image_id in wanted if image_id not in there]
-    if missing:
-        raise DataError(f"{folder} has no prediction of {len(missing):,} of {len(wanted):,} images: {some(missing)}")
-    return [(image_id, there[image_id]) for image_id in wanted]
-
-
-def _expected(records: Sequence[ImageRecord]) -> Expected:
-    sizes = {record.id: record.size for record in records}
+    sizes = {record.id: record.size for record in open_image_set(prepared.path, plan.data.root).index.split("test")}
     return Expected(ids=tuple(sizes), size_of=sizes.get)
-
-
-def _warnings(data: VocConfig, competition: Competition) -> list[str]:
-    warnings: list[str] = []
-    absent = len(VOC_CLASSES) - len(data.class_names)
-    if absent:
-        warnings.append(
-            f"the run knows {len(data.class_names)} of VOC's {len(VOC_CLASSES)} classes: the others score 0"
-        )
-    if competition == "comp5":
-        warnings.append(
-            "comp5 is for methods trained on VOC's own trainval images alone: ImageNet weights, or trainaug with SBD's "
-            "images, make it comp6"
-        )
-    return warnings

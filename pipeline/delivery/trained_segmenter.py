@@ -1,7 +1,4 @@
-"""Find the trained segmenter of a config in the store, for commands that only use it.
-
-Reads the config, the data set's lists and the store.
-"""
+"""Find the trained segmenter of a config in the store, for commands that only use it."""
 
 from __future__ import annotations
 
@@ -47,21 +44,19 @@ class FoundSegmenter:
         key = self.plan.keys["prepare_data"]
         if self.store.lookup("prepare_data", key) is None:
             return None
-        prepared = self.store.require("prepare_data", key)
-        images = open_image_set(prepared.path, self.plan.data.root)
-        records = images.index.split("val") or images.index.images
+        images = open_image_set(self.store.require("prepare_data", key).path, self.plan.data.root)
         try:
-            return images.read_image(records[0])
+            return images.read_image((images.index.split("val") or images.index.images)[0])
         except DataError:
             return None
 
     def provenance(self) -> dict[str, Any]:
         """Where the segmenter comes from, as JSON: key, commit, config, labels, initial weights, measured scores."""
         content, run = self.artifact.content, self.artifact.run
-        lineage = [self.store.lookup(name, self.plan.keys[name]) for name in self.plan.upstream(STAGE)]
-        supervised = set(self.artifact.mask_supervision)
-        supervised.update(*(found.mask_supervision for found in lineage if found is not None))
-        evaluation = self.store.lookup("evaluate", self.plan.keys["evaluate"]) if "evaluate" in self.plan.keys else None
+        keys = self.plan.keys
+        lineage = [self.store.lookup(name, keys[name]) for name in self.plan.upstream(STAGE)]
+        supervised = {image_id for found in (self.artifact, *lineage) if found for image_id in found.mask_supervision}
+        evaluation = self.store.lookup("evaluate", keys["evaluate"]) if "evaluate" in keys else None
         scores = {} if evaluation is None else evaluation.metrics
         return {
             "run": self.run.name,
@@ -81,11 +76,7 @@ class FoundSegmenter:
 def find_segmenter(config: str, overrides: Sequence[str] | None, artifacts: str, *, doing: str) -> FoundSegmenter:
     """The trained segmenter of ``config``; its files are here, also where the store is elsewhere.
 
-    Args:
-        config: File or name, as on the command line.
-        overrides: ``--set``.
-        artifacts: Root of the store.
-        doing: The command, for the message.
+    The words are those of the command line, and ``doing`` is the command.
 
     Raises:
         ConfigError: the config trains no segmenter.

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from stages.data.splits import hold_out
+from stages.data.subsets import hold_out
 
-from pipeline.config.model_errors import did_you_mean
+from pipeline.config.advice import config_warnings
 from pipeline.config.network_check import check_networks, needs_check
-from pipeline.config.preflight import config_warnings, preflight
+from pipeline.config.preflight import preflight
 from pipeline.config.run_config import RunConfig
+from pipeline.config.yaml_models import did_you_mean
 from stages.contracts import Progress, StageResult, open_image_set
 from stages.data.config import DataConfig
 from stages.data.listing import DataDigests, DataListing, DataView, digest_data

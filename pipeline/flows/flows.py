@@ -31,7 +31,7 @@ from pipeline.flows.parameters import FlowCall, ShardedStage, Split, StageName
 from pipeline.flows.recruiting import recruit_helpers
 from pipeline.flows.summary import headline
 from pipeline.flows.tasks import PrefectListener, run_as_task
-from pipeline.report.upkeep import ensure_picture, ensure_report, run_name
+from pipeline.report.page import ensure_picture, ensure_report, run_name
 from pipeline.store.artifacts import Store, open_store
 from stages.errors import WsssError
 

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.engine.outcomes import StageOutcome
-from pipeline.report.step_rows import HEAD, step_rows
-from pipeline.report.tables import format_seconds, format_value, metric_rows
+from pipeline.report.tables import STEP_HEAD, format_seconds, format_value, metric_rows, step_rows
 
 CLASS_IOU = "segmenter.iou"
 HEADLINE = ("attention.miou", "masks.miou", "segmenter.miou", "segmenter.miou_ms", "localization.top1_loc")
@@ -42,7 +41,7 @@ def summarise_run(
         places,
         shown,
         _numbers(metrics),
-        _table("Pseudo-masks after each step", HEAD, [row.cells for row in step_rows(metrics)]),
+        _table("Pseudo-masks after each step", STEP_HEAD, [row.cells for row in step_rows(metrics)]),
         _classes(metrics.get(CLASS_IOU)),
         _stages(stages),
         f"## Warnings\n\n{warnings}" if warnings else "",

@@ -1,66 +1,39 @@
-"""Lay out line charts for the report: data in, drawing coordinates out; the template turns them into inline SVG.
+"""Lay out line charts and the confusion matrix for the report: data in, drawing coordinates out.
 
-Reads and writes nothing, and needs no plotting library: a report is written within a moment and follows the page's
-light or dark colours.  Coordinates are SVG's: pixels, y downwards.
+The template turns them into inline SVG.  Reads and writes nothing, and needs no plotting library: a report is written
+within a moment and follows the page's light or dark colours.  Coordinates are SVG's: pixels, y downwards.
+Shapes: C classes with background.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.ops.metrics.confusion import iou
 
 WIDTH_PX, HEIGHT_PX = 520, 270
 LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 58, 16, 16, 48
 MOST_POINTS = 400
 """More points than this are thinned: the eye cannot see them and the page would grow with the training's length."""
 
+MOST_CLASSES = 40
+"""Classes that a matrix shows; of more, the best ones are put together as one."""
+_WHOLE_PX = 660
+_CELL_PX = (18, 44)
+_LETTER_PX = 6.4
+_MARGIN_PX = 10
+_TITLE_PX = 18
+"""Room for the title of an axis."""
+_DARK_SHARE = 0.7
+"""Share from which a cell's number is written in the colour for dark cells."""
 
-@dataclass(frozen=True)
-class Tick:
-    """A labelled position on an axis."""
-
-    at: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One drawn line with its entry in the legend."""
-
-    name: str
-    style: str
-    """CSS class that carries the colour and the dashes: ``line-0``, ``line-1`` … or ``line-faint``."""
-    points: str
-    """The ``points`` attribute of an SVG polyline."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A vertical line at a value of the x axis."""
-
-    at: float
-    name: str
-    style: str
-
-
-@dataclass(frozen=True)
-class LineChart:
-    """Everything the template needs to draw one chart."""
-
-    title: str
-    x_label: str
-    y_label: str
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    curves: tuple[Curve, ...]
-    marks: tuple[Mark, ...] = ()
-    width: int = WIDTH_PX
-    height: int = HEIGHT_PX
-    left: int = LEFT_PX
-    top: int = TOP_PX
-    right: int = WIDTH_PX - RIGHT_PX
-    bottom: int = HEIGHT_PX - BOTTOM_PX
+Drawing = Mapping[str, Any]
+"""What a macro of the template draws: texts, CSS classes and coordinates under the names that it reads."""
 
 
 def line_chart(
@@ -72,7 +45,7 @@ def line_chart(
     lines: Mapping[str, Sequence[float]],
     faint: Mapping[str, Sequence[float]] | None = None,
     marks: Mapping[str, float] | None = None,
-) -> LineChart:
+) -> Drawing:
     """Lay out ``lines`` over ``x``; the y axis starts at 0, or below where a value is negative.
 
     Args:
@@ -89,6 +62,7 @@ def line_chart(
     y_ticks = nice_ticks(min([0.0, *values]), max([0.0, *values]) if values else 1.0)
     x_low, x_high = (min(x), max(x)) if len(x) else (0.0, 1.0)
     x_high = x_high if x_high > x_low else x_low + 1.0
+    x_ticks = [value for value in nice_ticks(x_low, x_high) if x_low <= value <= x_high * (1 + 1e-9)]
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def to_x(value: float) -> float:
@@ -97,30 +71,36 @@ def line_chart(
     def to_y(value: float) -> float:
         return HEIGHT_PX - BOTTOM_PX - (value - y_low) / (y_high - y_low) * (HEIGHT_PX - TOP_PX - BOTTOM_PX)
 
-    def points(line: Sequence[float], scale: float = 1.0) -> str:
+    def curve(name: str, style: str, line: Sequence[float], scale: float = 1.0) -> dict[str, str]:
         step = max(1, math.ceil(len(line) / MOST_POINTS))
         kept = [i for i in range(len(line)) if (i % step == 0 or i == len(line) - 1) and math.isfinite(line[i])]
-        return " ".join(f"{to_x(x[i]):.1f},{to_y(line[i] * scale):.1f}" for i in kept)
+        points = " ".join(f"{to_x(x[i]):.1f},{to_y(line[i] * scale):.1f}" for i in kept)
+        return {"name": name, "style": style, "points": points}
 
     pale = [
-        Curve(name, "line-faint", points(line, y_high / (max(line, default=0.0) or 1.0)))
+        curve(name, "line-faint", line, y_high / (max(line, default=0.0) or 1.0))
         for name, line in (faint or {}).items()
     ]
-    strong = [Curve(name, f"line-{number % 4}", points(line)) for number, (name, line) in enumerate(lines.items())]
-    x_ticks = [value for value in nice_ticks(x_low, x_high) if x_low <= value <= x_high * (1 + 1e-9)]
-    return LineChart(
-        title=title,
-        x_label=x_label,
-        y_label=y_label,
-        x_ticks=tuple(Tick(to_x(value), tick_text(value)) for value in x_ticks),
-        y_ticks=tuple(Tick(to_y(value), tick_text(value)) for value in y_ticks),
-        curves=(*pale, *reversed(strong)),  # the first line is drawn last, on top; the legend reads backwards
+    strong = [curve(name, f"line-{number % 4}", line) for number, (name, line) in enumerate(lines.items())]
+    return {
+        "title": title,
+        "x_label": x_label,
+        "y_label": y_label,
+        "x_ticks": [{"at": to_x(value), "text": _tick_text(value)} for value in x_ticks],
+        "y_ticks": [{"at": to_y(value), "text": _tick_text(value)} for value in y_ticks],
+        "curves": [*pale, *reversed(strong)],  # the first line is drawn last, on top; the legend reads backwards
         # the colours go on where those of the lines end
-        marks=tuple(
-            Mark(to_x(value), name, f"mark-{n}")
-            for n, (name, value) in enumerate((marks or {}).items(), start=max(len(lines), 1) - 1)
-        ),
-    )
+        "marks": [
+            {"at": to_x(value), "name": name, "style": f"mark-{number}"}
+            for number, (name, value) in enumerate((marks or {}).items(), start=max(len(lines), 1) - 1)
+        ],
+        "width": WIDTH_PX,
+        "height": HEIGHT_PX,
+        "left": LEFT_PX,
+        "top": TOP_PX,
+        "right": WIDTH_PX - RIGHT_PX,
+        "bottom": HEIGHT_PX - BOTTOM_PX,
+    }
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -136,6 +116,55 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def tick_text(value: float) -> str:
+def _tick_text(value: float) -> str:
     """The shortest text of a tick: ``0``, ``0.25``, ``1500``, ``2e-05``."""
     return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"
+
+
+def matrix_picture(title: str, matrix: NDArray[np.int64], names: Sequence[str]) -> Drawing:
+    """Lay out a confusion matrix with the share of each true class's pixels in each cell; rows add up to 100 %.
+
+    Args:
+        title: What a screen reader says.
+        matrix: Pixels by true (rows) and predicted class (C, C).
+        names: C names, background first.
+    """
+    kept = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1))  # in the truth or predicted
+    matrix, names = _join_best(matrix[np.ix_(kept, kept)], [names[index] for index in kept.tolist()])
+    cell_px = min(max(_WHOLE_PX / max(len(names), 1), _CELL_PX[0]), _CELL_PX[1])
+    margin = max((len(name) for name in names), default=0) * _LETTER_PX + 2 * _MARGIN_PX + _TITLE_PX
+    true = matrix.sum(axis=1, keepdims=True)
+    shares = np.divide(matrix, true, out=np.zeros(matrix.shape), where=true > 0)
+    cells = []
+    for row, column in zip(*(places.tolist() for places in np.nonzero(matrix)), strict=True):
+        share, pixels = float(shares[row, column]), f"({matrix[row, column]:,})"
+        percent, part = f"{share * 100:.0f}", f"{share * 100:.2f} % of its pixels"
+        found = f"{names[row]}: {part} found {pixels}"
+        hint = f"{names[row]} taken for {names[column]}: {part} {pixels}" if row != column else found
+        cell = {"x": column * cell_px, "y": row * cell_px, "share": share, "is_dark": share >= _DARK_SHARE}
+        cells.append({**cell, "text": "" if percent == "0" else percent, "hint": hint})
+    side = len(names) * cell_px
+    return {
+        "title": title,
+        "cells": cells,
+        "labels": [{"name": name, "at": (place + 0.5) * cell_px} for place, name in enumerate(names)],
+        "cell_px": cell_px,
+        "left": margin,
+        "top": margin,
+        "side": side,
+        "width": margin + side + _MARGIN_PX,
+        "height": margin + side + _MARGIN_PX,
+    }
+
+
+def _join_best(matrix: NDArray[np.int64], names: list[str]) -> tuple[NDArray[np.int64], list[str]]:
+    """Keep background and the classes of lowest IoU; the others become one row and one column."""
+    if len(names) <= MOST_CLASSES:
+        return matrix, names
+    order = 1 + np.argsort(iou(matrix)[1:], kind="stable")
+    kept = np.sort(np.append(order[: MOST_CLASSES - 2], 0))
+    group = np.full(len(names), len(kept))
+    group[kept] = np.arange(len(kept))
+    joined = np.zeros((len(kept) + 1, len(kept) + 1), np.int64)
+    np.add.at(joined, (group[:, None], group[None]), matrix)
+    return joined, [*(names[index] for index in kept), f"{len(names) - len(kept)} better ones"]

@@ -1,6 +1,8 @@
 """Compare finished evaluations: every score on the images that all have, and differences to the first with intervals.
 
-Pure: evaluations in, tables out.
+Reads the store: run records, ``evaluate`` artifacts and the index of their ``prepare_data``; writes nothing.
+Scores can be compared where they are of the same classes, on the same images, against the same truth; what differs is
+refused in words.
 Source: paired bootstrap over images (``stages.ops.metrics.bootstrap``): each resample scores all runs on the same
 images.
 """
@@ -8,18 +10,54 @@ images.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.report.comparable import check_classes, check_localization, check_truth, common_ids
-from pipeline.report.scored_runs import ScoredRun
-from pipeline.report.tables import METRICS
-from stages.errors import InputError
+from pipeline.config.run_config import find_config, load_config
+from pipeline.engine.invocation import write_invocation
+from pipeline.engine.plan import plan_run
+from pipeline.engine.records import read_runs
+from pipeline.report.tables import METRICS, MetricText, format_value
+from pipeline.store.artifacts import MANIFEST
+from stages.contracts import ImageIndex, ImageRecord, open_image_set, read_json
+from stages.errors import ConfigError, DamagedFileError, InputError, MissingArtifactError
 from stages.ops.metrics.bootstrap import Interval, interval, mean_over_classes, resample_iou
-from stages.ops.metrics.confusion import SparseConfusions
-from stages.scoring.intervals import Score, score_of
+from stages.ops.metrics.confusion import SparseConfusions, read_confusions
+from stages.scoring.intervals import score_of
+
+if TYPE_CHECKING:
+    from pipeline.store.artifacts import Store
+
+STAGE = "evaluate"
+_COUNTS = "confusions.npz"
+_OUTLINES = "boundaries.npz"
+_TRAINING = ("attention", "masks")
+"""Scores of training images, of which each run leaves out those whose masks it was trained on."""
+_NAMED = 5
+"""Ids and classes that a refusal names."""
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """One finished evaluation."""
+
+    word: str
+    """How the user named it."""
+    title: str
+    """Name and key, as ``demo-1f0c23ab``; the key alone where no run of this name is known."""
+    key: str
+    path: Path
+    classes: tuple[str, ...] | None
+    """Names with background; None where the data's index is not there any more."""
+    counts: Mapping[str, SparseConfusions]
+    """Counts of each image by what was scored, outlines too."""
+    metrics: Mapping[str, Any]
+    val: tuple[ImageRecord, ...] | None = None
+    """The images of val; None where the data's index is not there any more."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +88,7 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare_runs`` found."""
+    """Scores of several runs, side by side."""
 
     runs: tuple[ScoredRun, ...]
     rows: tuple[ScoreRow, ...]
@@ -59,22 +97,116 @@ class Comparison:
     notes: tuple[str, ...] = ()
     """What a reader must know, one sentence each."""
 
+    def rows_by_metric(self) -> dict[str, list[ScoreRow]]:
+        """The rows of the classes for each metric that has them."""
+        metrics = dict.fromkeys(row.metric for row in self.class_rows)
+        return {metric: [row for row in self.class_rows if row.metric == metric] for metric in metrics}
 
-@dataclass
-class _Table:
-    """Rows and notes as they are found."""
 
-    class_names: Sequence[str]
-    rows: list[ScoreRow] = field(default_factory=list)
-    class_rows: list[ScoreRow] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding evaluations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_scored_run(word: str, store: Store) -> ScoredRun:
+    """Read the evaluation that ``word`` means.
+
+    It is a config file or the name of a shipped config; the folder of an ``evaluate`` artifact, of whatever store; the
+    name of a run (``demo``, ``demo-1f0c23ab``); or a run id or the key of an ``evaluate`` artifact, or the first digits
+    of either.
+
+    Raises:
+        InputError: ``word`` means nothing, or several things.
+        MissingArtifactError: the evaluation has not been made, or is gone.
+        DamagedFileError: it does not read back.
+    """
+    path, config = Path(word).expanduser(), None
+    if not (path / _COUNTS).is_file():  # a folder may be called as a shipped config
+        try:
+            config = find_config(word)
+        except ConfigError:
+            if word.endswith((".yaml", ".yml")):
+                raise
+    if config is None and path.is_dir():
+        return _read_folder(word, path)
+    if config is not None:
+        run = load_config(config)
+        name, key = run.name, plan_run(run, store.digest_cache).keys[STAGE]
+        command = f"wsss run {write_invocation(word, None, store.location)}"
+    else:
+        (name, key), command = _find_key(word, store), "wsss run with its config"
+    if store.lookup(STAGE, key) is None:
+        raise MissingArtifactError(
+            f"the evaluation of {word} ({STAGE} {key}) is not in {store.location}; build it with: {command}"
+        )
+    artifact = store.require(STAGE, key)
+    prepared = artifact.content.get("inputs", {}).get("prepare_data", "")
+    has_index = bool(prepared) and store.lookup("prepare_data", prepared) is not None
+    index = _read_index(store.require("prepare_data", prepared).path) if has_index else None
+    return _read_files(word, _title(name, key), key, artifact.path, index)
+
+
+def _title(name: str, key: str) -> str:
+    return "-".join(part for part in (name, key[:8]) if part)
+
+
+def _find_key(word: str, store: Store) -> tuple[str, str]:
+    """Run name, which may be unknown, and key of the evaluation that ``word`` names, or whose id or key it begins."""
+    records = [record for record in read_runs(store) if STAGE in record.keys]
+    meant = [record for record in records if record.run_id.startswith(word) or record.path.stem == word]
+    if not meant:  # the runs of that name, or of that name and key, whose evaluation is there
+        named = [record for record in records if word in (record.name, _title(record.name, record.keys[STAGE]))]
+        meant = [record for record in named if store.lookup(STAGE, record.keys[STAGE]) is not None]
+    found = {record.keys[STAGE]: record.name for record in meant}
+    stage, _, digits = word.strip("/").rpartition("/")
+    names = {record.keys[STAGE]: record.name for record in reversed(records)}
+    for other, key in store.folders():
+        if key.startswith(digits) and stage in ("", other):
+            if other == STAGE:
+                found.setdefault(key, names.get(key, ""))
+            elif not found and key == digits:
+                raise InputError(f"{word} is an artifact of {other}; name one of {STAGE}, a run id or a config")
+    if len(found) > 1:
+        raise InputError(f"{word} means {len(found)} evaluations; give more digits", sorted(found))
+    for key, name in found.items():
+        return name, key
+    raise InputError(
+        f"'{word}' is no config, run name, run id, folder or key of an evaluation in {store.location}; "
+        "`wsss artifacts list` shows what is there"
+    )
+
+
+def _read_folder(word: str, path: Path) -> ScoredRun:
+    if not (path / _COUNTS).is_file():
+        raise InputError(f"{word} is no folder of an {STAGE} artifact: it has no {_COUNTS}; name one, or a config")
+    content = read_json(path / MANIFEST).get("content", {}) if (path / MANIFEST).is_file() else {}
+    prepared = path.resolve().parent.parent / "prepare_data" / content.get("inputs", {}).get("prepare_data", "none")
+    key = str(content.get("key", path.resolve().name))
+    return _read_files(word, key[:8], key, path, _read_index(prepared))
+
+
+def _read_index(prepared: Path) -> ImageIndex | None:
+    return open_image_set(prepared, None).index if (prepared / "index.json").is_file() else None
+
+
+def _read_files(word: str, title: str, key: str, path: Path, index: ImageIndex | None) -> ScoredRun:
+    counts = read_confusions(path / _COUNTS)
+    if (path / _OUTLINES).is_file():
+        counts |= read_confusions(path / _OUTLINES)
+    metrics = read_json(path / "metrics.json")
+    if not isinstance(metrics, dict):
+        raise DamagedFileError(f"{path / 'metrics.json'} holds no metrics; rebuild {STAGE}")
+    classes, val = (None, None) if index is None else (index.classes.names_with_background, index.split("val"))
+    return ScoredRun(word, title, key, path, classes, counts, metrics, val)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
-    """Compare evaluations of the same data with the first of them.
-
-    Args:
-        runs: At least two.
+    """Compare at least two evaluations of the same data with the first of them.
 
     Raises:
         InputError: they have other classes, other scored images of val or test, or other true masks or boxes; says
@@ -82,62 +214,53 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
     """
     if len(runs) < 2:
         raise InputError(f"a comparison needs at least two runs, found {len(runs)}")
-    check_classes(runs)
-    table = _Table(class_names=_class_names(runs), notes=check_localization(runs))
-    apart: set[str] = set()
+    _check_classes(runs)
+    notes = _check_localization(runs)
+    rows: list[ScoreRow] = []
+    class_rows: list[ScoreRow] = []
+    apart: set[str] = set()  # groups of scores whose images differ between the runs
     for thing in dict.fromkeys(thing for run in runs for thing in run.counts):
         score = score_of(thing)
-        if score is not None and not _compare_counts(table, runs, thing, score):
-            apart.add(score.metric.partition(".")[0])
-    _compare_numbers(table, runs, apart)
+        if score is None:
+            continue
+        ids, is_same = _common_ids(runs, thing)
+        if not is_same:
+            group = score.metric.partition(".")[0]
+            apart.add(group)
+            notes.append(f"{group}: only the {len(ids)} images count that all runs were scored on")
+        means, classes = _compare_counts(runs, thing, ids)
+        rows += means
+        class_rows += classes
+    more, left_out = _compare_numbers(runs, {row.metric for row in rows}, apart)
     order = {metric: place for place, metric in enumerate(METRICS)}
-    rows = sorted(table.rows, key=lambda row: order.get(row.metric, len(order)))
-    return Comparison(tuple(runs), tuple(rows), tuple(table.class_rows), tuple(dict.fromkeys(table.notes)))
+    rows = sorted([*rows, *more], key=lambda row: order.get(row.metric, len(order)))
+    return Comparison(tuple(runs), tuple(rows), tuple(class_rows), tuple(dict.fromkeys([*notes, *left_out])))
 
 
-def _class_names(runs: Sequence[ScoredRun]) -> tuple[str, ...]:
-    """The classes with background; numbered where no run knows their names."""
-    for run in runs:
-        if run.classes is not None:
-            return run.classes
-    most = max((counts.num_classes for run in runs for counts in run.counts.values()), default=0)
-    return tuple(f"class {index}" for index in range(most))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _compare_counts(table: _Table, runs: Sequence[ScoredRun], thing: str, score: Score) -> bool:
-    """Add the rows of one thing that was counted; whether all runs that have it have the same images."""
-    having = [run for run in runs if thing in run.counts]
-    if len({run.counts[thing].num_classes for run in having}) > 1:
-        raise InputError(f"{', '.join(run.word for run in having)} have other numbers of classes ({thing})")
-    ids, is_same = common_ids(runs, thing)
-    chosen = [_select(run.counts[thing], ids) for run in having]
-    check_truth(having, chosen, thing)
-    if not is_same:
-        table.notes.append(
-            f"{score.metric.partition('.')[0]}: only the {len(ids)} images count that all runs were scored on"
-        )
+def _compare_counts(
+    runs: Sequence[ScoredRun], thing: str, ids: tuple[str, ...]
+) -> tuple[list[ScoreRow], list[ScoreRow]]:
+    """The mean over the classes of one thing that was counted on the images ``ids``, and the rows of its classes."""
+    score, places = score_of(thing), [place for place, run in enumerate(runs) if thing in run.counts]
+    assert score is not None
+    having = [runs[place] for place in places]
+    chosen = [run.counts[thing] if run.counts[thing].ids == ids else run.counts[thing].select(ids) for run in having]
     num_classes = score.num_classes(chosen[0])
+    _check_truth(having, chosen, thing, num_classes)
     resampled = resample_iou(chosen, num_classes=num_classes)
     by_class = np.stack([score.class_iou(counts.total()) for counts in chosen])
-    places = [place for place, run in enumerate(runs) if thing in run.counts]
-
-    def add(rows: list[ScoreRow], name: str | None, values: NDArray[np.float64], draws: NDArray[np.float64]) -> None:
-        if not np.isnan(values).all():
-            rows.append(_row(score.metric, name, len(ids), len(runs), places, values, draws))
-
-    add(table.rows, None, mean_over_classes(by_class), mean_over_classes(resampled))
-    for index, name in enumerate(table.class_names[:num_classes]):
-        add(table.class_rows, name, by_class[:, index], resampled[:, :, index])
-    return is_same
-
-
-def _select(counts: SparseConfusions, ids: tuple[str, ...]) -> SparseConfusions:
-    return counts if counts.ids == ids else counts.select(ids)
+    means = mean_over_classes(by_class), mean_over_classes(resampled)
+    classes: list[ScoreRow] = []
+    # the classes with background; numbered where no run knows their names
+    most = max(counts.num_classes for run in runs for counts in run.counts.values())
+    names = next((run.classes for run in runs if run.classes is not None), [f"class {i}" for i in range(most)])
+    for index, name in enumerate(names[:num_classes]):
+        if not np.isnan(by_class[:, index]).all():
+            values = by_class[:, index], resampled[:, :, index]
+            classes.append(_row(score.metric, name, len(ids), len(runs), places, *values))
+    if np.isnan(means[0]).all():
+        return [], classes
+    return [_row(score.metric, None, len(ids), len(runs), places, *means)], classes
 
 
 def _row(
@@ -153,45 +276,173 @@ def _row(
     found: list[float | None] = [None] * num_runs
     intervals: list[Interval | None] = [None] * num_runs
     differences: list[Difference | None] = [None] * num_runs
-    for place, value, scores in zip(places, values, resampled, strict=True):
+    for place, value, scores in zip(places, values.tolist(), resampled, strict=True):
         if np.isnan(value):
             continue
-        found[place], intervals[place] = float(value), interval(scores)
+        found[place], intervals[place] = value, interval(scores)
         if place > 0 and found[0] is not None:
-            differences[place] = _difference(float(value) - found[0], scores - resampled[0])
+            draws = scores - resampled[0]
+            known = draws[~np.isnan(draws)]  # without resamples in which a class does not occur
+            better_ratio = float((known > 0).mean()) if known.size else None
+            differences[place] = Difference(value - found[0], interval(draws), better_ratio)
     return ScoreRow(metric, class_name, num_images, tuple(found), tuple(intervals), tuple(differences))
 
 
-def _difference(value: float, resampled: NDArray[np.float64]) -> Difference:
-    """Resamples in which a run has no score (a class that does not occur in them) count for neither."""
-    known = resampled[~np.isnan(resampled)]
-    return Difference(value, interval(resampled), float((known > 0).mean()) if known.size else None)
-
-
-def _compare_numbers(table: _Table, runs: Sequence[ScoredRun], apart: set[str]) -> None:
-    """Add the metrics without counts of each image; not those of groups whose images differ between the runs."""
-    metrics = [_numbers(run.metrics) for run in runs]
-    counted = {row.metric for row in table.rows}
-    for metric in dict.fromkeys(metric for found in metrics for metric in found):
+def _compare_numbers(runs: Sequence[ScoredRun], counted: set[str], apart: set[str]) -> tuple[list[ScoreRow], list[str]]:
+    """The metrics without counts of each image, and what is said of those of groups whose images differ."""
+    rows, notes = [], []
+    numbers = [{name: float(value) for name, value in run.metrics.items() if _is_finite_number(value)} for run in runs]
+    for metric in dict.fromkeys(metric for found in numbers for metric in found):
         is_limit = metric.endswith(("_low", "_high")) and metric.rpartition("_")[0] in counted
         if metric in counted or is_limit:
             continue
         if metric.partition(".")[0] in apart:
-            table.notes.append(f"{metric} is left out: the runs have it of other images")
+            notes.append(f"{metric} is left out: the runs have it of other images")
             continue
-        values = [found.get(metric) for found in metrics]
-        first = values[0]
-        differences = [
-            None if place == 0 or value is None or first is None else Difference(value - first)
-            for place, value in enumerate(values)
-        ]
-        nothing = (None,) * len(runs)
-        table.rows.append(ScoreRow(metric, None, None, tuple(values), nothing, tuple(differences)))
+        values = [found.get(metric) for found in numbers]
+        first, *others = values
+        differences = [None if value is None or first is None else Difference(value - first) for value in others]
+        rows.append(ScoreRow(metric, None, None, tuple(values), (None,) * len(runs), (None, *differences)))
+    return rows, notes
 
 
-def _numbers(metrics: Mapping[str, object]) -> dict[str, float]:
-    return {
-        name: float(value)
-        for name, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
-    }
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusing what cannot be compared
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _shorten(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _check_classes(runs: Sequence[ScoredRun]) -> None:
+    """Refuse runs with other classes, where these are known."""
+    known = [(run.word, run.classes) for run in runs if run.classes is not None]
+    for word, classes in known[1:]:
+        first, ours = known[0]
+        if classes != ours:
+            problems = []
+            for name, mine, others in ((word, classes, ours), (first, ours, classes)):
+                extra = _shorten([each for each in mine if each not in set(others)])
+                alike = f"{name} has no class of its own; the order may differ"
+                problems.append(f"only {name}: {extra}" if extra else alike)
+            raise InputError(
+                f"{first} and {word} have other classes ({len(ours)} and {len(classes)} with background) and cannot be "
+                "compared; compare runs on one data set",
+                problems,
+            )
+
+
+def _common_ids(runs: Sequence[ScoredRun], thing: str) -> tuple[tuple[str, ...], bool]:
+    """Ids that all runs with this score have, and whether none has others; not those of val or test."""
+    having = [run for run in runs if thing in run.counts]
+    if len({run.counts[thing].num_classes for run in having}) > 1:
+        raise InputError(f"{', '.join(run.word for run in having)} have other numbers of classes ({thing})")
+    first, *rest = having
+    ids = first.counts[thing].ids
+    if not thing.startswith(_TRAINING):
+        for run in rest:
+            _check_images(thing, (first.word, ids), (run.word, run.counts[thing].ids))
+    common = set(ids).intersection(*(run.counts[thing].ids for run in rest))
+    is_same = all(len(run.counts[thing].ids) == len(common) for run in having)
+    return tuple(image_id for image_id in ids if image_id in common), is_same
+
+
+def _check_images(thing: str, first: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]]) -> None:
+    """Refuse scores on other images: (word, ids) of two runs."""
+    (word, ids), (other_word, others) = first, other
+    if set(others) == set(ids):
+        return
+    problems = []
+    for name, mine, theirs in ((word, ids, set(others)), (other_word, others, set(ids))):
+        extra = [image_id for image_id in mine if image_id not in theirs]
+        problems.append(f"only {name}: {_shorten(extra) or 'none'} ({len(extra)} images)")
+    raise InputError(
+        f"{word} and {other_word} were scored on other images ({thing}: {len(ids)} and {len(others)}) and cannot be "
+        "compared; evaluate both on one list",
+        problems,
+    )
+
+
+def _check_localization(runs: Sequence[ScoredRun]) -> list[str]:
+    """Refuse localisation on other images of val, or against other labels or boxes; a note where nothing can tell.
+
+    It is counted over all of val and not by image: what it stands on is known from the data's index alone.
+    """
+    having = [run for run in runs if any(name.startswith("localization.") for name in run.metrics)]
+    # labels and true boxes by id; masks have no digest in the index
+    known = [(r.word, {image.id: (image.labels, image.boxes) for image in r.val}) for r in having if r.val is not None]
+    for word, theirs in known[1:]:
+        first, ours = known[0]
+        _check_images("localization", (first, list(ours)), (word, list(theirs)))
+        differs = [image_id for image_id, truth in ours.items() if truth != theirs[image_id]]
+        if differs:
+            raise InputError(
+                f"{first} and {word} were scored against other labels or boxes (localization: {len(differs)} images, "
+                f"{_shorten(differs)}) and cannot be compared; evaluate both on the same data"
+            )
+    unknown = ", ".join(run.word for run in having if run.val is None)
+    if not unknown or len(having) < 2:
+        return []
+    return [f"localisation: on which images {unknown} was scored is not in the store any more; they may be others"]
+
+
+def _check_truth(runs: Sequence[ScoredRun], chosen: Sequence[SparseConfusions], thing: str, num_classes: int) -> None:
+    """Refuse scores against other true masks; counts that drop a run's unsure pixels cannot tell.
+
+    ``chosen`` are the counts of ``runs``, of the same images in the same order and with ``num_classes``.
+    """
+    if thing.endswith("_labelled"):
+        return
+    first, *rest = [counts.true_pixels()[:, :num_classes] for counts in chosen]
+    for run, pixels in zip(runs[1:], rest, strict=True):
+        differs = [i for i, same in zip(chosen[0].ids, (pixels == first).all(axis=1), strict=True) if not same]
+        if differs:
+            raise InputError(
+                f"{runs[0].word} and {run.word} were scored against other true masks ({thing}: {len(differs)} images, "
+                f"{_shorten(differs)}) and cannot be compared; evaluate both on the same data"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells in words
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _text_of(row: ScoreRow) -> MetricText:
+    return METRICS.get(row.metric) or MetricText("", row.metric, "", "percent" if any(row.intervals) else "number")
+
+
+def label_text(row: ScoreRow) -> str:
+    """``Segmenter mIoU``; the metric's own name where it has no other."""
+    text = _text_of(row)
+    return f"{text.group} {text.label}".strip()
+
+
+def value_text(row: ScoreRow, place: int) -> str:
+    """``43.1 % (41.0 … 45.2)``; a dash for a run without this score."""
+    value, limits = row.values[place], row.intervals[place]
+    if value is None:
+        return "–"
+    text = format_value(value, _text_of(row).unit)
+    return text if limits is None else f"{text} ({limits.low * 100:.1f} … {limits.high * 100:.1f})"
+
+
+def difference_text(row: ScoreRow, place: int) -> str:
+    """``+1.2 (-0.3 … +2.7) ▲ 93 %`` in points of percent; nothing for the run that is compared with."""
+    found = row.differences[place]
+    if found is None:
+        return ""
+    if _text_of(row).unit != "percent":
+        return f"{found.value:+.3g}"
+    text = f"{found.value * 100:+.1f}"
+    if found.interval == Interval(0.0, 0.0):
+        return "the same"
+    if found.interval is not None:
+        text += f" ({found.interval.low * 100:+.1f} … {found.interval.high * 100:+.1f})"
+    return text if found.better_ratio is None else f"{text} ▲ {found.better_ratio * 100:.0f} %"

@@ -1,38 +1,13 @@
-"""Write a comparison of runs as one self-contained HTML page.
-
-Reads nothing; writes one HTML file that needs no network and no script, and escapes what comes from the runs.
-"""
+"""Write a comparison of runs as one self-contained HTML page that needs no network and no script."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import jinja2
-
-from pipeline.report.comparison import Comparison, ScoreRow
-from pipeline.report.comparison_text import difference_text, label_text, value_text
-from stages.contracts import write_atomic
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run's score in the page."""
-
-    value: str
-    difference: str
-    sign: str
-    """``better`` or ``worse`` where the interval of the difference leaves out zero, else empty."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One row of a table."""
-
-    label: str
-    images: str
-    cells: tuple[Cell, ...]
+from pipeline.report.comparison import Comparison, ScoreRow, difference_text, label_text, value_text
+from pipeline.report.page import write_template
 
 
 def write_page(found: Comparison, out: Path) -> Path:
@@ -41,33 +16,20 @@ def write_page(found: Comparison, out: Path) -> Path:
     Raises:
         OSError: ``out`` cannot be written.
     """
-    loader = jinja2.PackageLoader("pipeline.report", "")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    metrics = list(dict.fromkeys(row.metric for row in found.class_rows))
-    classes = {metric: [row for row in found.class_rows if row.metric == metric] for metric in metrics}
-    context = {
-        "runs": found.runs,
-        "lines": _lines(found.rows),
-        "classes": {label_text(rows[0]): _lines(rows) for rows in classes.values()},
-        "notes": found.notes,
-    }
-    write_atomic(out, environment.get_template("comparison.html").render(context).encode())
-    return out
+    classes = {label_text(rows[0]): _lines(rows) for rows in found.rows_by_metric().values()}
+    lines = _lines(found.rows)
+    return write_template("comparison.html", out, runs=found.runs, lines=lines, classes=classes, notes=found.notes)
 
 
-def _lines(rows: Sequence[ScoreRow]) -> list[Line]:
-    return [
-        Line(
-            label=row.class_name or label_text(row),
-            images="" if row.num_images is None else str(row.num_images),
-            cells=tuple(_cell(row, place) for place in range(len(row.values))),
-        )
-        for row in rows
-    ]
-
-
-def _cell(row: ScoreRow, place: int) -> Cell:
-    found = row.differences[place]
-    limits = found.interval if found is not None else None
-    sign = "" if limits is None else "better" if limits.low > 0 else "worse" if limits.high < 0 else ""
-    return Cell(value_text(row, place), difference_text(row, place), sign)
+def _lines(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
+    """The rows of a table, each with one cell a run; a difference whose interval leaves out zero has a sign."""
+    lines = []
+    for row in rows:
+        cells = []
+        for place, difference in enumerate(row.differences):
+            limits = None if difference is None else difference.interval
+            sign = "" if limits is None else "better" if limits.low > 0 else "worse" if limits.high < 0 else ""
+            cells.append({"value": value_text(row, place), "difference": difference_text(row, place), "sign": sign})
+        images = "" if row.num_images is None else str(row.num_images)
+        lines.append({"label": row.class_name or label_text(row), "images": images, "cells": cells})
+    return lines

@@ -1,31 +1,33 @@
-"""Write the report of a run: one self-contained HTML page.
+"""Write the report of a run: one self-contained HTML page, and where in the store it stands.
 
-Reads the artifacts of a run and their manifests; writes one HTML file.  The page needs no network and no
+Reads the artifacts of a run and their manifests; writes ``<store>/reports/<name>-<key>.html`` and the picture beside
+it.  The key of the last artifact is in the names, so neither can show another result.  The page needs no network and no
 script: pictures are data URIs, charts inline SVG, and everything that comes from the run is escaped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import yaml
 
 from pipeline.delivery.submission import archive_command
-from pipeline.report.charts import LineChart, line_chart
-from pipeline.report.confusion_picture import MatrixPicture, matrix_picture
-from pipeline.report.picture_sections import legend_entries, load_confusions, show_examples
-from pipeline.report.pictures import colour_css
-from pipeline.report.step_rows import step_rows
-from pipeline.report.tables import ClassTable, class_table, format_seconds, format_time, metric_rows, stage_rows
+from pipeline.report.charts import Drawing, line_chart, matrix_picture
+from pipeline.report.pictures import colour_css, legend_entries, load_confusions, show_examples, write_picture_grid
+from pipeline.report.tables import class_table, format_seconds, format_time, metric_rows, stage_rows, step_rows
 from stages.contracts import ImageSet, open_image_set, read_json, write_atomic
 from stages.ops.metrics.confusion import SparseConfusions
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
+    from pipeline.engine.outcomes import RunOutcome
+    from pipeline.engine.plan import Plan
+    from pipeline.store.artifacts import Store
+
+Manifests = Mapping[str, Mapping[str, Any]]
+"""``manifest.json`` by stage."""
 
 CARDS = ("attention.miou", "masks.miou", "segmenter.miou", "segmenter.miou_ms", "localization.top1_loc")
 HARDWARE = ("host", "machine", "cpu", "cores", "memory", "device")
@@ -35,10 +37,66 @@ WATCHED = {"peak_logit": "logit", "mined": "share", "recall": "share", "kept": "
 NOT_CURVES = frozenset({"step", "epoch", "learning_rate", *WATCHED})
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the report stands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_name(run: RunConfig, plan: Plan) -> str:
+    """Name and key of what the run is for: ``demo-1f0c23ab``."""
+    return f"{run.name}-{plan.keys[plan.table.names[-1]][:8]}"
+
+
+def report_path(run: RunConfig, plan: Plan, store: Store, *, is_complete: bool) -> Path:
+    """The report's file; a run that has not reached its end has one of its own."""
+    return store.root / "reports" / f"{run_name(run, plan)}{'' if is_complete else '-partial'}.html"
+
+
+def ensure_report(run: RunConfig, plan: Plan, store: Store, outcome: RunOutcome) -> Path | None:
+    """The report of a run that reached its end, None for another; written again only when one of its stages was."""
+    states = {stage.stage: stage.state for stage in outcome.stages}
+    if plan.table.names[-1] not in states:
+        return None
+    path = report_path(run, plan, store, is_complete=True)
+    if path.is_file() and all(state in ("cached", "skipped") for state in states.values()):
+        return path
+    return write_report(run, plan, store, plan.keys, path, states=states)
+
+
+def write_report(
+    run: RunConfig,
+    plan: Plan,
+    store: Store,
+    stages: Collection[str],
+    out: Path,
+    *,
+    states: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the report of the artifacts of ``stages``, which the store holds; the rest as for ``build_report``."""
+    found = {name: store.require(name, plan.keys[name]) for name in stages}
+    artifacts = {name: artifact.path for name, artifact in found.items()}
+    manifests = {name: artifact.manifest for name, artifact in found.items()}
+    return build_report(run, artifacts, manifests, plan.data.root, out, states=states)
+
+
+def ensure_picture(report: Path, run: RunConfig, plan: Plan, store: Store) -> Path:
+    """One PNG of examples beside ``report``, written again only when the report is newer."""
+    path = report.with_suffix(".png")
+    if path.is_file() and path.stat().st_mtime_ns >= report.stat().st_mtime_ns:
+        return path
+    artifacts = {name: store.require(name, key).path for name, key in plan.keys.items()}
+    return write_picture_grid(artifacts, plan.data.root, path, predictions=run.evaluate.written_score)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def build_report(
     run: RunConfig,
     artifacts: Mapping[str, Path],
-    manifests: Mapping[str, Mapping[str, Any]],
+    manifests: Manifests,
     data_root: Path | None,
     out: Path,
     *,
@@ -60,44 +118,44 @@ def build_report(
     config = run.model_dump(mode="json")
     images = open_image_set(artifacts["prepare_data"], data_root) if "prepare_data" in artifacts else None
     confusions = load_confusions(artifacts)
-    metrics = _merge_metrics(manifests)
+    scored = {thing: counts for thing, counts in confusions.items() if len(counts.ids)}
+    runs = [manifest["run"] for manifest in manifests.values()]
+    metrics = {name: value for found in runs for name, value in (found.get("metrics") or {}).items()}
+    packages = {name: version for found in runs for name, version in (found.get("packages") or {}).items()}
     rows = metric_rows(metrics)
-    context = {
-        "name": run.name,
-        "summary": _summarise(config, images, manifests),
-        "facts": [*_facts(config, manifests), *_predictions(run, artifacts), *_archive(run, artifacts)],
-        "cards": [row for name in CARDS for row in rows if row.name == name],
-        "metrics": rows,
-        "class_table": _class_table(confusions, images),
-        "matrix": _matrix(confusions, images),
-        "losses": _loss_charts(artifacts),
-        "sweep": _sweep(artifacts),
-        "steps": step_rows(metrics),
-        "legend": legend_entries(images.index.classes) if images else [],
-        "colours": [colour_css(index) for index in range(256)],
-        "stages": stage_rows(manifests, states or {}),
-        "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-        "packages": _packages(manifests),
+    return write_template(
+        "report.html",
+        out,
+        name=run.name,
+        summary=_summarise(config, images, manifests),
+        facts=_facts(run, config, runs, has_scores="evaluate" in artifacts),
+        cards=[row for name in CARDS for row in rows if row.name == name],
+        metrics=rows,
+        class_table=class_table(scored, images.index.classes) if scored and images else None,
+        matrix=_matrix(confusions, images),
+        losses=_loss_charts(artifacts),
+        sweep=_sweep(artifacts),
+        steps=step_rows(metrics),
+        legend=legend_entries(images.index.classes) if images else [],
+        colours=[colour_css(index) for index in range(256)],
+        stages=stage_rows(manifests, states or {}),
+        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        packages="\n".join(f"{name}=={version}" for name, version in sorted(packages.items())),
         **show_examples(images, artifacts, confusions, run.evaluate.written_score),
-    }
-    template = _environment().get_template("report.html")
-    write_atomic(out, template.render(context).encode())
-    return out
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline.report", ""), autoescape=True, undefined=jinja2.StrictUndefined
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Header
-# ---------------------------------------------------------------------------------------------------------------------
+def write_template(template: str, out: Path, **context: object) -> Path:
+    """Fill one of this package's templates and write it to ``out``, atomically."""
+    import jinja2  # takes 0.1 s, which a run without a new report does not need
+
+    loader = jinja2.PackageLoader("pipeline.report", "")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    write_atomic(out, environment.get_template(template).render(context).encode())
+    return out
 
 
-def _summarise(config: Mapping[str, Any], images: ImageSet | None, manifests: Mapping[str, Mapping[str, Any]]) -> str:
+def _summarise(config: Mapping[str, Any], images: ImageSet | None, manifests: Manifests) -> str:
     """One sentence: what was trained on what, every use of true masks named."""
     supervision = _dig(config, "train_segmenter", "supervision")
     labels = "true masks (the upper bound)" if supervision == "full" else "image-level labels"
@@ -109,10 +167,15 @@ def _summarise(config: Mapping[str, Any], images: ImageSet | None, manifests: Ma
     return f"Semantic segmentation from {' and '.join([count + labels, *seen])}, supervision: {supervision or 'weak'}."
 
 
-def _facts(config: Mapping[str, Any], manifests: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    runs = [manifest["run"] for manifest in manifests.values()]
+def _facts(
+    run: RunConfig, config: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], *, has_scores: bool
+) -> list[tuple[str, str]]:
+    """What the run is and where it ran, as (label, text); what is not known is left out."""
     segmenter = _dig(config, "train_segmenter", "net")
     body = _dig(segmenter, "backbone", "name") or _dig(segmenter, "encoder")
+    machines = [", ".join(str(found[name]) for name in HARDWARE if found.get(name)) for found in runs]
+    commits = [str(found.get("revision") or "") for found in runs]
+    commits = [f"{text[:10]}, with changes" if text.endswith("+") else text[:10] for text in commits]
     facts = {
         "Data": f"{_dig(config, 'data', 'format')} {_dig(config, 'data', 'root') or ''}",
         "Method": f"{_dig(config, 'train_classifier', 'method', 'name')}",
@@ -120,25 +183,17 @@ def _facts(config: Mapping[str, Any], manifests: Mapping[str, Mapping[str, Any]]
         "Segmenter": " on ".join(str(part) for part in (_dig(segmenter, "name"), body) if part),
         "Starts from": f"{_dig(config, 'train_segmenter', 'init')}",
         "Seed": str(config.get("seed", "")),
-        "Started": format_time(min((str(run["started"]) for run in runs if run.get("started")), default="")),
-        "Stage time": format_seconds(sum(run.get("seconds") or 0.0 for run in runs)),
-        "Hardware": _join_distinct(", ".join(_texts(run, HARDWARE)) for run in runs),
-        "Code": _join_distinct(_shorten_revision(text) for run in runs for text in _texts(run, ("revision",))),
-        "Python": _join_distinct(text for run in runs for text in _texts(run, ("python",))),
+        "Started": format_time(min((str(found["started"]) for found in runs if found.get("started")), default="")),
+        "Stage time": format_seconds(sum(found.get("seconds") or 0.0 for found in runs)),
+        "Hardware": _join_distinct(machines),
+        "Code": _join_distinct(commits),
+        "Python": _join_distinct(str(found.get("python") or "") for found in runs),
     }
-    return [(label, value.strip()) for label, value in facts.items() if value.strip() not in ("", "None")]
-
-
-def _predictions(run: RunConfig, artifacts: Mapping[str, Path]) -> list[tuple[str, str]]:
-    """Which masks the pictures, the files and an archive hold."""
-    is_predicted = run.evaluate.segmentation and "evaluate" in artifacts
-    return [("Predictions", run.evaluate.describe_predictions())] if is_predicted else []
-
-
-def _archive(run: RunConfig, artifacts: Mapping[str, Path]) -> list[tuple[str, str]]:
-    """How to make the test server's archive, where this run has predicted the images for it."""
-    command = archive_command(run) if "evaluate" in artifacts else None
-    return [] if command is None else [("Test archive", command)]
+    if has_scores and run.evaluate.segmentation:
+        facts["Predictions"] = run.evaluate.describe_predictions()
+    if has_scores:
+        facts["Test archive"] = archive_command(run) or ""
+    return [(label, text.strip()) for label, text in facts.items() if text.strip() not in ("", "None")]
 
 
 def _dig(value: object, *path: str) -> Any:  # noqa: ANN401 - JSON is any
@@ -148,131 +203,80 @@ def _dig(value: object, *path: str) -> Any:  # noqa: ANN401 - JSON is any
     return value
 
 
-def _texts(run: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """What the ``run`` part of a manifest says under ``names``."""
-    return [str(run[name]) for name in names if run.get(name) not in (None, "")]
-
-
-def _shorten_revision(revision: str) -> str:
-    """``1234567890ab… +`` as the first ten digits, and in words that files differed from the commit."""
-    commit = revision.removesuffix("+")
-    return f"{commit[:10]}, with changes" if revision.endswith("+") else commit[:10]
-
-
 def _join_distinct(texts: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(text for text in texts if text))
 
 
-def _packages(manifests: Mapping[str, Mapping[str, Any]]) -> str:
-    packages: dict[str, str] = {}
-    for manifest in manifests.values():
-        packages.update(manifest["run"].get("packages") or {})
-    return "\n".join(f"{name}=={version}" for name, version in sorted(packages.items()))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Numbers and charts
+# Charts
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _merge_metrics(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for manifest in manifests.values():
-        merged.update(manifest["run"].get("metrics") or {})
-    return merged
-
-
-def _class_table(confusions: Mapping[str, SparseConfusions], images: ImageSet | None) -> ClassTable | None:
-    scored = {thing: counts for thing, counts in confusions.items() if len(counts.ids)}
-    return class_table(scored, images.index.classes) if scored and images else None
-
-
-def _matrix(confusions: Mapping[str, SparseConfusions], images: ImageSet | None) -> MatrixPicture | None:
+def _matrix(confusions: Mapping[str, SparseConfusions], images: ImageSet | None) -> Drawing | None:
     """The confusions of the segmenter, or of the pseudo-masks where no segmenter was scored."""
     for thing, title in (("segmenter", "the segmenter, single scale, on val"), ("masks", "the pseudo-masks")):
         if images and thing in confusions and confusions[thing].count.size:
-            names = images.index.classes.names_with_background
-            return matrix_picture(title, confusions[thing].total(), names)
+            return matrix_picture(title, confusions[thing].total(), images.index.classes.names_with_background)
     return None
 
 
-def _loss_charts(artifacts: Mapping[str, Path]) -> list[LineChart]:
+def _read(artifacts: Mapping[str, Path], stage: str, name: str) -> Any:  # noqa: ANN401 - JSON is any
+    """A JSON file of a stage's artifact; None where there is none."""
+    path = artifacts[stage] / name if stage in artifacts else None
+    return read_json(path) if path is not None and path.is_file() else None
+
+
+def _loss_charts(artifacts: Mapping[str, Path]) -> list[Drawing]:
+    """The losses of both trainings, what their methods watched, and the segmenter on its held-out training images."""
     charts = []
     for stage, title in (("train_classifier", "Classifier"), ("train_segmenter", "Segmenter")):
-        path = artifacts[stage] / "history.json" if stage in artifacts else None
-        history = read_json(path) if path is not None and path.is_file() else []
+        history = _read(artifacts, stage, "history.json")
         if history:
-            charts += [_loss_chart(title, history), *_watch_charts(title, history)]
-    return charts + _validation_charts(artifacts)
-
-
-def _validation_charts(artifacts: Mapping[str, Path]) -> list[LineChart]:
-    """The segmenter on its held-out training images, where it was looked at."""
-    path = artifacts["train_segmenter"] / "validation.json" if "train_segmenter" in artifacts else None
-    if path is None or not path.is_file():
-        return []
-    found = read_json(path)
-    return [
-        line_chart(
+            charts += _history_charts(title, history)
+    found = _read(artifacts, "train_segmenter", "validation.json")
+    if found is not None:
+        curves = {"mIoU": "miou", "pixel accuracy": "pixel_accuracy"}
+        chart = line_chart(
             f"Segmenter on {len(found['held_out'])} held-out images, against their {found['compared_with']}",
             x_label="step",
             y_label="%",
             x=[look["step"] for look in found["curve"]],
-            lines={
-                label: [100 * look[name] for look in found["curve"]]
-                for name, label in (("miou", "mIoU"), ("pixel_accuracy", "pixel accuracy"))
-            },
+            lines={label: [100 * look[name] for look in found["curve"]] for label, name in curves.items()},
             marks={f"best {found['best_step']}": float(found["best_step"])},
         )
-    ]
+        charts.append(chart)
+    return charts
 
 
-def _watch_charts(title: str, history: Sequence[Mapping[str, float]]) -> list[LineChart]:
-    """One chart for each unit of what was watched."""
-    found = {unit: [name for name in history[0] if WATCHED.get(name) == unit] for unit in sorted({*WATCHED.values()})}
-    return [
-        line_chart(
-            f"{title}: {', '.join(name.replace('_', ' ') for name in names)}",
-            x_label="epoch",
-            y_label=unit,
-            x=[entry["epoch"] for entry in history],
-            lines={name.replace("_", " "): [entry.get(name, float("nan")) for entry in history] for name in names},
-        )
-        for unit, names in found.items()
-        if names
-    ]
+def _history_charts(title: str, history: Sequence[Mapping[str, float]]) -> list[Drawing]:
+    """The losses with the learning rate, then one chart for each unit of what was watched."""
 
+    def chart(title: str, unit: str, names: Sequence[str], faint: Mapping[str, Sequence[float]]) -> Drawing:
+        lines = {name.replace("_", " "): [entry.get(name, float("nan")) for entry in history] for name in names}
+        epochs = [entry["epoch"] for entry in history]
+        return line_chart(title, x_label="epoch", y_label=unit, x=epochs, lines=lines, faint=faint)
 
-def _loss_chart(title: str, history: Sequence[Mapping[str, float]]) -> LineChart:
-    names = [name for name in history[0] if name not in NOT_CURVES]
-    names.sort(key=lambda name: (name != "loss", name))
+    names = sorted((name for name in history[0] if name not in NOT_CURVES), key=lambda name: (name != "loss", name))
     rates = [entry.get("learning_rate", 0.0) for entry in history]
-    return line_chart(
-        title,
-        x_label="epoch",
-        y_label="loss",
-        x=[entry["epoch"] for entry in history],
-        lines={name.replace("_", " "): [entry.get(name, float("nan")) for entry in history] for name in names},
-        faint={f"learning rate (peak {max(rates):.3g})": rates} if any(rates) else None,
-    )
+    charts = [chart(title, "loss", names, {f"learning rate (peak {max(rates):.3g})": rates} if any(rates) else {})]
+    for unit in sorted({*WATCHED.values()}):
+        names = [name for name in history[0] if WATCHED.get(name) == unit]
+        if names:
+            charts.append(chart(f"{title}: {', '.join(name.replace('_', ' ') for name in names)}", unit, names, {}))
+    return charts
 
 
 def _sweep(artifacts: Mapping[str, Path]) -> dict[str, Any] | None:
-    path = artifacts["evaluate"] / "sweep.json" if "evaluate" in artifacts else None
-    if path is None or not path.is_file():
+    sweep = _read(artifacts, "evaluate", "sweep.json")
+    if sweep is None:
         return None
-    sweep = read_json(path)
-    marks = {
-        f"{name} {sweep[name]:.2f}": float(sweep[name])
-        for name in ("configured", "oracle")
-        if sweep.get(name) is not None
-    }
+    chosen = {name: sweep[name] for name in ("configured", "oracle") if sweep.get(name) is not None}
     chart = line_chart(
         "mIoU of the attention maps by threshold",
         x_label="threshold, fraction of each map's maximum",
         y_label="mIoU, %",
         x=sweep["thresholds"],
         lines={"attention mIoU": [100.0 * value for value in sweep["miou"]]},
-        marks=marks,
+        marks={f"{name} {value:.2f}": float(value) for name, value in chosen.items()},
     )
     return {**sweep, "chart": chart}

@@ -1,6 +1,9 @@
-"""Turn images, attention maps and masks into pictures for people: heat overlays, palette masks, a grid as one PNG.
+"""The pictures of a run: which images are shown, heat overlays and palette masks, and all of them in one PNG.
 
-Presentation only: nothing here enters a score.  Reads arrays, writes data URIs and one PNG.
+Reads: the image set, attention shards, ``masks/<id>.png`` and ``steps/*/<id>.png``, ``predictions/<id>.png`` and
+``confusions.npz``.  Presentation only: nothing here enters a score.
+Images are chosen by score alone: training images evenly spaced from the best to the worst pseudo-mask, validation
+images the best and the worst; so a page never shows only what went well.
 Shapes: H W image pixels, h w map cells, n labels of one image.
 """
 
@@ -8,15 +11,39 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+import math
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from stages.contracts import AttentionRecord, voc_palette, write_atomic
+from pipeline.report.tables import step_label
+from stages.contracts import (
+    BACKGROUND_INDEX,
+    IGNORE_INDEX,
+    AttentionRecord,
+    ClassList,
+    ImageRecord,
+    ImageSet,
+    iter_attention,
+    open_image_set,
+    read_index_mask,
+    voc_palette,
+    write_atomic,
+)
+from stages.errors import WsssError
+from stages.masks.steps import read_steps
+from stages.ops.metrics.confusion import SparseConfusions, read_confusions
 
+NUM_TRAINING_EXAMPLES = 8
+NUM_SCORED_EXAMPLES = 6
+PICTURE_PX = 240
+"""Longest side of a picture on the page; keeps a report of 500-pixel photos under 2 MB."""
 JPEG_QUALITY = 84
 PALETTE = voc_palette()
 HEAT_COLOURS = np.array(
@@ -28,6 +55,204 @@ HEAT_COLOURS = np.array(
 
 Source: A. Mikhailov, "Turbo, An Improved Rainbow Colormap", 2019.
 """
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choice of images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image with everything that the run made of it; None where there is no such thing."""
+
+    id: str
+    image: NDArray[np.uint8]
+    """RGB (H, W, 3)."""
+    classes: tuple[int, ...]
+    """Class indices (1 … K) in the truth, or of the labels where there is no truth."""
+    miou: float | None = None
+    """Mean IoU over the classes in this image's truth or result."""
+    attention: AttentionRecord | None = None
+    steps: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
+    """The masks between the steps to the pseudo-mask, by step in order."""
+    pseudo_mask: NDArray[np.uint8] | None = None
+    prediction: NDArray[np.uint8] | None = None
+    truth: NDArray[np.uint8] | None = None
+
+    @property
+    def heat(self) -> NDArray[np.uint8] | None:
+        """The attention laid over the image, RGB (H, W, 3)."""
+        return None if self.attention is None else overlay_heat(self.image, self.attention)
+
+
+def load_confusions(artifacts: Mapping[str, Path]) -> dict[str, SparseConfusions]:
+    """The counts of everything that evaluate scored, by name; empty where it did not run."""
+    path = artifacts["evaluate"] / "confusions.npz" if "evaluate" in artifacts else None
+    return read_confusions(path) if path is not None and path.is_file() else {}
+
+
+def score_images(confusions: Mapping[str, SparseConfusions], thing: str) -> dict[str, float]:
+    """Mean IoU of each image alone, by id; without images that have no counted pixel, empty where nothing counted."""
+    scores = confusions[thing].mean_iou_by_image() if thing in confusions else {}
+    return {image_id: score for image_id, score in scores.items() if math.isfinite(score)}
+
+
+def load_training_examples(
+    images: ImageSet, artifacts: Mapping[str, Path], scores: Mapping[str, float], count: int
+) -> list[Example]:
+    """Load ``count`` training images from the best to the worst pseudo-mask by ``scores`` (id to mean IoU).
+
+    They are evenly spaced by rank; where there are no scores, in the list.
+    """
+    records: Sequence[ImageRecord] = images.index.split("train_score") or images.index.split("train")
+    if scores:
+        records = sorted((r for r in records if r.id in scores), key=lambda r: (-scores[r.id], r.id))
+    chosen = _spread(records, count)
+    attention = find_attention(artifacts.get("make_attention"), [record.id for record in chosen])
+    return [
+        _load(images, record, scores, attention=attention.get(record.id), masks=artifacts.get("make_masks"))
+        for record in chosen
+    ]
+
+
+def load_scored_examples(
+    images: ImageSet, evaluate: Path, scores: Mapping[str, float], count: int
+) -> tuple[list[Example], list[Example]]:
+    """Load the ``count`` best and the ``count`` worst predictions by ``scores`` (id to mean IoU); none is in both.
+
+    Where there are no scores, the first list holds evenly spaced images of val, or else of test; the second none.
+    """
+    ranked = sorted(scores, key=lambda image_id: (-scores[image_id], image_id))
+    best = [images.index.record(image_id) for image_id in ranked[:count]]
+    worst = [images.index.record(image_id) for image_id in ranked[len(best) :][-count:][::-1]]
+    if not scores:
+        best = _spread(images.index.split("val") or images.index.split("test"), count)
+    good, bad = ([_load(images, record, scores, predictions=evaluate) for record in part] for part in (best, worst))
+    return good, bad
+
+
+def find_attention(folder: Path | None, ids: Collection[str]) -> dict[str, AttentionRecord]:
+    """The attention of ``ids`` by id, reading no shard beyond the last one needed; empty where nothing was made."""
+    found: dict[str, AttentionRecord] = {}
+    wanted = set(ids)
+    for record in iter_attention(folder) if folder is not None and wanted else ():
+        if record.id in wanted:
+            found[record.id] = record
+            if len(found) == len(wanted):
+                break
+    return found
+
+
+def _spread(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
+    """At most ``count`` evenly spaced ones, the first and the last among them."""
+    if len(records) <= count:
+        return list(records)
+    return [records[round(place)] for place in np.linspace(0, len(records) - 1, count)]
+
+
+def _load(
+    images: ImageSet,
+    record: ImageRecord,
+    scores: Mapping[str, float],
+    *,
+    attention: AttentionRecord | None = None,
+    masks: Path | None = None,
+    predictions: Path | None = None,
+) -> Example:
+    def read(folder: Path | None, kind: str) -> NDArray[np.uint8] | None:
+        path = None if folder is None else folder / kind / f"{record.id}.png"
+        return read_index_mask(path) if path is not None and path.is_file() else None
+
+    truth = images.read_mask(record) if record.mask is not None else None
+    if truth is None:
+        classes = tuple(ClassList.class_index(label) for label in record.labels or ())
+    else:
+        classes = tuple(v for v in np.unique(truth).tolist() if v not in (BACKGROUND_INDEX, IGNORE_INDEX))
+    return Example(
+        id=record.id,
+        image=images.read_image(record),
+        classes=classes,
+        miou=scores.get(record.id),
+        attention=attention,
+        steps={} if masks is None else read_steps(masks, record.id),
+        pseudo_mask=read(masks, "masks"),
+        prediction=read(predictions, "predictions"),
+        truth=truth,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+Section = Mapping[str, Any]
+"""Example pictures as the template wants them, or the sentence that says why there are none."""
+
+
+def show_examples(
+    images: ImageSet | None,
+    artifacts: Mapping[str, Path],
+    confusions: Mapping[str, SparseConfusions],
+    predictions: str = "segmenter",
+) -> dict[str, Section]:
+    """The three picture sections; a data root that has moved since the run costs the pictures, not the page.
+
+    Args:
+        images: The data set; None before prepare_data.
+        artifacts: Folder of each stage that ran.
+        confusions: Counts of each score.
+        predictions: The score of the predictions that are shown (``EvaluateConfig.written_score``).
+    """
+    training = _nothing("this run made no attention maps or pseudo-masks.")
+    best, worst = _nothing("this run has not evaluated a segmenter."), _nothing("")
+    try:
+        if images and "make_attention" in artifacts:
+            scores = score_images(confusions, "masks")
+            found = load_training_examples(images, artifacts, scores, NUM_TRAINING_EXAMPLES)
+            training = _show(found, images.index.classes)
+        if images and "evaluate" in artifacts:
+            scores = score_images(confusions, predictions)
+            good, bad = load_scored_examples(images, artifacts["evaluate"], scores, NUM_SCORED_EXAMPLES)
+            best, worst = _show(good, images.index.classes), _show(bad, images.index.classes)
+    except (WsssError, zipfile.BadZipFile) as error:
+        training = best = _nothing(f"the pictures could not be read: {error}")
+        worst = _nothing("")
+    return {"training": training, "best": best, "worst": worst}
+
+
+def _nothing(why: str) -> Section:
+    return {"examples": (), "scored": False, "missing": why}
+
+
+def _show(examples: Sequence[Example], classes: ClassList) -> Section:
+    names, shown = classes.names_with_background, []
+    for example in examples:
+        pictures = {
+            "image": example.image,
+            "attention": example.heat,
+            **{step_label(name): mask for name, mask in example.steps.items()},
+            "pseudo-mask": example.pseudo_mask,
+            "prediction": example.prediction,
+            "truth": example.truth,
+        }
+        tiles = [
+            {"title": title, "uri": picture_uri(picture, PICTURE_PX), "is_mask": picture.ndim == 2}
+            for title, picture in pictures.items()
+            if picture is not None
+        ]
+        score = None if example.miou is None else f"{example.miou * 100:.1f} %"
+        present = [{"name": names[index], "colour": colour_css(index)} for index in example.classes]
+        shown.append({"id": example.id, "score": score, "classes": present, "tiles": tiles})
+    is_scored = any(example.miou is not None for example in examples)
+    return {"examples": shown, "scored": is_scored, "missing": "there are no images to show."}
+
+
+def legend_entries(classes: ClassList) -> list[dict[str, str]]:
+    """Name and CSS colour of every mask value, background first and void last."""
+    names = [*enumerate(classes.names_with_background), (IGNORE_INDEX, "void or unsure")]
+    return [{"name": name, "colour": colour_css(index)} for index, name in names]
 
 
 def overlay_heat(image: NDArray[np.uint8], record: AttentionRecord) -> NDArray[np.uint8]:
@@ -51,30 +276,14 @@ def overlay_heat(image: NDArray[np.uint8], record: AttentionRecord) -> NDArray[n
     return np.clip(grey * (1.0 - opacity) + colour * opacity, 0, 255).astype(np.uint8)
 
 
-def colour_mask(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Class indices (H, W) in VOC's colours, RGB (H, W, 3)."""
-    return PALETTE[mask]
-
-
-def shrink(picture: Image.Image, longest_px: int, *, smooth: bool) -> Image.Image:
-    """Make the longer side at most ``longest_px``; never enlarge. Masks are resized by nearest neighbour."""
-    factor = longest_px / max(picture.size)
-    if factor >= 1.0:
-        return picture
-    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-    return picture.resize(size, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
-
-
-def photo_uri(image: NDArray[np.uint8], longest_px: int) -> str:
-    """RGB (H, W, 3) as a JPEG data URI."""
-    return _data_uri(shrink(Image.fromarray(image), longest_px, smooth=True), "jpeg", quality=JPEG_QUALITY)
-
-
-def mask_uri(mask: NDArray[np.uint8], longest_px: int) -> str:
-    """Class indices (H, W) as a palette PNG data URI: small, and in exactly the legend's colours."""
-    picture = shrink(Image.fromarray(mask), longest_px, smooth=False)
-    picture.putpalette(PALETTE.tobytes())
-    return _data_uri(picture, "png", optimize=True)
+def picture_uri(picture: NDArray[np.uint8], longest_px: int) -> str:
+    """RGB (H, W, 3) as a JPEG data URI, class indices (H, W) as a PNG in the legend's colours; never enlarged."""
+    image, buffer = _fit(Image.fromarray(picture), longest_px, smooth=picture.ndim == 3), io.BytesIO()
+    kind, options = ("jpeg", {"quality": JPEG_QUALITY}) if picture.ndim == 3 else ("png", {"optimize": True})
+    if picture.ndim == 2:
+        image.putpalette(PALETTE.tobytes())
+    image.save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def colour_css(class_index: int) -> str:
@@ -83,10 +292,13 @@ def colour_css(class_index: int) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
-def _data_uri(picture: Image.Image, kind: str, **options: int) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format=kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+def _fit(picture: Image.Image, longest_px: int, *, smooth: bool, enlarge: bool = False) -> Image.Image:
+    """Make the longer side ``longest_px``; masks are resized by nearest neighbour."""
+    factor = longest_px / max(picture.size)
+    if factor >= 1.0 and not enlarge:
+        return picture
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    return picture.resize(size, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,29 +314,72 @@ Block = tuple[Sequence[str], Sequence[Sequence[NDArray[np.uint8] | None]]]
 """Column titles, and rows with one picture for each title: RGB (H, W, 3), or class indices (H, W), or nothing."""
 
 
-def draw_grid(blocks: Sequence[Block], legend: Mapping[str, int], tile_px: int = 128) -> Image.Image:
-    """Draw blocks of picture rows side by side, titles above the columns and the class colours below.
+def write_picture_grid(
+    artifacts: Mapping[str, Path],
+    data_root: Path | None,
+    out: Path,
+    *,
+    predictions: str = "segmenter",
+    num_rows: int = 4,
+    tile_px: int = 128,
+) -> Path:
+    """Write one PNG: image, attention, pseudo-mask, truth on the left; image, prediction, truth on the right.
+
+    Rows run evenly by rank from good to bad on the left; on the right the first half are the best images, the rest the
+    worst.  A side without its stage is left out.
 
     Args:
-        blocks: Groups of columns, separated by a wide gap; missing rows at a block's end stay paper.
-        legend: Mask value of each class name.
-        tile_px: Side of the square that each picture is fitted into.
-
-    Returns:
-        RGB picture.
+        artifacts: Folder of each stage that ran, with prepare_data.
+        data_root: Folder of the user's data; None where prepare_data generated the data.
+        out: The PNG file to write, atomically.
+        predictions: The score of the predictions that are shown.
+        num_rows: Images on each side.
+        tile_px: Side of one tile.
     """
+    images = open_image_set(artifacts["prepare_data"], data_root)
+    confusions = load_confusions(artifacts)
+    blocks: list[Block] = []
+    if "make_masks" in artifacts:
+        found = load_training_examples(images, artifacts, score_images(confusions, "masks"), num_rows)
+        rows = [(e.image, e.heat, e.pseudo_mask, e.truth) for e in found]
+        blocks.append((("image", "attention", "pseudo-mask", "truth"), rows))
+    if "evaluate" in artifacts:
+        scores = score_images(confusions, predictions)
+        half = (num_rows + 1) // 2
+        best, worst = load_scored_examples(images, artifacts["evaluate"], scores, half if scores else num_rows)
+        found = [*best, *worst[: num_rows - len(best)]]
+        blocks.append((("image", "prediction", "truth"), [(e.image, e.prediction, e.truth) for e in found]))
+    if not blocks:
+        raise ValueError("a picture grid needs the artifacts of make_masks or evaluate")
+    legend = {**{n: i for i, n in enumerate(images.index.classes.names_with_background)}, "void": IGNORE_INDEX}
+    buffer = io.BytesIO()
+    _draw_grid(blocks, legend, tile_px).save(buffer, format="PNG", optimize=True)
+    write_atomic(out, buffer.getvalue())
+    return out
+
+
+def _draw_grid(blocks: Sequence[Block], legend: Mapping[str, int], tile_px: int) -> Image.Image:
+    """Blocks of picture rows side by side, titles above the columns, and below the colour of each class by its name."""
     num_columns = sum(len(titles) for titles, _ in blocks)
     num_rows = max(len(rows) for _, rows in blocks)
     width = num_columns * (tile_px + GAP_PX) + GAP_PX + 2 * GAP_PX * (len(blocks) - 1)
     top = TITLE_PX + num_rows * (tile_px + GAP_PX)
-    entries = _place_legend(legend, width)
+    font = ImageFont.load_default(13)
+    entries: list[tuple[int, int]] = []  # (x, y) of each entry of the legend, wrapped at ``width``
+    x, y = GAP_PX, 0
+    for name in legend:
+        entry_px = 18 + round(font.getlength(name)) + 14
+        if x > GAP_PX and x + entry_px > width:
+            x, y = GAP_PX, y + TITLE_PX
+        entries.append((x, y))
+        x += entry_px
     canvas = Image.new("RGB", (width, top + entries[-1][1] + TITLE_PX if entries else top), PAPER)
     draw = ImageDraw.Draw(canvas)
     left = GAP_PX
     for titles, rows in blocks:
         for column, title in enumerate(titles):
             x = left + column * (tile_px + GAP_PX)
-            draw.text((x + tile_px / 2, TITLE_PX / 2), title, fill=INK, font=_font(), anchor="mm")
+            draw.text((x + tile_px / 2, TITLE_PX / 2), title, fill=INK, font=font, anchor="mm")
             for row, pictures in enumerate(rows):
                 picture = pictures[column]
                 if picture is not None:
@@ -133,40 +388,12 @@ def draw_grid(blocks: Sequence[Block], legend: Mapping[str, int], tile_px: int =
     for (name, class_index), (x, y) in zip(legend.items(), entries, strict=True):
         colour = tuple(PALETTE[class_index % len(PALETTE)].tolist())
         draw.rectangle((x, top + y + 6, x + 12, top + y + 18), fill=colour, outline=INK)
-        draw.text((x + 18, top + y + TITLE_PX / 2), name, fill=INK, font=_font(), anchor="lm")
+        draw.text((x + 18, top + y + TITLE_PX / 2), name, fill=INK, font=font, anchor="lm")
     return canvas
-
-
-def write_png(picture: Image.Image, path: Path) -> Path:
-    """Write ``picture`` as PNG, atomically."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    write_atomic(path, buffer.getvalue())
-    return path
-
-
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(13)
-
-
-def _place_legend(legend: Mapping[str, int], width: int) -> list[tuple[int, int]]:
-    """(x, y) of each entry under the tiles, wrapped at ``width``."""
-    places: list[tuple[int, int]] = []
-    x, y = GAP_PX, 0
-    for name in legend:
-        entry_px = 18 + round(_font().getlength(name)) + 14
-        if x > GAP_PX and x + entry_px > width:
-            x, y = GAP_PX, y + TITLE_PX
-        places.append((x, y))
-        x += entry_px
-    return places
 
 
 def _paste(canvas: Image.Image, picture: NDArray[np.uint8], x: int, y: int, tile_px: int) -> None:
     """Fit ``picture`` into the tile at (x, y), centred; masks are coloured and never blurred."""
     is_mask = picture.ndim == 2
-    tile = Image.fromarray(colour_mask(picture) if is_mask else picture)
-    factor = tile_px / max(tile.size)
-    size = (max(1, round(tile.width * factor)), max(1, round(tile.height * factor)))
-    tile = tile.resize(size, Image.Resampling.NEAREST if is_mask else Image.Resampling.LANCZOS)
-    canvas.paste(tile, (x + (tile_px - size[0]) // 2, y + (tile_px - size[1]) // 2))
+    tile = _fit(Image.fromarray(PALETTE[picture] if is_mask else picture), tile_px, smooth=not is_mask, enlarge=True)
+    canvas.paste(tile, (x + (tile_px - tile.width) // 2, y + (tile_px - tile.height) // 2))

@@ -1,4 +1,4 @@
-"""Put a run's numbers into rows for the report: what each number is called, how it is written and what it means.
+"""A run's numbers as rows for the page, Prefect and the terminal: what each is called and what it means.
 
 Reads manifests and confusion counts that the caller loaded; writes nothing.
 Shapes: C classes with background.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
-from typing import Any, Literal
-
-import numpy as np
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple
 
 from stages.contracts import ClassList
 from stages.ops.metrics.boundaries import TRIMAP_WIDTHS_PX
@@ -26,7 +24,7 @@ STAGE_MEANINGS: dict[str, str] = {
     "train_segmenter": "learns the masks",
     "evaluate": "compares with true masks",
 }
-"""Every stage in the order of the road, with what it does."""
+"""Every stage in the order of a run, with what it does."""
 
 Unit = Literal["percent", "number", "count", "bytes"]
 
@@ -41,44 +39,41 @@ class MetricText:
     unit: Unit = "percent"
 
 
-def _outline_texts(prefix: str, group: str) -> dict[str, MetricText]:
-    """The scores of a segmenter's outlines."""
-    meaning = "Like mIoU, of the pixels within 2 % of the image's diagonal of a mask's outline: how well shapes fit."
+def _segmenter_texts(prefix: str, group: str, images: str) -> dict[str, MetricText]:
+    """The scores of a segmenter on the validation or test images."""
+    fit = "mIoU of the pixels within 2 % of the image's diagonal of a mask's outline: how well shapes fit."
+    near = "mIoU of the pixels within {} px of an outline of the truth."
     texts = {
-        f"{prefix}.boundary_iou": MetricText(group, "boundary IoU", meaning),
-        f"{prefix}.boundary_iou_ms": MetricText(group, "boundary IoU, multi-scale", "The same of those masks."),
-        f"{prefix}.boundary_iou_ms_crf": MetricText(group, "boundary IoU, multi-scale + CRF", "The same of those."),
+        "miou": ("mIoU", images),
+        "miou_ms": ("mIoU, multi-scale", "Several scales and mirrored images averaged."),
+        "miou_ms_crf": ("mIoU, multi-scale + CRF", "The same, refined by the dense CRF."),
+        "pixel_accuracy": ("pixel accuracy", "Share of the pixels that are right; background makes it look good."),
+        "boundary_iou": ("boundary IoU", fit),
+        "boundary_iou_ms": ("boundary IoU, multi-scale", "The same of those masks."),
+        "boundary_iou_ms_crf": ("boundary IoU, multi-scale + CRF", "The same of those."),
+        **{f"trimap_miou_{px}px": (f"trimap mIoU, {px} px", near.format(px)) for px in TRIMAP_WIDTHS_PX},
     }
-    for width in TRIMAP_WIDTHS_PX:
-        meaning = f"mIoU of the pixels within {width} px of an outline of the truth."
-        texts[f"{prefix}.trimap_miou_{width}px"] = MetricText(group, f"trimap mIoU, {width} px", meaning)
-    return texts
+    return {f"{prefix}.{name}": MetricText(group, label, meaning) for name, (label, meaning) in texts.items()}
 
 
 METRICS: dict[str, MetricText] = {
     "data.num_train": MetricText("Data", "Training images", "Images with image-level labels.", "count"),
     "data.num_val": MetricText("Data", "Validation images", "Images that only scores look at.", "count"),
-    "data.num_test": MetricText(
-        "Data", "Test images", "Images that are predicted, and scored if they have masks.", "count"
-    ),
+    "data.num_test": MetricText("Data", "Test images", "Predicted, and scored if they have masks.", "count"),
     "data.num_skipped": MetricText("Data", "Skipped images", "Unreadable images that were left out.", "count"),
     "classifier.map": MetricText("Classifier", "mAP", "Mean average precision of the predicted image-level labels."),
     "classifier.label_accuracy": MetricText(
         "Classifier", "label accuracy", "Share of all (image, class) answers, present or absent, that are right."
     ),
     "localization.top1_loc": MetricText(
-        "Localisation",
-        "Top-1 Loc",
-        "The classifier's first answer and the box of the label's attention are both right.",
+        "Localisation", "Top-1 Loc", "The first answer and the box of the label's attention are both right."
     ),
     "localization.gt_known_loc": MetricText(
         "Localisation", "GT-known Loc", "The box of the true label's attention, cut at the configured threshold, fits."
     ),
     "localization.top1_clas": MetricText("Localisation", "Top-1 Clas", "The classifier's first answer is the label."),
     "localization.max_box_acc": MetricText(
-        "Localisation",
-        "MaxBoxAcc",
-        "GT-known Loc at the best threshold, which is chosen on the very images it is scored on.",
+        "Localisation", "MaxBoxAcc", "GT-known Loc at the best threshold, chosen on the very images it is scored on."
     ),
     "localization.max_box_acc_threshold": MetricText(
         "Localisation", "threshold of MaxBoxAcc", "That best threshold, as a fraction of each map's maximum.", "number"
@@ -93,26 +88,17 @@ METRICS: dict[str, MetricText] = {
         "Attention", "mIoU", "Attention maps cut at the configured threshold, on training images with a true mask."
     ),
     "attention.miou_oracle": MetricText(
-        "Attention",
-        "mIoU, oracle",
-        "The same at the best threshold, which is chosen on the very masks it is scored on: a limit, not a result.",
+        "Attention", "mIoU, oracle", "At the best threshold, chosen on the very masks it is scored on: no result."
     ),
     "attention.threshold_oracle": MetricText(
         "Attention", "threshold, oracle", "That best threshold, as a fraction of each map's maximum.", "number"
     ),
     "attention.bytes_per_image": MetricText("Attention", "stored", "Disk space of one image's maps.", "bytes"),
     "masks.threshold": MetricText(
-        "Pseudo-masks",
-        "chosen threshold",
-        "The best one on the images of make_masks.sweep, which count in no score.",
-        "number",
+        "Pseudo-masks", "chosen threshold", "Best on the images of make_masks.sweep, which no score counts.", "number"
     ),
-    "masks.miou_before_crf": MetricText(
-        "Pseudo-masks", "mIoU before refinement", "Masks as cut from the attention maps."
-    ),
-    "masks.miou": MetricText(
-        "Pseudo-masks", "mIoU", "The masks that the segmenter learns; unsure pixels count as background."
-    ),
+    "masks.miou_before_crf": MetricText("Pseudo-masks", "mIoU before refinement", "As cut from the attention maps."),
+    "masks.miou": MetricText("Pseudo-masks", "mIoU", "What the segmenter learns; unsure pixels count as background."),
     "masks.miou_labelled": MetricText("Pseudo-masks", "mIoU, sure pixels", "The same with unsure pixels dropped."),
     "masks.coverage": MetricText("Pseudo-masks", "coverage", "Share of the scored pixels that the masks are sure of."),
     "masks.foreground_ratio_before_crf": MetricText(
@@ -121,22 +107,8 @@ METRICS: dict[str, MetricText] = {
     "masks.foreground_ratio": MetricText(
         "Pseudo-masks", "foreground", "Share of the pixels marked as an object; far below the line above is a bad sign."
     ),
-    "segmenter.miou": MetricText("Segmenter", "mIoU", "Validation images at one scale, no CRF: the number to compare."),
-    "segmenter.miou_ms": MetricText("Segmenter", "mIoU, multi-scale", "Several scales and mirrored images averaged."),
-    "segmenter.miou_ms_crf": MetricText("Segmenter", "mIoU, multi-scale + CRF", "The same, refined by the dense CRF."),
-    "segmenter.pixel_accuracy": MetricText(
-        "Segmenter", "pixel accuracy", "Share of the pixels that are right; background makes it look good."
-    ),
-    **_outline_texts("segmenter", "Segmenter"),
-    "segmenter_test.miou": MetricText(
-        "Segmenter on test", "mIoU", "Test images with a true mask, at one scale, no CRF."
-    ),
-    "segmenter_test.miou_ms": MetricText("Segmenter on test", "mIoU, multi-scale", "As on the validation images."),
-    "segmenter_test.miou_ms_crf": MetricText(
-        "Segmenter on test", "mIoU, multi-scale + CRF", "As on the validation images."
-    ),
-    "segmenter_test.pixel_accuracy": MetricText("Segmenter on test", "pixel accuracy", "As on the validation images."),
-    **_outline_texts("segmenter_test", "Segmenter on test"),
+    **_segmenter_texts("segmenter", "Segmenter", "Validation images at one scale, no CRF: the number to compare."),
+    **_segmenter_texts("segmenter_test", "Segmenter on test", "Test images with a true mask, at one scale, no CRF."),
 }
 """Known metrics in the order of the table; others follow under their own names."""
 
@@ -178,34 +150,78 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
 
     The limits of an interval, ``<name>_low`` and ``<name>_high``, stand in the row of their metric.
     """
-    numbers = {name: value for name, value in metrics.items() if _is_number(value)}
+    numbers = {n: v for n, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     limits = {f"{name}_{end}" for name in numbers for end in ("low", "high")}
-    known = [_metric_row(name, METRICS[name], numbers) for name in METRICS if name in numbers]
-    others = [
-        _metric_row(name, MetricText("Other", name, "", "number"), numbers)
-        for name in sorted(numbers)
-        if name not in METRICS and name not in limits
+    unknown = sorted(name for name in numbers if name not in METRICS and name not in limits)
+    rows = []
+    for name in [*(name for name in METRICS if name in numbers), *unknown]:
+        text = METRICS.get(name) or MetricText("Other", name, "", "number")
+        value, low, high = numbers[name], numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
+        bar = min(max(value * 100.0, 0.0), 100.0) if text.unit == "percent" and math.isfinite(value) else None
+        interval = "" if low is None or high is None else f"{low * 100:.1f} … {high * 100:.1f}"
+        shown = format_value(value, text.unit)
+        rows.append(MetricRow(name, text.group, text.label, shown, text.meaning, bar, interval))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps of the pseudo-masks, classes, stages
+# ---------------------------------------------------------------------------------------------------------------------
+
+STEPS = "masks.steps"
+"""The metric: a list of the steps in order, each with ``step``, ``miou``, ``coverage`` and maybe ``miou_labelled``."""
+STEP_HEAD = ("Step", "mIoU", "Change", "mIoU, sure pixels", "Coverage")
+STEP_LABELS: dict[str, str] = {
+    "threshold": "threshold rule",
+    "random_walk": "random walk",
+    "par": "pixel-adaptive",
+    "crf": "dense CRF",
+}
+"""What a step is called on pages and under pictures; one that is not here keeps its name."""
+
+
+class StepRow(NamedTuple):
+    """One line of the table of steps; all but ``bar`` are texts in the order of ``STEP_HEAD``."""
+
+    label: str
+    miou: str
+    change: str
+    """Against the step before, in points of percent; empty for the first."""
+    miou_labelled: str
+    coverage: str
+    bar: float
+    """The mIoU in percent, 0 to 100."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The texts in the order of ``STEP_HEAD``."""
+        return self[:5]
+
+
+def step_label(name: str) -> str:
+    """What the step ``name`` is called."""
+    return STEP_LABELS.get(name, name.replace("_", " "))
+
+
+def step_rows(metrics: Mapping[str, Any]) -> list[StepRow]:
+    """The rows of ``metrics[STEPS]``; none where no step was scored."""
+    steps: Sequence[Mapping[str, Any]] = metrics.get(STEPS) or ()
+    before = [None, *(step["miou"] for step in steps)]
+    return [
+        StepRow(
+            label=step_label(step["step"]),
+            miou=format_value(step["miou"], "percent"),
+            change="" if last is None else f"{(step['miou'] - last) * 100:+.1f}",
+            miou_labelled=format_value(step.get("miou_labelled", float("nan")), "percent"),
+            coverage=format_value(step["coverage"], "percent"),
+            bar=step["miou"] * 100,
+        )
+        for step, last in zip(steps, before, strict=False)
     ]
-    return known + others
 
 
-def _metric_row(name: str, text: MetricText, numbers: Mapping[str, float]) -> MetricRow:
-    value = numbers[name]
-    bar = min(max(value * 100.0, 0.0), 100.0) if text.unit == "percent" and math.isfinite(value) else None
-    row = MetricRow(name, text.group, text.label, format_value(value, text.unit), text.meaning, bar)
-    low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
-    if low is None or high is None:
-        return row
-    return replace(row, interval=f"{low * 100:.1f} … {high * 100:.1f}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class ClassTable:
-    """IoU of every class for every thing scored; percent, None where the class never occurs."""
+class ClassTable(NamedTuple):
+    """IoU of every class for every thing scored, in percent; None where the class never occurs."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, int, tuple[float | None, ...]], ...]
@@ -218,60 +234,40 @@ def class_table(confusions: Mapping[str, SparseConfusions], classes: ClassList) 
     """Per-class IoU out of the counts, background first."""
     others = sorted(thing for thing in set(confusions) - set(THINGS) if not thing.endswith("_labelled"))
     things = [thing for thing in THINGS if thing in confusions] + others
-    scores = [_percent(iou(confusions[thing].total())) for thing in things]
-    rows = tuple(
-        (name, class_index, tuple(column[class_index] for column in scores))
-        for class_index, name in enumerate(classes.names_with_background)
-    )
+    scores = [
+        [value * 100.0 if math.isfinite(value) else None for value in iou(confusions[thing].total()).tolist()]
+        for thing in things
+    ]
     present = [[value for value in column if value is not None] for column in scores]
     return ClassTable(
         columns=tuple(THINGS.get(thing, thing) for thing in things),
-        rows=rows,
+        rows=tuple(
+            (name, class_index, tuple(column[class_index] for column in scores))
+            for class_index, name in enumerate(classes.names_with_background)
+        ),
         means=tuple(sum(values) / len(values) if values else None for values in present),
         num_images=tuple(len(confusions[thing].ids) for thing in things),
     )
 
 
-def _percent(values: np.ndarray) -> list[float | None]:
-    return [float(value) * 100.0 if math.isfinite(value) else None for value in values]
-
-
-@dataclass(frozen=True)
-class StageRow:
-    """One line of the table of stages."""
-
-    name: str
-    meaning: str
-    state: str
-    key: str
-    seconds: str
-    size: str
-    started: str
-    warnings: tuple[str, ...]
-
-
-def stage_rows(manifests: Mapping[str, Mapping[str, Any]], states: Mapping[str, str]) -> list[StageRow]:
-    """Every stage of the road, also those that this run skipped."""
-    return [
-        _stage_row(name, meaning, manifests.get(name), states.get(name)) for name, meaning in STAGE_MEANINGS.items()
-    ]
-
-
-def _stage_row(name: str, meaning: str, manifest: Mapping[str, Any] | None, state: str | None) -> StageRow:
-    if manifest is None:
-        return StageRow(name, meaning, state or "skipped", "", "–", "–", "–", ())
-    content, run = manifest["content"], manifest["run"]
-    size = sum(entry["size"] for entry in content.get("files", {}).values())
-    return StageRow(
-        name=name,
-        meaning=meaning,
-        state=state or "in the store",
-        key=content["key"],
-        seconds=format_seconds(run.get("seconds")),
-        size=format_value(size, "bytes"),
-        started=format_time(run.get("started")),
-        warnings=tuple(run.get("warnings", ())),
-    )
+def stage_rows(manifests: Mapping[str, Mapping[str, Any]], states: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Every stage in order, also those that this run skipped: name, meaning, state, key, seconds, size, started."""
+    rows = []
+    for name, meaning in STAGE_MEANINGS.items():
+        state, nothing = states.get(name), {"key": "", "seconds": "–", "size": "–", "started": "–", "warnings": ()}
+        row = {"name": name, "meaning": meaning, "state": state or "skipped", **nothing}
+        if name in manifests:
+            content, run = manifests[name]["content"], manifests[name]["run"]
+            row |= {
+                "state": state or "in the store",
+                "key": content["key"],
+                "seconds": format_seconds(run.get("seconds")),
+                "size": format_value(sum(file["size"] for file in content.get("files", {}).values()), "bytes"),
+                "started": format_time(run.get("started")),
+                "warnings": run.get("warnings", ()),
+            }
+        rows.append(row)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,14 +283,9 @@ def format_value(value: float, unit: Unit) -> str:
         return f"{value * 100:.1f} %"
     if unit == "count":
         return f"{value:,.0f}"
-    if unit == "bytes":
-        return _format_bytes(value)
-    return f"{value:.3g}"
-
-
-def _format_bytes(value: float) -> str:
-    names: Sequence[str] = ("B", "kB", "MB", "GB", "TB")
-    step = 0
+    if unit == "number":
+        return f"{value:.3g}"
+    names, step = ("B", "kB", "MB", "GB", "TB"), 0
     while value >= 999.5 and step < len(names) - 1:
         value, step = value / 1000, step + 1
     return f"{value:.0f} {names[step]}" if step == 0 or value >= 99.5 else f"{value:.1f} {names[step]}"
@@ -320,8 +311,6 @@ def format_seconds(seconds: float | None) -> str:
 
 def format_time(started: object) -> str:
     """An ISO time or a Unix time as ``2026-11-20 12:05 UTC``; anything else as it is."""
-    from datetime import UTC
-
     if isinstance(started, int | float):
         return datetime.fromtimestamp(started, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
     try:

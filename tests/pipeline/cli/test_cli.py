@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import machine as doctor
+from pipeline.cli import doctor
 from pipeline.cli import main as cli
-from pipeline.cli.machine import Check, check_disk, check_packages, check_python
+from pipeline.cli.doctor import Check, check_packages, check_prefect, check_store
+from pipeline.engine import forecast
 from tests.pipeline.whole_runs.tiny_run import tiny_yaml
 
 ROOT = Path(__file__).parents[3]
@@ -136,6 +137,24 @@ def test_wrong_stages_are_refused_before_anything_runs(folder: Path, wsss_json, 
     assert not (folder / "artifacts").exists()
 
 
+@pytest.mark.parametrize("part", ["9/8", "0/8", "x", "1/0", "3/8/1"])
+def test_a_part_that_cannot_be_is_refused_at_once(wsss_json, wsss, part: str):
+    words = ("stage", "make_masks", "tiny.yaml", "--part", part)
+    message = wsss_json(*words, code=2)["error"]["message"]
+    assert (
+        message == f"Invalid value for '--part': expected I/N with I from 1 to N, such as 3/8, or any; found {part!r}"
+    )
+    assert message in wsss(*words, code=2)[1]
+
+
+def test_parts_of_a_stage_that_has_none_and_forced_parts_are_refused(wsss_json):
+    document = wsss_json("stage", "train_classifier", "tiny.yaml", "--part", "any", code=2)
+    assert "train_classifier is not built in" in document["error"]["message"]
+    assert (document["stages"], document["metrics"]) == ([], {})
+    document = wsss_json("stage", "make_masks", "tiny.yaml", "--part", "1/2", "--force", code=2)
+    assert "leave --force away" in document["error"]["message"]
+
+
 def test_a_missing_input_is_exit_3_with_the_command_to_run(wsss_json):
     document = wsss_json("stage", "make_masks", "tiny.yaml", "--set", "seed=3", "--artifacts", "my store", code=3)
     command = "wsss run tiny.yaml --set seed=3 --artifacts 'my store' --until make_attention"
@@ -220,14 +239,14 @@ def test_run_status_artifacts_and_report(folder: Path, wsss, wsss_json):
     assert Path(stage["path"], "manifest.json").is_file()
     assert document["metrics"] == {"data.num_train": 6, "data.num_val": 2}
     assert document["report"] is None, "the run has not reached its end"
-    assert err.startswith(
-        "to build:     prepare_data (8 images)\ntime:         the first run on a machine has no estimate"
-    )
+    assert err.startswith("to build:     prepare_data (not yet built here)\n")
     assert "\n1/6 prepare_data" in err
 
     out, _ = wsss("run", "tiny.yaml", "--until", "prepare_data")
     assert "1/6 prepare_data        cached" in out
-    assert "time:" not in out
+    assert "to build:" not in out
+    out, _ = wsss("run", "tiny.yaml", "--until", "prepare_data", "--force", "prepare_data")
+    assert "to build:     prepare_data (last time on this machine: " in out
     assert wsss_json("stage", "prepare_data", "tiny.yaml")["stages"][0]["state"] == "cached"
     assert wsss_json("stage", "prepare_data", "tiny.yaml", "--force")["stages"][0]["state"] == "built"
 
@@ -324,35 +343,42 @@ def test_version(wsss):
 
 
 def test_doctor_says_what_to_do_and_ends_with_4(wsss, wsss_json, monkeypatch: pytest.MonkeyPatch):
-    checks = [Check("python", "ok", "3.11.7"), Check("torch", "failed", "no torch", "install it")]
+    checks = [Check("packages", "ok", "31 requirements met"), Check("device", "failed", "no torch", "install it")]
     monkeypatch.setattr(doctor, "examine", lambda artifacts: checks)
     document = wsss_json("doctor", code=4)
-    assert document["checks"][1] == {"name": "torch", "status": "failed", "found": "no torch", "remedy": "install it"}
-    assert document["error"]["problems"] == ["torch: no torch; install it"]
+    assert document["checks"][1] == {"name": "device", "status": "failed", "found": "no torch", "remedy": "install it"}
+    assert document["error"]["problems"] == ["device: no torch; install it"]
     out, err = wsss("doctor", code=4)
-    assert "FAILED   torch     no torch  → install it" in out
+    assert "FAILED   device    no torch  → install it" in out
     assert "not fit for a run" in err
 
 
 def test_doctor_checks_find_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert check_python((3, 10, 9)).status == "failed"
-    assert check_python().status == "ok"
     found = check_packages(["numpy>=1", "numpy<1", "nosuchpackage>=2", "hypothesis>99; extra == 'dev'"])
     assert found.status == "failed"
     assert "numpy<1 (found" in found.found
     assert "nosuchpackage>=2 (found none)" in found.found
     assert found.remedy == "pip install 'numpy<1' 'nosuchpackage>=2'"
     assert check_packages(["numpy>=1"]).status == "ok"
-    assert check_disk(tmp_path / "not" / "yet").status in ("ok", "warning")
-    monkeypatch.setattr(doctor, "NO_DISK_BYTES", 1e18)
-    assert check_disk(tmp_path).status == "failed"
+    assert check_store(tmp_path / "not" / "yet").status in ("ok", "warning")
+    monkeypatch.setattr(forecast, "MIN_FREE_BYTES", 1e18)
+    failed = doctor.run_check("store", lambda: check_store(tmp_path))
+    assert (failed.status, "wsss artifacts prune" in failed.found) == ("failed", True)
+
+
+def test_doctor_asks_the_prefect_server_that_is_set(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    assert (check_prefect().status, "wsss up" in check_prefect().found) == ("ok", True)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    found = check_prefect()
+    assert (found.status, found.found.startswith("http://127.0.0.1:9/api does not answer")) == ("failed", True)
 
 
 def test_a_check_that_raises_is_a_failed_check():
     def broken() -> Check:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    found = doctor.run_check("torch", broken)
+    found = doctor.run_check("device", broken)
     assert found.status == "failed"
     assert "torchvision::nms" in found.found
     assert "constraints.txt" in found.remedy

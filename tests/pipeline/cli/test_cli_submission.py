@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.cli import main as cli
-from pipeline.config.run_config import load_config
+from pipeline.config.run_config import find_config, load_config
 from pipeline.delivery.submission import archive_command
 from pipeline.engine.plan import plan_run
 from pipeline.store.artifacts import Store
@@ -310,4 +310,4 @@ def test_the_command_is_offered_to_runs_that_predict_vocs_test_list(folder: Path
     config = folder / "tiny.yaml"
     assert archive_command(load_config(config, ["name=my.run"])) == "wsss submission CONFIG --out my.run.tar.gz"
     assert archive_command(load_config(config, ["evaluate.splits=[val]"])) is None
-    assert archive_command(load_config(Path(cli.__file__).parents[1] / "configs/demo.yaml")) is None
+    assert archive_command(load_config(find_config("demo"))) is None

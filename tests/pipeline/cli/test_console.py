@@ -8,16 +8,13 @@ from rich.console import Console
 
 from pipeline.cli.console import (
     ConsoleListener,
-    ConsoleProgress,
     make_console,
     print_end,
     print_metrics,
     print_plan,
 )
-from pipeline.engine.countdown import Countdown, Pace
-from pipeline.engine.estimate import StageEstimate
+from pipeline.engine.countdown import Pace
 from pipeline.engine.run import StageOutcome, StageStatus
-from pipeline.engine.workload import Work
 from pipeline.report.tables import describe_value
 
 STAGES = ("prepare_data", "train_classifier", "evaluate")
@@ -42,17 +39,10 @@ def outcome(stage: str, state: str = "built", seconds: float = 71.3, **metrics: 
     return StageOutcome(stage, "k" * 20, Path("artifacts"), state, seconds, named)
 
 
-def test_time_left_counts_only_the_units_of_this_process():
-    countdown = Countdown(total=100, done=60, now=0.0)
-    assert countdown.left_s(5.0) is None, "60 units were there before: nothing is known about the pace yet"
-    countdown.done = 70
-    assert countdown.left_s(5.0) == pytest.approx(15.0)  # 10 units in 5 s, 30 to go
-
-
 def test_what_comes_before_the_first_finished_unit_is_in_no_time_left():
     """A compiler's minute is not that of an image, and neither are the images that were there before."""
     pace = Pace()
-    assert pace.left_s("masks", 100, 0, 0.0) is None
+    assert pace.left_s("masks", 100, 40, 0.0) is None
     assert pace.left_s("masks", 100, 41, 60.0) is None, "one minute for 40 old images, a start and a new one"
     assert pace.left_s("masks", 100, 41, 62.0) is None
     assert pace.left_s("masks", 100, 43, 64.0) == pytest.approx(57 * 2.0)
@@ -66,7 +56,7 @@ def test_plain_progress_is_throttled_and_tells_the_time_left():
     listener.stage_started("train_classifier", "key")
     for step in range(1, 31):
         clock.now += 1.0
-        listener.progress("train", 60, step, "steps", {"loss": 0.12345})
+        listener.step("train", step, 60, unit="steps", loss=0.12345)
     lines = file.getvalue().splitlines()
     assert len(lines) == 3, "30 updates in 30 s, one line every 10 s"
     # the pace counts from the first update on: 9 steps in 9 s, 50 to go
@@ -76,9 +66,9 @@ def test_plain_progress_is_throttled_and_tells_the_time_left():
 def test_a_new_task_starts_a_new_countdown():
     listener, clock, file = make()
     listener.stage_started("evaluate", "key")
-    listener.progress("single scale", 10, 0, "images", {})
+    listener.step("single scale", 0, 10)
     clock.now += 11
-    listener.progress("multi-scale", 10, 0, "images", {})
+    listener.step("multi-scale", 0, 10)
     assert file.getvalue() == "  3/3 evaluate: multi-scale 0/10 images\n"
 
 
@@ -108,7 +98,7 @@ def test_stage_lines_show_state_seconds_and_the_headline():
 def test_a_terminal_gets_a_bar_that_is_taken_away():
     listener, _, file = make(is_terminal=True)
     listener.stage_started("train_classifier", "key")
-    listener.progress("train", 60, 30, "steps", {"loss": 0.5})
+    listener.step("train", 30, 60, unit="steps", loss=0.5)
     listener.stage_finished(outcome("train_classifier"))
     text = file.getvalue()
     assert "30/60" in text
@@ -120,10 +110,10 @@ def test_a_terminal_gets_a_bar_that_is_taken_away():
 def test_markup_in_what_a_stage_says_is_text():
     listener, clock, file = make()
     listener.stage_started("evaluate", "key")
-    listener.log("warning", "class [bold]dog[/bold] is dead")
-    listener.log("output", "[/]")
+    listener.warn("class [bold]dog[/bold] is dead")
+    listener.output("[/]")
     clock.now += 20
-    listener.progress("[red]x", 2, 1, "images", {})
+    listener.step("[red]x", 1, 2)
     assert file.getvalue().splitlines() == [
         "  evaluate: warning: class [bold]dog[/bold] is dead",
         "  evaluate: [/]",
@@ -131,15 +121,15 @@ def test_markup_in_what_a_stage_says_is_text():
     ]
 
 
-def test_progress_of_this_process_reaches_the_listener():
+def test_a_stage_function_in_this_process_reports_to_the_listener_itself():
     listener, clock, file = make()
-    progress = ConsoleProgress(listener, "data check")
-    progress.begin("decode", total=4, done=1)
+    listener.stage_started("data check")
+    listener.step("decode", 1, 4)
     clock.now += 10
-    progress.advance(2)
-    progress.info("a line")
-    progress.warn("two masks are empty")
-    assert progress.warnings == ["two masks are empty"]
+    listener.step("decode", 3, 4)
+    listener.info("a line")
+    listener.warn("two masks are empty")
+    assert listener.warnings == ["two masks are empty"]
     assert file.getvalue().splitlines() == [
         "  data check: decode 3/4 images",
         "  data check: a line",
@@ -153,37 +143,17 @@ def test_plan_says_what_is_built_and_what_is_there():
         StageStatus(stage, state, None, None)
         for stage, state in (("a", "cached"), ("b", "cached"), ("c", "partial"), ("d", "skipped"), ("e", "damaged"))
     ]
-    print_plan(console, stages, forced=9)
-    assert [line.split(":") for line in file.getvalue().splitlines()] == [
-        ["in the store", " a, b"],
-        ["to continue", "  c"],
-        ["not needed", "   d"],
-        ["to build", "     e"],
+    seconds = {"b": 2.0, "c": 185.0}
+    print_plan(console, stages, forced=9, last_time=seconds.get)
+    assert file.getvalue().splitlines() == [
+        "in the store: a, b",
+        "to continue:  c (last time on this machine: 3 min 05 s)",
+        "not needed:   d",
+        "to build:     e (not yet built here)",
     ]
     file.truncate(file.seek(0))
-    print_plan(console, stages, forced=1)
-    assert "to build:     b, c, e" in file.getvalue()
-
-
-def test_plan_with_an_estimate_says_work_time_and_disk():
-    console = Console(file=(file := io.StringIO()), width=200)
-    stages = [
-        StageStatus("prepare_data", "cached", None, None),
-        StageStatus("train_classifier", "partial", None, None),
-        StageStatus("make_masks", "missing", None, None),
-    ]
-    found = {
-        "train_classifier": StageEstimate(Work(480, "steps", 1.0, ()), 170.0, is_begun=True),
-        "make_masks": StageEstimate(Work(1032, "images", 1.0, (), 12.34e6), 430.0, is_begun=False),
-    }
-    print_plan(console, stages, forced=9, found=found)
-    assert file.getvalue().splitlines() == [
-        "in the store: prepare_data",
-        "to continue:  train_classifier (480 steps, at most about 3 min)",
-        "to build:     make_masks (1,032 images, about 7 min)",
-        "time:         at most about 10 min in all, going by earlier runs on this machine",
-        "disk:         at most about 12 MB (12 MB masks), without train_classifier, whose size is unknown",
-    ]
+    print_plan(console, stages, forced=1, last_time=seconds.get)
+    assert "to build:     b (last time on this machine: 2.0 s), c (last time on this machine" in file.getvalue()
 
 
 def test_intervals_stand_beside_their_metric():

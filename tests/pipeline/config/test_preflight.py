@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.advice import config_warnings
 from pipeline.config.network_check import check_networks, needs_check
-from pipeline.config.preflight import config_warnings, preflight
+from pipeline.config.preflight import preflight
 from pipeline.config.run_config import RunConfig, find_config, shipped_configs
 from pipeline.config.yaml_models import load_model
 from pipeline.engine.plan import plan_run

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.preflight import config_warnings
+from pipeline.config.advice import config_warnings
 from pipeline.config.run_config import RunConfig, find_config
 from pipeline.config.yaml_models import load_model
 from pipeline.engine.plan import plan_run

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report.scored_runs import ScoredRun
+from pipeline.report.comparison import ScoredRun
 from pipeline.store.artifacts import Artifact, Store
 from stages.contracts import ClassList, ImageIndex, ImageRecord, write_json
 from stages.ops.metrics.confusion import SparseConfusions, mean_iou, write_confusions

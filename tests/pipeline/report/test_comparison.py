@@ -5,9 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.report.comparison import ScoreRow, compare_runs
-from pipeline.report.comparison_text import difference_text, value_text
-from pipeline.report.scored_runs import ScoredRun
+from pipeline.report.comparison import ScoredRun, ScoreRow, compare_runs, difference_text, value_text
 from stages.contracts import ImageRecord
 from stages.errors import InputError
 from stages.ops.metrics.bootstrap import Interval, interval, mean_over_classes, resample_iou

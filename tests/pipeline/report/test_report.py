@@ -15,13 +15,22 @@ import pytest
 from PIL import Image
 
 from pipeline.report.charts import line_chart, nice_ticks
-from pipeline.report.examples import find_attention, load_scored_examples, load_training_examples, score_images
-from pipeline.report.page import _loss_chart, _watch_charts, build_report
-from pipeline.report.picture_sections import write_picture_grid
-from pipeline.report.pictures import colour_css, colour_mask, mask_uri, overlay_heat, photo_uri
-from pipeline.report.step_rows import STEPS
+from pipeline.report.page import _history_charts, build_report
+from pipeline.report.pictures import (
+    PALETTE,
+    colour_css,
+    find_attention,
+    load_confusions,
+    load_scored_examples,
+    load_training_examples,
+    overlay_heat,
+    picture_uri,
+    score_images,
+    write_picture_grid,
+)
 from pipeline.report.tables import (
     STAGE_MEANINGS,
+    STEPS,
     class_table,
     format_seconds,
     format_time,
@@ -424,9 +433,7 @@ def test_equal_runs_give_equal_pages(artifacts, tmp_path):
 
 
 def test_score_images_matches_hand_computation(artifacts):
-    from stages.ops.metrics.confusion import read_confusions
-
-    scores = score_images(read_confusions(artifacts["evaluate"] / "confusions.npz")["segmenter"])
+    scores = score_images(load_confusions(artifacts), "segmenter")
     assert scores == pytest.approx({f"v.{letter}": expected_miou(letter) for letter in RESULT_COLUMNS})
     assert scores["v.a"] == 1.0
     assert scores["v.e"] == 0.25  # no object found: (0 + 16/32) / 2
@@ -485,7 +492,7 @@ def decode(uri: str) -> Image.Image:
 
 def test_mask_uri_keeps_indices_and_palette():
     mask = object_mask(2, 5)
-    picture = decode(mask_uri(mask, 200))
+    picture = decode(picture_uri(mask, 200))
     assert picture.mode == "P"
     np.testing.assert_array_equal(np.asarray(picture), mask)
     np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), voc_palette()[mask])
@@ -494,11 +501,11 @@ def test_mask_uri_keeps_indices_and_palette():
 def test_pictures_shrink_to_the_longest_side_and_masks_gain_no_value():
     mask = np.zeros((300, 400), dtype=np.uint8)
     mask[:, 200:] = 15
-    picture = decode(mask_uri(mask, 200))
+    picture = decode(picture_uri(mask, 200))
     assert picture.size == (200, 150)
     assert set(np.unique(np.asarray(picture))) == {0, 15}
-    assert decode(photo_uri(np.zeros((300, 400, 3), np.uint8), 200)).size == (200, 150)
-    assert decode(photo_uri(np.zeros((30, 40, 3), np.uint8), 200)).size == (40, 30)
+    assert decode(picture_uri(np.zeros((300, 400, 3), np.uint8), 200)).size == (200, 150)
+    assert decode(picture_uri(np.zeros((30, 40, 3), np.uint8), 200)).size == (40, 30)
 
 
 def test_overlay_heat_is_warm_at_the_peak_and_cold_without_evidence():
@@ -519,7 +526,7 @@ def test_overlay_heat_is_warm_at_the_peak_and_cold_without_evidence():
 def test_colours_are_vocs():
     assert colour_css(1) == "#800000"
     assert colour_css(15) == "#c08080"
-    assert colour_mask(np.full((1, 1), 255, np.uint8)).tolist() == [[[224, 224, 192]]]
+    assert PALETTE[255].tolist() == [224, 224, 192]
 
 
 def test_picture_grid_puts_each_picture_in_its_column(artifacts, tmp_path):
@@ -596,13 +603,13 @@ def test_metric_that_is_not_finite_is_a_dash():
     assert (row.text, row.bar) == ("–", None)
 
 
-def test_stage_rows_cover_the_whole_road():
+def test_stage_rows_cover_every_stage():
     content = {"key": "k", "files": {"a": {"size": 1_200_000}, "b": {"size": 300_000}}}
     manifests = {"evaluate": {"content": content, "run": {"seconds": 2.0, "started": None}}}
     rows = stage_rows(manifests, {"evaluate": "resumed"})
-    assert [row.name for row in rows] == list(STAGE_MEANINGS)
-    assert [row.state for row in rows] == ["skipped"] * 5 + ["resumed"]
-    assert (rows[-1].size, rows[-1].seconds) == ("1.5 MB", "2.0 s")
+    assert [row["name"] for row in rows] == list(STAGE_MEANINGS)
+    assert [row["state"] for row in rows] == ["skipped"] * 5 + ["resumed"]
+    assert (rows[-1]["size"], rows[-1]["seconds"]) == ("1.5 MB", "2.0 s")
 
 
 @pytest.mark.parametrize(
@@ -632,29 +639,29 @@ def test_nice_ticks(low, high, ticks):
 
 def test_line_chart_places_points_and_skips_what_is_not_finite():
     chart = line_chart("t", x_label="x", y_label="y", x=[0, 1, 2], lines={"a": [0.0, float("nan"), 1.0]})
-    assert chart.curves[0].points == "58.0,222.0 504.0,16.0"
-    assert [tick.text for tick in chart.y_ticks] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert chart["curves"][0]["points"] == "58.0,222.0 504.0,16.0"
+    assert [tick["text"] for tick in chart["y_ticks"]] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
 
 
 def test_line_chart_thins_long_histories_and_keeps_the_last_point():
     steps = list(range(10_001))
     chart = line_chart("t", x_label="x", y_label="y", x=steps, lines={"a": [1.0] * len(steps)})
-    points = chart.curves[0].points.split()
+    points = chart["curves"][0]["points"].split()
     assert len(points) <= 402
     assert points[-1] == "504.0,16.0"
 
 
 def test_line_chart_survives_flat_and_single_values():
     chart = line_chart("t", x_label="x", y_label="y", x=[1.0], lines={"a": [0.0]}, faint={"r": [0.0]})
-    assert chart.curves[1].points == "58.0,222.0"
+    assert chart["curves"][1]["points"] == "58.0,222.0"
 
 
 def test_line_chart_goes_below_zero_where_a_value_does():
     chart = line_chart("t", x_label="x", y_label="y", x=[0, 1], lines={"a": [-2.0, 4.0]})
-    low, high = (tuple(map(float, point.split(","))) for point in chart.curves[0].points.split())
-    texts = [tick.text for tick in chart.y_ticks]
+    low, high = (tuple(map(float, point.split(","))) for point in chart["curves"][0]["points"].split())
+    texts = [tick["text"] for tick in chart["y_ticks"]]
     assert texts[0] == "-2"
-    assert low[1] == pytest.approx(chart.y_ticks[0].at, abs=0.1)
+    assert low[1] == pytest.approx(chart["y_ticks"][0]["at"], abs=0.1)
     assert low[1] > high[1]
 
 
@@ -663,7 +670,7 @@ def test_marks_have_colours_that_no_line_has():
     for names, styles in ((["a"], ["mark-0", "mark-1"]), (["a", "b"], ["mark-1", "mark-2"])):
         chosen = {name: lines[name] for name in names}
         chart = line_chart("t", x_label="x", y_label="y", x=[0, 1], lines=chosen, marks={"m": 0.5, "n": 1.0})
-        assert [mark.style for mark in chart.marks] == styles  # mark-n is drawn in the colour of line-(n + 1)
+        assert [mark["style"] for mark in chart["marks"]] == styles  # mark-n is drawn in the colour of line-(n + 1)
 
 
 def test_what_a_method_watches_stands_on_charts_of_its_own():
@@ -671,11 +678,11 @@ def test_what_a_method_watches_stands_on_charts_of_its_own():
         {"step": n, "epoch": n, "learning_rate": 0.1, "loss": 1.0, "peak_logit": 9.0, "recall": 0.5, "mined": 0.4}
         for n in (1, 2)
     ]
-    assert [curve.name for curve in _loss_chart("Classifier", history).curves if "rate" not in curve.name] == ["loss"]
-    logit, share = _watch_charts("Classifier", history)
-    assert (logit.title, logit.y_label) == ("Classifier: peak logit", "logit")
-    assert {curve.name for curve in share.curves} == {"recall", "mined"}
-    assert _watch_charts("Segmenter", [{"step": 1, "epoch": 1, "loss": 1.0}]) == []
+    loss, logit, share = _history_charts("Classifier", history)
+    assert [curve["name"] for curve in loss["curves"] if "rate" not in curve["name"]] == ["loss"]
+    assert (logit["title"], logit["y_label"]) == ("Classifier: peak logit", "logit")
+    assert {curve["name"] for curve in share["curves"]} == {"recall", "mined"}
+    assert len(_history_charts("Segmenter", [{"step": 1, "epoch": 1, "loss": 1.0}])) == 1
 
 
 def test_held_out_images_have_a_chart(artifacts, tmp_path):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.preflight import config_warnings, preflight
+from pipeline.config.advice import config_warnings
+from pipeline.config.preflight import preflight
 from pipeline.config.run_config import RunConfig, find_config
 from pipeline.config.yaml_models import load_model
 from pipeline.engine.plan import plan_run
 from pipeline.engine.stage_table import TABLE
-from pipeline.engine.workload import DataFacts, count_work
 from pipeline.report.tables import METRICS, metric_rows
 from stages.contracts import SilentProgress
 from stages.data.check import check_data
@@ -101,22 +101,6 @@ def test_another_size_than_in_training_is_remarked_on() -> None:
         "train_classifier.augment.short_side_px is 128 and evaluate.localization.short_side_px is null (the file's "
         "size)"
     ]
-
-
-def test_work_is_the_images_of_val_times_the_views(tmp_path: Path) -> None:
-    data = DataFacts(1000, 0, 0, 200, 0, 0, 1000, mean_px=100.0)
-
-    def work(*overrides: str):
-        plan = plan_run(config(*overrides), tmp_path / "digests.json")
-        found = count_work(plan.contents["evaluate"], plan.contents, data)
-        assert found is not None
-        return found
-
-    only = work(*ONLY, "evaluate.localization={scales: [1.0, 2.0], flip: true}")
-    assert (only.count, only.unit, only.cost) == (200, "images", 200 * 10 * 100.0)
-    both, without = work("evaluate.localization={}"), work()
-    assert both.cost == (without.cost or 0) + 200 * 100.0
-    assert both.path == (*without.path, *only.path)
 
 
 def test_every_metric_has_a_row_of_its_own() -> None:

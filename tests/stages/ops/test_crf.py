@@ -191,7 +191,7 @@ def test_without_pydensecrf_auto_takes_torch_and_an_explicit_wish_fails(monkeypa
 
 
 def test_doctor_lets_the_backend_of_this_machine_refine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.cli.machine import check_crf
+    from pipeline.cli.doctor import check_crf
 
     monkeypatch.setattr(crf, "has_cuda", lambda: False)
     found = check_crf()

@@ -11,7 +11,7 @@ from rich.console import Console
 from pipeline.cli.console import print_metrics
 from pipeline.engine.outcomes import StageOutcome
 from pipeline.flows.summary import summarise_run
-from pipeline.report.step_rows import STEPS, step_label, step_rows
+from pipeline.report.tables import STEPS, step_label, step_rows
 
 METRICS: dict[str, Any] = {
     "masks.miou": 0.432,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config.idle_options import idle_options
+from pipeline.config.advice import idle_options
 from pipeline.config.run_config import RunConfig, find_config, load_config, shipped_configs
 
 

@@ -21,7 +21,7 @@ from pipeline.engine.countdown import Pace
 from pipeline.report.tables import STEP_HEAD, describe_value, format_seconds, metric_rows, step_rows
 
 if TYPE_CHECKING:
-    from pipeline.engine.run import StageOutcome, StageStatus
+    from pipeline.engine.outcomes import StageOutcome, StageStatus
 
 PLAIN_LINE_EVERY_S = 10.0
 """Least time between two progress lines where there is no terminal."""
@@ -29,7 +29,6 @@ PLAIN_LINE_EVERY_S = 10.0
 STATE_STYLES: Mapping[str, str] = {
     "built": "green",
     "resumed": "green",
-    "helped": "green",
     "cached": "cyan",
     "skipped": "dim",
     "failed": "bold red",
@@ -133,29 +132,6 @@ class ConsoleListener:
         if stage not in self._stages:
             return stage
         return f"{self._stages.index(stage) + 1}/{len(self._stages)} {stage}"
-
-    # -- for callers that still speak the two older protocols ---------------------------------------------------------
-
-    _counted: tuple[str, int, int, str] = ("", 0, 0, "")
-
-    def begin(self, task: str, *, total: int, done: int = 0, unit: str = "images") -> None:
-        """As ``step``, without showing anything yet."""
-        self._counted = (task, done, total, unit)
-
-    def advance(self, count: int = 1, **values: float) -> None:
-        """As ``step``, with what was begun."""
-        task, done, total, unit = self._counted
-        self._counted = (task, done + count, total, unit)
-        self.step(task, done + count, total, unit=unit, **values)
-
-    def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
-        """As ``step``."""
-        self.step(task, done, total, unit=unit, **values)
-
-    def log(self, level: str, text: str) -> None:
-        """As ``info``, ``warn`` or ``output``; main prints the traceback of a fault when it ends the command."""
-        if level != "error":
-            {"warning": self.warn, "output": self.output}.get(level, self.info)(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -154,9 +154,10 @@ def check_store(artifacts: str | Path) -> Check:
     from pipeline.engine.forecast import check_space
     from pipeline.store.artifacts import open_store
     from pipeline.store.locks import USE_LEASES
-    from pipeline.store.remote_store import RemoteStore
 
     store = open_store(artifacts)
+    if store.is_mirrored:
+        store.check_visible()
     check_space(store)
     folder = store.root.absolute()
     while not folder.exists():
@@ -165,14 +166,14 @@ def check_store(artifacts: str | Path) -> Check:
         return Check("store", "failed", f"{folder} cannot be written", "choose another folder with --artifacts DIR")
     free = shutil.disk_usage(folder).free
     room = f"{free / 1e9:.1f} GB free under {folder}"
-    is_remote = isinstance(store, RemoteStore)
-    if is_remote or store.root.exists():
+    if store.is_mirrored or store.root.exists():
         lock = store.lock("doctor", "check")
         if lock.try_acquire():
             lock.check_held()
             lock.release()
-        kind = "leases" if is_remote or (store.root / ".locks" / USE_LEASES).exists() else "flock"
-        found = f"{store.location}: locked by {kind}, {room}"
+        kind = "leases" if (store.root / ".locks" / USE_LEASES).exists() else "flock"
+        cache = f" under {store.root}, mirrored" if store.is_mirrored else ""
+        found = f"{store.location}: locked by {kind}{cache}, {room}"
     else:
         found = f"{store.location} is made with the first artifact, {room}"
     if free < LOW_DISK_BYTES:

@@ -19,7 +19,7 @@ import typer
 if TYPE_CHECKING:
     from pipeline.cli.console import ConsoleListener
     from pipeline.config.run_config import RunConfig
-    from pipeline.engine.run import StageOutcome
+    from pipeline.engine.outcomes import StageOutcome
 
 INTERRUPTED = 130
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import re
 import time
 from datetime import datetime
 from functools import partial
@@ -23,15 +22,6 @@ class EngineName(enum.StrEnum):
     AUTO = "auto"
     LOCAL = "local"
     PREFECT = "prefect"
-
-
-def _check_part(text: str | None) -> str | None:
-    if text is None or text == "any":
-        return text
-    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise typer.BadParameter(f"expected I/N with I from 1 to N, such as 3/8, or any; found {text!r}")
-    return text
 
 
 def run(
@@ -57,8 +47,7 @@ def run(
     from pipeline.cli.console import ConsoleListener, make_console, print_end, print_metrics, print_plan
     from pipeline.delivery.submission import archive_command
     from pipeline.engine.forecast import last_time
-    from pipeline.engine.plan import plan_run
-    from pipeline.engine.run import stage_positions, status
+    from pipeline.engine.run import Run, stage_positions
     from pipeline.engine.stage_table import TABLE
     from pipeline.flows.engines import RunCall, execute, resolve_engine
     from pipeline.report.page import ensure_report
@@ -66,13 +55,13 @@ def run(
 
     store = open_store(artifacts)
     first, last, forced = stage_positions(TABLE, from_, until, force or ())
-    plan = plan_run(run_config, store.digest_cache)
     console = make_console(is_json=output.is_json)
-    stages = status(run_config, store, plan=plan)[: last + 1]
+    invocation = write_invocation(config, overrides, artifacts)
+    listener = ConsoleListener(console, TABLE.names)
+    described = Run(run_config, store, listener=listener, invocation=invocation)
+    stages, plan = described.status()[: last + 1], described.plan
     known = partial(last_time, store, device=run_config.runtime.device)
     print_plan(console, stages, forced=max(first, forced), last_time=known)
-    listener = ConsoleListener(console, plan.table.names)
-    invocation = write_invocation(config, overrides, artifacts)
     call = RunCall(
         config, tuple(overrides or ()), run_config, plan, store, invocation, from_, until, tuple(force or ())
     )
@@ -101,7 +90,6 @@ def stage(
         typer.Option(
             "--part",
             metavar="I/N|any",
-            callback=_check_part,
             help="Build part I of N alone, or every part that nobody holds; a run of the stage puts them together.",
         ),
     ] = None,
@@ -116,22 +104,23 @@ def stage(
     run_config = load_run(config, overrides)
 
     from pipeline.cli.console import ConsoleListener, make_console, print_end, print_metrics
-    from pipeline.engine.run import help_with, run_stage
+    from pipeline.engine.run import Run
     from pipeline.engine.stage_table import STAGES
     from pipeline.store.artifacts import open_store
 
     store, console = open_store(artifacts), make_console(is_json=output.is_json)
     listener = ConsoleListener(console, STAGES)
-    invocation = write_invocation(config, overrides, artifacts)
+    described = Run(run_config, store, listener=listener, invocation=write_invocation(config, overrides, artifacts))
     try:
-        if part is not None:
-            num_parts = help_with(name, run_config, store, listener=listener, invocation=invocation)
-            console.print(f"{name}: {num_parts} part{'' if num_parts == 1 else 's'} built here", markup=False)
-            return
-        outcome = run_stage(name, run_config, store, force=force, listener=listener, invocation=invocation)
+        num_parts = 0 if part is None else described.help_with(name, part)
+        outcome = described.run_stage(name, force=force) if part is None else None
     finally:
         listener.close()
         output.document = run_document(config, stages=listener.outcomes)
+    if outcome is None:
+        output.document |= {"num_parts": num_parts}
+        console.print(f"{name}: {num_parts} part{'' if num_parts == 1 else 's'} built here", markup=False)
+        return
     output.document = run_document(config, outcome.run_id, outcome.stages)
     print_metrics(console, outcome.metrics)
     print_end(console, [(name, text) for text in outcome.stages[0].warnings], None)
@@ -149,11 +138,11 @@ def status(
     output.document = {"config": config, "stages": []}
     run_config = load_run(config, overrides)
 
-    from pipeline.engine.run import status as read_status
+    from pipeline.engine.run import Run
     from pipeline.report.tables import format_seconds, format_value
     from pipeline.store.artifacts import open_store
 
-    for found in read_status(run_config, open_store(artifacts)):
+    for found in Run(run_config, open_store(artifacts)).status():
         built_at = found.built_at
         age_s = None if built_at is None else round(time.time() - datetime.fromisoformat(built_at).timestamp(), 1)
         output.document["stages"].append(
@@ -185,13 +174,14 @@ def report(
     output.document = {"config": config, "report": None}
     run_config = load_run(config, overrides)
 
-    from pipeline.engine.run import finished_artifacts
+    from pipeline.engine.run import Run
     from pipeline.report.page import report_path, write_report
     from pipeline.store.artifacts import open_store
     from stages.errors import MissingArtifactError
 
     store = open_store(artifacts)
-    plan, found = finished_artifacts(run_config, store)
+    finished = Run(run_config, store)
+    plan, found = finished.plan, finished.finished_artifacts()
     if "prepare_data" not in found:
         command = f"wsss run {write_invocation(config, overrides, artifacts)}"
         raise MissingArtifactError(f"nothing of {config} is in {artifacts} yet; build it with: {command}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.engine.run import finished_artifacts
+from pipeline.engine.run import Run
 from stages.contracts import open_image_set, write_atomic
 from stages.data.adapters.voc import VOC_CLASSES, VocConfig
 from stages.data.records import some
@@ -67,7 +67,8 @@ def submit_run(run: RunConfig, store: Store, invocation: str, out: Path, *, comp
     """
     _check_name(out)
     _require_test_split(run, _require_voc(run), invocation)
-    plan, found = finished_artifacts(run, store)
+    finished = Run(run, store)
+    plan, found = finished.plan, finished.finished_artifacts()
     if not {"prepare_data", "evaluate"} <= set(found):
         raise MissingArtifactError(
             f"the test images have not been predicted yet; predict them with: wsss run {invocation}"
@@ -152,7 +153,8 @@ def expected_of_run(run: RunConfig, store: Store, invocation: str) -> Expected:
     """
     if _require_voc(run).test_list is None:
         raise ConfigError("data.test_list is null, so there is nothing to compare with; set data.test_list=test")
-    plan, found = finished_artifacts(run, store)
+    finished = Run(run, store)
+    plan, found = finished.plan, finished.finished_artifacts()
     if "prepare_data" not in found:
         command = f"wsss run {invocation} --until prepare_data"
         raise MissingArtifactError(f"the images have not been indexed yet; index them with: {command}")

@@ -115,10 +115,7 @@ class Child:
                     self._process.wait(_EXIT_S)
                 return message
             if message["event"] == "error":
-                error = from_message(message)
-                if isinstance(error, InternalFailure) and error.trace:
-                    listener.output(error.trace)
-                raise error
+                raise from_message(message)
         raise self._unanswered()
 
     def _messages(self, listener: Listener) -> Iterator[dict[str, Any]]:

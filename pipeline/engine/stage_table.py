@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from stages.data.subsets import hold_out
 
 from pipeline.config.advice import config_warnings
 from pipeline.config.network_check import check_networks, needs_check
@@ -22,7 +21,7 @@ from pipeline.config.yaml_models import did_you_mean
 from stages.contracts import Progress, StageResult, open_image_set
 from stages.data.config import DataConfig
 from stages.data.listing import DataDigests, DataListing, DataView, digest_data
-from stages.data.subsets import choose_sweep_images, sweep_key_content
+from stages.data.subsets import choose_sweep_images, hold_out, sweep_key_content
 from stages.errors import ConfigError
 from stages.evaluate import EvaluateConfig, PseudoMasks
 from stages.make_masks import MakeMasksConfig

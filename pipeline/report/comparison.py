@@ -140,7 +140,7 @@ def find_scored_run(word: str, store: Store) -> ScoredRun:
             f"the evaluation of {word} ({STAGE} {key}) is not in {store.location}; build it with: {command}"
         )
     artifact = store.require(STAGE, key)
-    prepared = artifact.content.get("inputs", {}).get("prepare_data", "")
+    prepared = artifact.run.get("upstream", {}).get("prepare_data", "")
     has_index = bool(prepared) and store.lookup("prepare_data", prepared) is not None
     index = _read_index(store.require("prepare_data", prepared).path) if has_index else None
     return _read_files(word, _title(name, key), key, artifact.path, index)
@@ -179,9 +179,10 @@ def _find_key(word: str, store: Store) -> tuple[str, str]:
 def _read_folder(word: str, path: Path) -> ScoredRun:
     if not (path / _COUNTS).is_file():
         raise InputError(f"{word} is no folder of an {STAGE} artifact: it has no {_COUNTS}; name one, or a config")
-    content = read_json(path / MANIFEST).get("content", {}) if (path / MANIFEST).is_file() else {}
-    prepared = path.resolve().parent.parent / "prepare_data" / content.get("inputs", {}).get("prepare_data", "none")
-    key = str(content.get("key", path.resolve().name))
+    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
+    upstream = manifest.get("run", {}).get("upstream", {})
+    prepared = path.resolve().parent.parent / "prepare_data" / upstream.get("prepare_data", "none")
+    key = str(manifest.get("content", {}).get("key", path.resolve().name))
     return _read_files(word, key[:8], key, path, _read_index(prepared))
 
 

@@ -37,7 +37,7 @@ from stages.contracts import (
     write_atomic,
 )
 from stages.errors import WsssError
-from stages.masks.steps import read_steps
+from stages.masks.mask_files import read_steps
 from stages.ops.metrics.confusion import SparseConfusions, read_confusions
 
 NUM_TRAINING_EXAMPLES = 8

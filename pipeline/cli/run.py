@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,8 @@ def run(
     from pipeline.engine.plan import plan_run
     from pipeline.engine.run import stage_positions, status
     from pipeline.engine.stage_table import TABLE
-    from pipeline.flows.engines import RunCall, execute, resolve_engine
+    from pipeline.flows.embedded_server import run_on_prefect
+    from pipeline.flows.engine_shim import Run
     from pipeline.store.artifacts import open_store
 
     store = open_store(artifacts)
@@ -72,11 +74,13 @@ def run(
     print_plan(console, stages, forced=forced_from, found=estimate(plan, store, stages, forced=forced_from))
     listener = ConsoleListener(console, plan.table.names)
     invocation = write_invocation(config, overrides, artifacts)
-    call = RunCall(
-        config, tuple(overrides or ()), run_config, plan, store, invocation, from_, until, tuple(force or ())
-    )
+    call = Run(run_config, store, listener, invocation, plan)
+    is_local = engine is EngineName.LOCAL or (engine is EngineName.AUTO and not os.environ.get("PREFECT_API_URL"))
     try:
-        outcome = execute(call, resolve_engine(engine.value), listener)
+        if is_local:
+            outcome = call.run_pipeline(from_=from_, until=until, force=force or ())
+        else:
+            outcome = run_on_prefect(call, config, overrides or (), from_=from_, until=until, force=force or ())
     finally:
         listener.close()
         output.document = run_document(config, stages=listener.outcomes)

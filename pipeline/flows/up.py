@@ -171,11 +171,23 @@ def down(home: Path, say: Say) -> dict[str, Any]:
         keeper = Keeper(home, say)
         running = keeper.processes()
         workers = [name for name in running if name != SERVER]
-        if workers:  # before the server, which hears from them how their runs ended
+        if (
+            workers
+        ):  # first the runs: told to end they say so to the server, and a worker would kill them without a word
+            pids = ",".join(str(running[name]["pid"]) for name in workers)
+            with contextlib.suppress(EnvironmentFailure, OSError):  # there is none
+                keeper.run("pkill", "-TERM", "-P", pids)
+                end = time.monotonic() + 20.0
+                while (
+                    subprocess.run(["pgrep", "-P", pids], stdout=subprocess.DEVNULL).returncode == 0
+                    and time.monotonic() < end
+                ):
+                    time.sleep(0.2)
             keeper.run("supervisorctl", "-c", str(keeper.file), "stop", *workers)
         if running:
             keeper.run("supervisorctl", "-c", str(keeper.file), "shutdown")
-        while keeper.processes():
+        end = time.monotonic() + 60.0
+        while running and keeper.pid_file.exists() and time.monotonic() < end:
             time.sleep(0.1)
     return {"ended": sorted(name for name, process in running.items() if process["pid"]), "home": home}
 
@@ -185,8 +197,8 @@ class Keeper:
 
     def __init__(self, home: Path, say: Say) -> None:
         """Look at ``home``; say each command that is run."""
-        self.file, self.logs, self._home, self._say = home / "supervisord.conf", home / "logs", home, say
-        self._socket = home / "supervisord.sock"
+        self.file, self.pid_file, self.logs = home / "supervisord.conf", home / "supervisord.pid", home / "logs"
+        self._socket, self._say = home / "supervisord.sock", say
         if len(str(self._socket)) > 100:  # the system's limit is 108
             name = hashlib.sha256(str(home).encode()).hexdigest()[:16]
             self._socket = Path(tempfile.gettempdir()) / f"wsss-{os.getuid()}-{name}.sock"
@@ -214,14 +226,14 @@ class Keeper:
             "logs": self.logs,
             "file": self.file,
             "socket": self._socket,
-            "pid_file": self._home / "supervisord.pid",
+            "pid_file": self.pid_file,
         }
         text = CONFIG.format(**names)
         for name, (command, variables) in programs.items():
             self._say(f"# kept by supervisord: {variables} {command}".replace("  ", " "))
-            command = command.replace("prefect", str(_program("prefect")), 1)
+            command = command.replace("prefect", shlex.quote(str(_program("prefect"))), 1)
             text += PROGRAM.format(name=name, command=command, variables=variables, logs=self.logs)
-        self.file.write_text(f"; {json.dumps(state)}\n{text.replace('%', '%%')}", encoding="utf-8")
+        self.file.write_text(f"; {json.dumps(state)}\n{text}", encoding="utf-8")
 
     def run(self, *words: str) -> None:
         """Print a command and run it.
@@ -238,7 +250,9 @@ class Keeper:
 
 
 def _program(name: str) -> Path:
-    return Path(sys.executable).with_name(name)
+    """A program of our environment, or one of the system's."""
+    ours = Path(sys.executable).with_name(name)
+    return ours if ours.exists() else Path(name)
 
 
 @contextlib.contextmanager

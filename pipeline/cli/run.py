@@ -62,7 +62,7 @@ def run(
     from pipeline.engine.plan import plan_run
     from pipeline.engine.run import stage_positions, status
     from pipeline.engine.stage_table import TABLE
-    from pipeline.flows.embedded_server import run_on_prefect
+    from pipeline.flows.embedded_server import prepared_flow
     from pipeline.flows.engine_shim import Run
     from pipeline.store.artifacts import open_store
 
@@ -80,7 +80,8 @@ def run(
         if is_local:
             outcome = call.run_pipeline(from_=from_, until=until, force=force or ())
         else:
-            outcome = run_on_prefect(call, config, overrides or (), from_=from_, until=until, force=force or ())
+            with prepared_flow() as run_flow:
+                outcome = run_flow(call, config, overrides or (), from_=from_, until=until, force=force or ())
     finally:
         listener.close()
         output.document = run_document(config, stages=listener.outcomes)

@@ -1,6 +1,6 @@
 """``wsss run --engine prefect``: the flow in this process, with a server of its own where none is configured.
 
-Prefect would start one by itself, but that one outlives a ``kill -9`` of the run.  This one ends with its parent however
+Prefect would start one by itself, but that outlives a ``kill -9`` of the run.  This one ends with its parent however
 that ends, starts while the parent imports Prefect, and is stopped only after every task run has been recorded.
 Its database stays in PREFECT_HOME (``./.prefect``): a later server there shows the finished runs.
 """
@@ -16,14 +16,14 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
 
 from pipeline.engine.outcomes import RunOutcome
 from pipeline.engine.spawn import PYTHON, find_our_code
-from pipeline.flows.engine_shim import Run
 from pipeline.flows.environment import API_URL, HOST, STARTUP_TIMEOUT_S, bypass_proxy, set_prefect_environment
 from stages.errors import EnvironmentFailure
 
@@ -37,28 +37,9 @@ _SERVER_ENVIRONMENT = {
 """What Prefect itself gives to its temporary server, and no block types."""
 
 
-def run_on_prefect(
-    run: Run,
-    config: str,
-    overrides: Sequence[str],
-    *,
-    from_: str | None = None,
-    until: str | None = None,
-    force: Sequence[str] = (),
-) -> RunOutcome:
-    """Run the flow ``wsss`` in this process, at PREFECT_API_URL or with a server of its own.
-
-    Args:
-        run: The loaded run.
-        config: As the user wrote it.
-        overrides: Of the config.
-        from_: First stage.
-        until: Last stage.
-        force: Stages to rebuild.
-
-    Raises:
-        WsssError: the first failure.
-    """
+@contextlib.contextmanager
+def prepared_flow() -> Iterator[Callable[..., RunOutcome]]:
+    """``flows.run_flow``, when Prefect is imported and a server answers: that of PREFECT_API_URL, or one of our own."""
     set_prefect_environment()
     is_own = not os.environ.get(API_URL)
     with embedded_server(Path(os.environ["PREFECT_HOME"])) if is_own else contextlib.nullcontext() as wait:
@@ -66,7 +47,7 @@ def run_on_prefect(
 
         if wait is not None:
             wait()
-        return run_flow(run, config, overrides, from_=from_, until=until, force=force, is_server_ending=is_own)
+        yield partial(run_flow, is_server_ending=is_own)
 
 
 @contextlib.contextmanager

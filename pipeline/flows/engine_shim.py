@@ -1,3 +1,4 @@
+# ruff: noqa: D102
 """The engine's coming interface over today's functions; goes when the engine has it."""
 
 from __future__ import annotations

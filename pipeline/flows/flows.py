@@ -172,8 +172,8 @@ def _ended(body: Callable[[], RunOutcome | int]) -> State[Any]:
     starts = this_flow_run.run_count or 1
     if starts > MAX_STARTS:
         return Failed(
-            message=f"given up: this is start {starts} of a run that ended {starts - 1} times without a result; see its "
-            "logs and those of its worker, then submit a new run: it goes on from what is in the store"
+            message=f"given up: this is start {starts} of a run that ended {starts - 1} times without a result; see "
+            "its logs and its worker's, then submit a new run: it goes on from what is in the store"
         )
     try:
         result = body()

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 from xmlrpc.client import ServerProxy
@@ -64,7 +64,6 @@ supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
 PROGRAM = """\
 [program:{name}]
 command={command}
-environment={variables}
 autorestart=true
 startsecs=5
 startretries=1000
@@ -91,7 +90,6 @@ class UpCall:
     artifacts: str = "artifacts"
     files_url: str = ""
     """Where a web server has the store's reports."""
-    directory: Path = field(default_factory=Path.cwd)
 
 
 def up(call: UpCall, say: Say) -> dict[str, Any]:
@@ -112,46 +110,39 @@ def up(call: UpCall, say: Say) -> dict[str, Any]:
         keeper = Keeper(call.home, say)
         before, state = keeper.processes(), keeper.state
         url, is_ours = _find_server(call, state["api_url"] if SERVER in before else "")
-        is_kept = call.workers is None and len(before) > (SERVER in before)
+        is_kept = call.workers is None and bool(before.keys() - {SERVER})
         workers = state["workers"] if is_kept else choose_workers(call.workers, find_gpus())
         variables = _variables(call, url, is_ours=is_ours)
         say("$ export " + shlex.join(f"{name}={value}" for name, value in variables.items()))
         os.environ.update(variables)  # before Prefect is imported, which then reads them
         bypass_proxy()
-        server = f"prefect server start --host {call.host} --port {call.port}"
-        programs = {SERVER: (state["server"] if before else server, "")} if is_ours else {}
+        start = f"prefect server start --host {call.host} --port {call.port}"
+        programs = {SERVER: state["programs"][SERVER] if before else start} if is_ours else {}
         if is_ours and not before:
             _check_port(call, url)
-            keeper.write(programs, api_url=url, workers={}, server=server)
+            say(f"# kept by supervisord: {start}")
+            keeper.write(programs, api_url=url, workers={})
             keeper.run("supervisord", "-c", str(keeper.file))
         _wait_for_server(url, keeper, is_ours=is_ours)
         steps = _set_up(call, keeper)
         for name, gpu in workers.items():
-            words = (
-                "--pool",
-                call.pool,
-                "--type",
-                "process",
-                "--name",
-                name,
-                "--limit",
-                "1",
-                "--install-policy",
-                "never",
-            )
-            programs[name] = (shlex.join(["prefect", "worker", "start", *words]), f'{VARIABLE}="{gpu}"')
-        keeper.write(programs, api_url=url, workers=workers, server=server if not before else state["server"])
+            start = f"prefect worker start --pool {shlex.quote(call.pool)} --type process --name {name} --limit 1"
+            programs[name] = f"env {VARIABLE}={gpu} {start} --install-policy never"
+            if name not in before:
+                say(f"# kept by supervisord: {programs[name]}")
+        keeper.write(programs, api_url=url, workers=workers)
         if before or is_ours:
             keeper.run("supervisorctl", "-c", str(keeper.file), "update")
-        else:
+        elif programs:
             keeper.run("supervisord", "-c", str(keeper.file))
         after = keeper.processes()
 
     def describe(name: str) -> dict[str, Any]:
-        process = after[name]
-        is_old = process["pid"] and process["pid"] == before.get(name, process | {"pid": 0})["pid"]
-        words = "already up" if is_old else "started" if process["pid"] else process["statename"].lower()
-        return {"name": name, "state": words, "pid": process["pid"], "log": process["stdout_logfile"]}
+        pid, name_of_state = after[name]["pid"], after[name]["statename"].lower()
+        words = (
+            name_of_state if not pid else "already up" if name in before and before[name]["pid"] == pid else "started"
+        )
+        return {"name": name, "state": words, "pid": pid, "log": after[name]["stdout_logfile"]}
 
     return {
         "api_url": url,
@@ -170,26 +161,24 @@ def down(home: Path, say: Say) -> dict[str, Any]:
     with _one_command(home):
         keeper = Keeper(home, say)
         running = keeper.processes()
-        workers = [name for name in running if name != SERVER]
-        if (
-            workers
-        ):  # first the runs: told to end they say so to the server, and a worker would kill them without a word
+        workers = running.keys() - {SERVER}
+        if workers:
+            # first the runs: told to end they say so to the server, where a worker would kill them without a word
             pids = ",".join(str(running[name]["pid"]) for name in workers)
-            with contextlib.suppress(EnvironmentFailure, OSError):  # there is none
+            with contextlib.suppress(EnvironmentFailure, OSError):  # there is no run, or no pkill
                 keeper.run("pkill", "-TERM", "-P", pids)
-                end = time.monotonic() + 20.0
-                while (
-                    subprocess.run(["pgrep", "-P", pids], stdout=subprocess.DEVNULL).returncode == 0
-                    and time.monotonic() < end
-                ):
-                    time.sleep(0.2)
-            keeper.run("supervisorctl", "-c", str(keeper.file), "stop", *workers)
+                _wait(lambda: subprocess.run(["pgrep", "-P", pids], capture_output=True, check=False).returncode != 0)
+            keeper.run("supervisorctl", "-c", str(keeper.file), "stop", *sorted(workers))
         if running:
             keeper.run("supervisorctl", "-c", str(keeper.file), "shutdown")
-        end = time.monotonic() + 60.0
-        while running and keeper.pid_file.exists() and time.monotonic() < end:
-            time.sleep(0.1)
+            _wait(lambda: not keeper.pid_file.exists())
     return {"ended": sorted(name for name, process in running.items() if process["pid"]), "home": home}
+
+
+def _wait(condition: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 class Keeper:
@@ -205,10 +194,10 @@ class Keeper:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the file's first line says that supervisord does not: ``api_url``, ``server``, ``workers``."""
+        """What was written last: ``api_url``, ``workers`` (name to GPU) and ``programs`` (name to command)."""
         with contextlib.suppress(OSError, ValueError):
             return json.loads(self.file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("; "))
-        return {"api_url": "", "server": "", "workers": {}}
+        return {"api_url": "", "workers": {}, "programs": {}}
 
     def processes(self) -> dict[str, dict[str, Any]]:
         """What supervisord says of each process, by name; empty when it does not run."""
@@ -219,21 +208,15 @@ class Keeper:
             return {found["name"]: found for found in cast(Any, asked).supervisor.getAllProcessInfo()}
         return {}
 
-    def write(self, programs: Mapping[str, tuple[str, str]], **state: Any) -> None:  # noqa: ANN401 - JSON is any
-        """Write the file with these programs: name to command and variables."""
+    def write(self, programs: Mapping[str, str], **state: Any) -> None:  # noqa: ANN401 - JSON is any
+        """Write the file with these programs, name to command, and what else to remember."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        names = {
-            "logs": self.logs,
-            "file": self.file,
-            "socket": self._socket,
-            "pid_file": self.pid_file,
-        }
-        text = CONFIG.format(**names)
-        for name, (command, variables) in programs.items():
-            self._say(f"# kept by supervisord: {variables} {command}".replace("  ", " "))
+        text = f"; {json.dumps({**state, 'programs': programs})}\n"
+        text += CONFIG.format(logs=self.logs, file=self.file, socket=self._socket, pid_file=self.pid_file)
+        for name, command in programs.items():
             command = command.replace("prefect", shlex.quote(str(_program("prefect"))), 1)
-            text += PROGRAM.format(name=name, command=command, variables=variables, logs=self.logs)
-        self.file.write_text(f"; {json.dumps(state)}\n{text}", encoding="utf-8")
+            text += PROGRAM.format(name=name, command=command, logs=self.logs)
+        self.file.write_text(text, encoding="utf-8")
 
     def run(self, *words: str) -> None:
         """Print a command and run it.
@@ -287,9 +270,9 @@ def _variables(call: UpCall, url: str, *, is_ours: bool) -> dict[str, str]:
         origin = url.removesuffix("/api")
         variables["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = f"{origin},{origin.replace(HOST, 'localhost')}"
     variables = {name: os.environ.get(name, value) for name, value in (variables | SETTINGS).items()}
-    store = call.artifacts if "://" in call.artifacts else str((call.directory / call.artifacts).absolute())
+    store = call.artifacts if "://" in call.artifacts else str(Path(call.artifacts).absolute())
     variables |= {"PREFECT_HOME": str(call.home), API_URL: url, "WSSS_ARTIFACTS": store}
-    variables |= {"PREFECT_DEFAULT_WORK_POOL_NAME": call.pool, "PWD": str(call.directory)}
+    variables |= {"PREFECT_DEFAULT_WORK_POOL_NAME": call.pool, "PWD": str(Path.cwd())}
     return variables | ({"WSSS_FILES_URL": call.files_url} if call.files_url else {})
 
 
@@ -351,8 +334,8 @@ def _set_up(call: UpCall, keeper: Keeper) -> dict[str, Any]:
         keeper.run("prefect", "work-pool", "create", call.pool, "--type", "process")
     elif pool.type != "process":
         raise InputError(
-            f"work pool {call.pool!r} is of type {pool.type}, wsss up runs workers of type process: choose another name "
-            f"with --pool, or start that pool's workers yourself: prefect worker start --pool {call.pool}"
+            f"work pool {call.pool!r} is of type {pool.type}, wsss up runs workers of type process: choose another "
+            f"name with --pool, or start that pool's workers yourself: prefect worker start --pool {call.pool}"
         )
     if call.max_runs is not None and (pool is None or pool.concurrency_limit != call.max_runs):
         keeper.run("prefect", "work-pool", "set-concurrency-limit", call.pool, str(call.max_runs))

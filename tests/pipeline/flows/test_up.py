@@ -84,17 +84,16 @@ def test_supervisord_keeps_what_its_file_names_and_reports_it(tmp_path: Path):
     keeper = Keeper(home, said.append)
     assert keeper.processes() == {}
     assert keeper.state["workers"] == {}
-    variables = 'CUDA_VISIBLE_DEVICES="1"'
-    keeper.write({"box-gpu1": ("prefect version", variables)}, api_url=UP, server="", workers={"box-gpu1": "1"})
-    assert keeper.state == {"api_url": UP, "server": "", "workers": {"box-gpu1": "1"}}
-    assert said == [f"# kept by supervisord: {variables} prefect version"]
+    command = "env CUDA_VISIBLE_DEVICES=1 prefect version"
+    keeper.write({"box-gpu1": command}, api_url=UP, workers={"box-gpu1": "1"})
+    assert keeper.state == {"api_url": UP, "workers": {"box-gpu1": "1"}, "programs": {"box-gpu1": command}}
     keeper.run("supervisord", "-c", str(keeper.file))
     try:
         (process,) = keeper.processes().values()
         assert (process["name"], process["stdout_logfile"]) == ("box-gpu1", str(home / "logs" / "box-gpu1.log"))
     finally:
         keeper.run("supervisorctl", "-c", str(keeper.file), "shutdown")
-    assert said[1] == f"$ supervisord -c '{home}/supervisord.conf'"
+    assert said[0] == f"$ supervisord -c '{home}/supervisord.conf'"
 
 
 def test_a_command_that_fails_shows_its_words(tmp_path: Path):

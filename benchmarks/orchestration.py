@@ -91,7 +91,7 @@ def measure_cached(folder: Path, *, rounds: int) -> dict[str, Any]:
     overrides = {"overrides": ["make_masks.crf.iterations=1"]}
     _wsss(folder, "run", "run.yaml", *light, "--engine", "local")
     ways: dict[str, Callable[[], None]] = {
-        "cached run": lambda: _submit("wsss/demo", {"config": "run.yaml", **overrides}),
+        "cached run": lambda: _submit("wsss/run", {"config": "run.yaml", **overrides}),
         "cached stage": lambda: _submit("wsss-stage/make_masks", {"config": "run.yaml", **overrides}),
         "cached run, local engine": lambda: _wsss(folder, "run", "run.yaml", *light, "--engine", "local"),
     }
@@ -108,7 +108,7 @@ def measure_shards(folder: Path) -> dict[str, Any]:
     seconds, contents = {}, []
     for workers in (2, 1):
         with _cluster(folder, workers=workers):
-            parameters = {"config": "run.yaml", "shards": SHARDS}
+            parameters = {"config": "run.yaml", "overrides": [f"runtime.shards={SHARDS}"]}
             seconds[workers] = _time(lambda given=parameters: _submit("wsss-stage/make_masks", given))
         contents.append(_take_masks(folder))
     whole = _time(lambda: _wsss(folder, "stage", "make_masks", "run.yaml"))
@@ -147,7 +147,7 @@ def _cluster(folder: Path, *, workers: int) -> Iterator[None]:
             folder,
             "up",
             *where,
-            *("--port", port, "--files-port", str(_free_port()), "--workers", str(workers)),
+            *("--port", port, "--workers", str(workers)),
             environment=environment,
         )
         yield

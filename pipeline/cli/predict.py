@@ -51,11 +51,9 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """Predict anybody's images with a trained segmenter: NAME.png, overlays/NAME.jpg, areas.csv."""
-    from stages.scoring.prediction_files import AREAS_FILE
-
     from stages.data.pictures import find_pictures
     from stages.errors import DataError
-    from stages.scoring.image_prediction import predict_pictures
+    from stages.scoring.image_prediction import AREAS_FILE, predict_pictures
 
     output = get_output(context)
     output.document = {"out": out, "model": model}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import time
 from datetime import datetime
 from functools import partial
@@ -49,7 +50,7 @@ def run(
     from pipeline.engine.forecast import last_time
     from pipeline.engine.run import Run, stage_positions
     from pipeline.engine.stage_table import TABLE
-    from pipeline.flows.engines import RunCall, execute, resolve_engine
+    from pipeline.flows.embedded_server import prepared_flow
     from pipeline.report.page import ensure_report
     from pipeline.store.artifacts import open_store
 
@@ -62,11 +63,13 @@ def run(
     stages, plan = described.status()[: last + 1], described.plan
     known = partial(last_time, store, device=run_config.runtime.device)
     print_plan(console, stages, forced=max(first, forced), last_time=known)
-    call = RunCall(
-        config, tuple(overrides or ()), run_config, plan, store, invocation, from_, until, tuple(force or ())
-    )
+    is_local = engine is EngineName.LOCAL or (engine is EngineName.AUTO and not os.environ.get("PREFECT_API_URL"))
     try:
-        outcome = execute(call, resolve_engine(engine.value), listener)
+        if is_local:
+            outcome = described.run_pipeline(from_=from_, until=until, force=force or ())
+        else:
+            with prepared_flow() as run_flow:
+                outcome = run_flow(described, config, overrides or (), from_=from_, until=until, force=force or ())
     finally:
         listener.close()
         output.document = run_document(config, stages=listener.outcomes)

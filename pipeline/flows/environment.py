@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
 HOST = "127.0.0.1"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -59,8 +58,3 @@ def bypass_proxy(environment: MutableMapping[str, str] = os.environ, *, host: st
     if host not in names and "*" not in names:
         names.append(host)
     environment["no_proxy"] = environment["NO_PROXY"] = ",".join(names)
-
-
-def is_on_this_machine(url: str) -> bool:
-    """Whether ``url`` names the loopback interface."""
-    return urlsplit(url).hostname in LOOPBACK

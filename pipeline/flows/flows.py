@@ -1,163 +1,168 @@
-"""The Prefect flows: ``wsss``, a whole run; ``wsss-stage``, one stage; ``wsss-shard``, a hand with another's stage.
+"""The Prefect flows: ``wsss``, a whole run, and ``wsss-stage``, one stage or parts of it.
 
-They are the same runs as without Prefect, with one task run per stage to look at.  A flow ends as Failed with a message
-whose first line says what to do.  Prefect is imported by the modules of this kind alone (``tasks``, ``flow_server``,
-``recruiting``, ``deployments``), so whoever imports one has set Prefect's environment before.
+They are the same runs as without Prefect, with one task run per stage to look at.  A flow that fails says in the first
+line of its state what to do.  This module and ``tasks`` import Prefect, so whoever imports them has set its environment
+before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 from uuid import UUID
 
-from prefect import flow
-from prefect.client.schemas.objects import State
+from prefect import flow, get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkerFilter,
+    WorkerFilterStatus,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
 from prefect.context import FlowRunContext
-from prefect.states import Completed, Failed
-from pydantic import Field
+from prefect.deployments import run_deployment
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
+from prefect.runtime import flow_run as this_flow_run
+from prefect.states import Cancelled, Completed, Failed
 
-from pipeline.config.run_config import RunConfig
-from pipeline.engine.invocation import DEFAULT_ARTIFACTS
-from pipeline.engine.outcomes import Listener, RunOutcome, SilentListener
+from pipeline.engine.failures import InternalFailure
+from pipeline.engine.outcomes import RunOutcome
 from pipeline.engine.plan import Plan, plan_run
-from pipeline.engine.run import help_with, run_pipeline, run_stage
-from pipeline.flows.pages import check_api, name_run, recorded, show_result, warn_of_other_code
-from pipeline.flows.parameters import FlowCall, ShardedStage, Split, StageName
-from pipeline.flows.recruiting import recruit_helpers
-from pipeline.flows.summary import headline
+from pipeline.engine.run import Run
+from pipeline.flows.pages import headline, name_run, show_result
+from pipeline.flows.parameters import Config, FlowCall, Part, Parts, Split, StageName
 from pipeline.flows.tasks import PrefectListener, run_as_task
 from pipeline.report.page import ensure_picture, ensure_report, run_name
-from pipeline.store.artifacts import Store, open_store
-from stages.errors import WsssError
+from pipeline.store.artifacts import open_store
+from stages.errors import EnvironmentFailure, WsssError
 
-Shards = Annotated[int, Field(ge=1, le=4096)]
+MAX_STARTS = 3
+"""A flow run that crashes is scheduled again by an automation, which does not count; the start after these ends it."""
+RECORD_TIMEOUT_S = 10.0
+"""Most seconds to wait until a server that is about to end has recorded every task run."""
 
-
-@dataclass
-class _Session:
-    """What a caller in the same process has beside the flow's parameters, which are JSON."""
-
-    listener: Listener = field(default_factory=SilentListener)
-    run: RunConfig | None = None
-    plan: Plan | None = None
-    flow_run_id: UUID | None = None
-
-
-_session: ContextVar[_Session | None] = ContextVar("wsss_session", default=None)
+_given: ContextVar[Run | None] = ContextVar("wsss_run", default=None)
+"""The run of a caller in this process; a deployed flow loads its own."""
 
 
 @flow(name="wsss", persist_result=False, validate_parameters=True)
 def wsss(
-    config: str | RunConfig,
+    config: Config,
     overrides: list[str] | None = None,
-    artifacts: str = DEFAULT_ARTIFACTS,
+    splits: list[Split] | None = None,
+    parts: Parts | None = None,
     from_stage: StageName | None = None,
     until: StageName | None = None,
     force: list[StageName] | None = None,
-    splits: list[Split] | None = None,
-    shards: Shards | None = None,
+    artifacts: str | None = None,
 ) -> Any:  # noqa: ANN401 - a RunOutcome, or the state of a failure
     """Raw images and image-level labels in, a measured mIoU out.
 
     Args:
-        config: A YAML file on the worker, the name of a shipped config, or a whole config typed in here.
+        config: The name of a shipped config, a YAML file on the worker, or a whole config typed in here.
         overrides: Values of the config to replace, each a.b=value, for instance make_masks.threshold=0.2.
-        artifacts: Root of the artifact store: a folder that every worker sees, or a URL such as s3://bucket/folder.
+        splits: Splits that the segmenter predicts, in place of the config's evaluate.splits; only val is scored.
+        parts: Parts that attention and masks are made in, shared with every idle worker.
         from_stage: First stage to run; what it reads must be in the store.
         until: Last stage to run.
         force: Stages to rebuild, each with all after it.
-        splits: Splits that the segmenter predicts, in place of the config's evaluate.splits; only val is scored.
-        shards: Parts that attention and masks are made in, shared with every other idle worker.
+        artifacts: Root of the artifact store: a folder that every worker sees, or a URL such as s3://bucket/folder.
     """
-    call = FlowCall.of(config, overrides, artifacts, splits=splits, shards=shards)
+    call = FlowCall.of(config, overrides, artifacts, splits=splits, parts=parts)
     return _ended(partial(_run_all, call, from_stage, until, tuple(force or ())))
 
 
 @flow(name="wsss-stage", persist_result=False, validate_parameters=True)
 def wsss_stage(
     stage: StageName,
-    config: str | RunConfig,
+    config: Config,
     overrides: list[str] | None = None,
-    artifacts: str = DEFAULT_ARTIFACTS,
+    artifacts: str | None = None,
     force: bool = False,
-    shards: Shards | None = None,
+    part: Part | None = None,
+    key: str | None = None,
 ) -> Any:  # noqa: ANN401 - as above
     """One stage from what is in the store.
 
     Args:
         stage: The stage to run; what it reads must be in the store.
-        config: A YAML file on the worker, the name of a shipped config, or a whole config typed in here.
+        config: The name of a shipped config, a YAML file on the worker, or a whole config typed in here.
         overrides: Values of the config to replace, each a.b=value.
         artifacts: Root of the artifact store: a folder that every worker sees, or a URL.
         force: Rebuild it even if it is there.
-        shards: Parts that attention and masks are made in, shared with every other idle worker.
+        part: Only help another run with this stage: 3/8 builds that part, any builds parts until none is free.
+        key: With part, the key that the other run builds; another one here is refused.
     """
-    return _ended(partial(_run_one, FlowCall.of(config, overrides, artifacts, shards=shards), stage, force))
-
-
-@flow(name="wsss-shard", persist_result=False, validate_parameters=True)
-def wsss_shard(
-    stage: ShardedStage,
-    config: str | RunConfig,
-    overrides: list[str] | None = None,
-    artifacts: str = DEFAULT_ARTIFACTS,
-) -> Any:  # noqa: ANN401 - as above
-    """Build parts of a stage that another run is at; ends when no part is free.
-
-    Args:
-        stage: A stage that works in parts.
-        config: As the other run's.
-        overrides: As the other run's, with runtime.shards.
-        artifacts: As the other run's.
-    """
-    return _ended(partial(_help, FlowCall.of(config, overrides, artifacts), stage))
+    return _ended(partial(_run_one, FlowCall.of(config, overrides, artifacts), stage, force, part, key))
 
 
 def run_flow(
+    run: Run,
     config: str,
-    *,
     overrides: Sequence[str] = (),
-    artifacts: str | Path = DEFAULT_ARTIFACTS,
+    *,
     from_: str | None = None,
     until: str | None = None,
     force: Sequence[str] = (),
-    listener: Listener | None = None,
-    run: RunConfig | None = None,
-    plan: Plan | None = None,
     is_server_ending: bool = False,
 ) -> RunOutcome:
     """Run the flow ``wsss`` in this process.
 
     Args:
-        config: As the flow's parameter of this name; the same holds for all up to ``force``.
+        run: The loaded run, whose listener hears of it beside Prefect.
+        config: As the user wrote it, for the flow run's parameters.
         overrides: Of the config.
-        artifacts: Root of the store.
         from_: First stage.
         until: Last stage.
         force: Stages to rebuild.
-        listener: Hears of the run beside Prefect.
-        run: The loaded config, when the caller has it already.
-        plan: Its plan, when the caller has it already.
-        is_server_ending: Wait at the end until the server has recorded all task runs.
+        is_server_ending: Wait at the end until the server has recorded what this process sent.
 
     Raises:
         WsssError: the first error of the run.
         EnvironmentFailure: the configured Prefect API does not answer.
     """
-    check_api()
-    session = _Session(listener or SilentListener(), run, plan)
-    token = _session.set(session)
+    with get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+        if error is not None:
+            raise EnvironmentFailure(
+                f"the Prefect API {client.api_url} does not answer ({error}); start it (wsss up), correct "
+                "PREFECT_API_URL, or run without it: --engine local"
+            )
+    token = _given.set(run)
     try:
-        with recorded(lambda: session.flow_run_id if is_server_ending else None):
-            stages = cast(Any, (from_, until, list(force)))  # checked by the flow itself
-            return cast(RunOutcome, wsss(config, list(overrides), str(artifacts), *stages))
+        stages: dict[str, Any] = {"from_stage": from_, "until": until, "force": list(force)}
+        # the flow checks its parameters itself
+        state = wsss(config, list(overrides), **stages, artifacts=str(run.store.location), return_state=True)
     finally:
-        _session.reset(token)
+        _given.reset(token)
+    if is_server_ending:
+        _wait_until_recorded(cast(UUID, state.state_details.flow_run_id))
+    return cast(RunOutcome, state.result())
+
+
+def _wait_until_recorded(flow_run_id: UUID) -> None:
+    """Prefect sends logs and events in the background; a server that ends at once would show pending task runs."""
+    APILogWorker.drain_all(timeout=5.0)
+    EventsWorker.drain_all(timeout=5.0)
+    of_this_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+    end = time.monotonic() + RECORD_TIMEOUT_S
+    with get_client(sync_client=True) as client:
+        while time.monotonic() < end:
+            task_runs = client.read_task_runs(flow_run_filter=of_this_run)
+            if all(task_run.state is not None and task_run.state.is_final() for task_run in task_runs):
+                return
+            time.sleep(0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,75 +170,125 @@ def run_flow(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _ended(body: Callable[[], Any]) -> State[Any]:
+def _ended(body: Callable[[], RunOutcome | int]) -> State[Any]:
     """The body's result as a state that says it in a line; of a deliberate error the first line says what to do."""
+    starts = this_flow_run.run_count or 1
+    if starts > MAX_STARTS:
+        return Failed(
+            message=f"given up: this is start {starts} of a run that ended {starts - 1} times without a result; see "
+            "its logs and its worker's, then submit a new run: it goes on from what is in the store"
+        )
     try:
         result = body()
     except WsssError as error:
+        if isinstance(error, InternalFailure) and error.trace:
+            get_run_logger().error("%s", error.trace)
         return Failed(message=str(error), data=error)
-    message = headline(result.stages) if isinstance(result, RunOutcome) else f"{result} parts built here"
+    message = f"{result} parts built here" if isinstance(result, int) else headline(result.stages)
     return Completed(message=message, data=result)
 
 
-def _begin(call: FlowCall, last: str | None = None) -> tuple[RunConfig, Store, Plan]:
-    """Load and plan the run, and say in its name what it is."""
-    session = _session.get() or _Session()
-    context = FlowRunContext.get()
-    if context is not None and context.flow_run is not None:
-        session.flow_run_id = context.flow_run.id
-    run, store = session.run or call.load(), open_store(call.artifacts)
-    plan = session.plan or plan_run(run, store.digest_cache, last=last)
-    warn_of_other_code()
-    return run, store, plan
+def _open(call: FlowCall, last: str | None = None) -> tuple[Run, Plan]:
+    """The run, each of whose stages is a task run, with its plan."""
+    run = _given.get() or Run(call.load(), open_store(call.artifacts), invocation=call.invocation)
+    plan = plan_run(run.config, run.store.digest_cache, last=last) if _given.get() is None else run.plan
 
+    def helpers(stage: str, num_parts: int) -> AbstractContextManager[None]:
+        return helped(call, stage, num_parts, plan.keys[stage])
 
-def _listener() -> PrefectListener:
-    return PrefectListener((_session.get() or _Session()).listener)
+    watched = Run(
+        run.config,
+        run.store,
+        listener=PrefectListener(run.listener),
+        invocation=run.invocation,
+        plan=plan,
+        around=run_as_task,
+        helpers=None if run.store.is_mirrored else helpers,  # the folder of a bucket's store is one machine's own
+    )
+    return watched, plan
 
 
 def _run_all(call: FlowCall, from_stage: str | None, until: str | None, force: Sequence[str]) -> RunOutcome:
-    run, store, plan = _begin(call)
-    name_run(run_name(run, plan))
-    outcome = run_pipeline(
-        run,
-        store,
-        from_=from_stage,
-        until=until,
-        force=force,
-        listener=_listener(),
-        invocation=call.invocation,
-        plan=plan,
-        around=run_as_task,
-        recruit=partial(recruit_helpers, call, run),
-    )
-    report = ensure_report(run, plan, store, outcome)
-    picture = ensure_picture(report, run, plan, store) if report is not None else None
-    show_result(run.name, run_name(run, plan), f"wsss run {call.invocation}", outcome, report, picture)
-    return outcome
-
-
-def _run_one(call: FlowCall, stage: str, force: bool) -> RunOutcome:
-    open_store(call.artifacts).check_visible()
-    run, store, plan = _begin(call, last=stage)
-    title = f"{run.name}-{stage}-{plan.keys[stage][:8]}"
+    run, plan = _open(call)
+    title = run_name(run.config, plan)
     name_run(title)
-    outcome = run_stage(
-        stage,
-        run,
-        store,
-        force=force,
-        listener=_listener(),
-        invocation=call.invocation,
-        plan=plan,
-        around=run_as_task,
-        recruit=partial(recruit_helpers, call, run),
-    )
-    show_result(f"{run.name}-{stage}", title, f"wsss stage {stage} {call.invocation}", outcome)
+    outcome = run.run_pipeline(from_=from_stage, until=until, force=force)
+    report = ensure_report(run.config, plan, run.store, outcome)
+    picture = ensure_picture(report, run.config, plan, run.store) if report is not None else None
+    show_result(run.config.name, title, f"wsss run {run.invocation}", outcome.stages, report, picture)
     return outcome
 
 
-def _help(call: FlowCall, stage: str) -> int:
+def _run_one(call: FlowCall, stage: str, force: bool, part: str | None, key: str | None) -> RunOutcome | int:
     open_store(call.artifacts).check_visible()
-    run, store, plan = _begin(call, last=stage)
-    name_run(f"{run.name}-{stage}-{plan.keys[stage][:8]}-help")
-    return help_with(stage, run, store, listener=_listener(), plan=plan)
+    run, plan = _open(call, last=stage)
+    title = f"{run.config.name}-{stage}-{plan.keys[stage][:8]}"
+    name_run(title if part is None else f"{title}-help")
+    if part is not None:
+        return run.help_with(stage, part, key=key)
+    outcome = run.run_stage(stage, force=force)
+    show_result(f"{run.config.name}-{stage}", title, f"wsss stage {stage} {run.invocation}", outcome.stages)
+    return outcome
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def helped(call: FlowCall, stage: str, num_parts: int, key: str) -> Iterator[None]:
+    """Ask the idle workers of this run's pool for help with a stage, and withdraw what has not started at the end.
+
+    The run that asks builds parts itself meanwhile, so no slot only waits.  Outside of a deployment nobody is asked; a
+    server that refuses costs the help, not the run.
+
+    Args:
+        call: What the flow was called with.
+        stage: The stage that is about to be built.
+        num_parts: Parts that it is built in.
+        key: Its key, which a worker with other code or another config does not have.
+    """
+    asked: list[UUID] = []
+    parameters = {
+        "config": call.config
+        if isinstance(call.config, str)
+        else call.config.model_dump(mode="json", exclude_unset=True),
+        "overrides": [*call.overrides, f"runtime.parts={num_parts}"],
+        "artifacts": call.artifacts,
+        "part": "any",
+        "key": key,
+    }
+    try:
+        for _ in range(min(_count_idle_workers(), num_parts - 1)):
+            helper = run_deployment(f"wsss-stage/{stage}", parameters=parameters, timeout=0, as_subflow=False)
+            asked.append(cast(FlowRun, helper).id)
+        get_run_logger().info("%s in %d parts: %d idle workers were asked for help", stage, num_parts, len(asked))
+    except Exception as error:
+        get_run_logger().warning("no help with %s: %s; this run builds all parts itself", stage, error)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+            for helper_id in asked:
+                state = client.read_flow_run(helper_id).state
+                if state is not None and state.is_scheduled():
+                    client.set_flow_run_state(helper_id, Cancelled(message="not needed any more: the stage is built"))
+
+
+def _count_idle_workers() -> int:
+    """Workers that the server hears from, less the runs that are begun; 0 where no deployment began this run."""
+    context = FlowRunContext.get()
+    pool = context.flow_run.work_pool_name if context is not None and context.flow_run is not None else None
+    if pool is None:
+        return 0
+    online = WorkerFilter(status=WorkerFilterStatus(any_=[WorkerStatus.ONLINE.value]))
+    begun = FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING])
+    with get_client(sync_client=True) as client:
+        num_runs = len(
+            client.read_flow_runs(
+                work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=begun)),
+            )
+        )
+        return max(0, len(client.read_workers_for_work_pool(pool, worker_filter=online)) - num_runs)

@@ -1,52 +1,30 @@
-"""What a flow says to Prefect's server beside its states: its name, its result, and that all of it has arrived."""
+"""What a flow shows in Prefect's UI beside its states: its name, and a page with numbers, pictures and the report.
+
+Prefect is imported only where a server is spoken to.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from uuid import UUID
+from typing import Any
 
-from prefect import get_run_logger
-from prefect.artifacts import create_markdown_artifact
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.context import FlowRunContext
-from prefect.events.worker import EventsWorker
-from prefect.logging.handlers import APILogWorker
-
-from pipeline.engine.outcomes import RunOutcome
-from pipeline.flows.summary import summarise_run
-from pipeline.store.provenance import code_version
-from stages.errors import EnvironmentFailure
-
-RECORD_TIMEOUT_S = 10.0
-"""Most seconds to wait until a server that is about to end has recorded every task run."""
+from pipeline.engine.outcomes import StageOutcome
+from pipeline.report.tables import STEP_HEAD, format_seconds, format_value, metric_rows, step_rows
 
 FILES_URL = "WSSS_FILES_URL"
-"""Variable with the URL under which the store's ``reports`` folder is served; ``wsss up`` sets it for its workers."""
-
-
-def check_api() -> None:
-    """Find out whether the configured API answers.
-
-    Raises:
-        EnvironmentFailure: it does not.
-    """
-    with get_client(sync_client=True) as client:
-        error = client.api_healthcheck()
-        if error is not None:
-            raise EnvironmentFailure(
-                f"the Prefect API {client.api_url} does not answer ({error}); start it (wsss up), correct "
-                "PREFECT_API_URL, or run without it: --engine local"
-            )
+"""Variable with the URL under which a web server of yours has the store's ``reports`` folder."""
+HEADLINE = ("attention.miou", "masks.miou", "segmenter.miou", "segmenter.miou_ms", "localization.top1_loc")
 
 
 def name_run(name: str) -> None:
     """Give the flow run of this context a name that says what it makes."""
+    from prefect.client.orchestration import get_client
+    from prefect.context import FlowRunContext
+
     context = FlowRunContext.get()
     if context is None or context.flow_run is None or context.flow_run.name == name:
         return
@@ -54,31 +32,19 @@ def name_run(name: str) -> None:
         client.update_flow_run(context.flow_run.id, name=name)
 
 
-def warn_of_other_code() -> None:
-    """Say in the run's log when its deployment was made by another version of this code than the worker has.
-
-    Artifacts cannot be confused by that: each stage's VERSION is in its key.
-    """
-    context = FlowRunContext.get()
-    deployment_id = None if context is None or context.flow_run is None else context.flow_run.deployment_id
-    if deployment_id is None:
-        return
-    with contextlib.suppress(Exception), get_client(sync_client=True) as client:
-        expected, found = client.read_deployment(deployment_id).version, code_version()
-        if expected != found:
-            get_run_logger().warning(
-                "this worker has wsss %s, the deployment was made by %s: bring both to one version, then run `wsss up` "
-                "(or `prefect deploy --all`) again; a stage whose VERSION differs is built anew, never mixed up",
-                found,
-                expected,
-            )
+def headline(stages: Sequence[StageOutcome]) -> str:
+    """The numbers that a run is for, in one line; without scores what became of its last stage."""
+    metrics = {name: value for stage in stages for name, value in stage.metrics.items()}
+    rows = metric_rows({name: metrics[name] for name in HEADLINE if name in metrics})
+    scores = ", ".join(f"{row.group.lower()} {row.label} {row.text}" for row in rows)
+    return scores or f"{stages[-1].stage} {stages[-1].state}"
 
 
 def show_result(
     name: str,
     title: str,
     command: str,
-    outcome: RunOutcome,
+    stages: Sequence[StageOutcome],
     report: Path | None = None,
     picture: Path | None = None,
 ) -> None:
@@ -88,50 +54,66 @@ def show_result(
         name: What the page is about; pages of one name are versions of each other.
         title: Of the page.
         command: The same run from a command line.
-        outcome: What became of it.
+        stages: What became of each stage.
         report: Its report.
         picture: Examples as a PNG.
     """
-    links = {} if report is None else {"report": _url(report) or str(report)}
-    markdown = summarise_run(title, command, outcome.stages, links, picture=_url(picture) if picture else None)
+    from prefect import get_run_logger
+    from prefect.artifacts import create_markdown_artifact
+
     key = re.sub(r"[^a-z0-9]+", "-", f"result-{name}".lower()).strip("-")
+    page = write_page(title, command, stages, report, picture)
     try:
-        create_markdown_artifact(markdown, key=key, description=f"{title}: stages, numbers, IoU of every class")
+        create_markdown_artifact(page, key=key, description=f"{title}: stages, numbers, IoU of every class")
     except Exception as error:
         get_run_logger().warning("the page of results could not be sent to the server: %s", error)
 
 
-def _url(path: Path) -> str | None:
-    base = os.environ.get(FILES_URL)
-    return f"{base.rstrip('/')}/{path.name}" if base else None
+def write_page(
+    title: str,
+    command: str,
+    stages: Sequence[StageOutcome],
+    report: Path | None = None,
+    picture: Path | None = None,
+) -> str:
+    """The page as Markdown; a file is a link where WSSS_FILES_URL is set, else the report's path."""
+    metrics = {name: value for stage in stages for name, value in stage.metrics.items()}
+    base = os.environ.get(FILES_URL, "").rstrip("/")
+    link = report is not None and (f"[{base}/{report.name}]({base}/{report.name})" if base else f"`{report}`")
+    shown = (
+        picture is not None and base and f"![image, attention, pseudo-mask, prediction, truth]({base}/{picture.name})"
+    )
+    warnings = "".join(f"- **{stage.stage}**: {_escape(text)}\n" for stage in stages for text in stage.warnings)
+    numbers = [[row.group, row.label, row.text, row.meaning] for row in metric_rows(metrics)]
+    iou: Mapping[str, float] = metrics.get("segmenter.iou") or {}
+    by_class = sorted(iou.items(), key=lambda entry: entry[0] != "background")  # background first
+    ends: list[list[Any]] = [
+        [stage.stage, stage.state, format_seconds(stage.seconds), stage.key or "", stage.path or ""] for stage in stages
+    ]
+    parts = [
+        f"# {_escape(title)}\n\n`{command}`\n",
+        f"- report: {link}\n" if link else "",
+        f"{shown}\n" if shown else "",
+        _table("Numbers", ("", "Number", "Value", "Meaning"), numbers),
+        _table("Pseudo-masks after each step", STEP_HEAD, [row.cells for row in step_rows(metrics)]),
+        _table(
+            "IoU of every class (segmenter, single scale, val)",
+            ("Class", "IoU"),
+            [[name, format_value(value, "percent")] for name, value in by_class],
+        ),
+        _table("Stages", ("Stage", "State", "Time", "Key", "Artifact"), ends),
+        f"## Warnings\n\n{warnings}" if warnings else "",
+    ]
+    return "\n".join(part for part in parts if part)
 
 
-@contextlib.contextmanager
-def recorded(flow_run_id: Callable[[], UUID | None]) -> Iterator[None]:
-    """Leave only after the server has what this process sent: logs, events, and a final state of each task run.
-
-    Prefect sends all three in the background and the server digests events later still; one that ends at once would
-    show a finished run with task runs that are pending for ever.
-
-    Args:
-        flow_run_id: Asked at the end; None does not wait.
-    """
-    try:
-        yield
-    finally:
-        found = flow_run_id()
-        if found is not None:
-            APILogWorker.drain_all(timeout=5.0)
-            EventsWorker.drain_all(timeout=5.0)
-            _wait_for_task_runs(found)
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    if not rows:
+        return ""
+    lines = [head, ["---"] * len(head), *([_escape(str(cell)) for cell in row] for row in rows)]
+    return f"## {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _wait_for_task_runs(flow_run_id: UUID) -> None:
-    of_this_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
-    end = time.monotonic() + RECORD_TIMEOUT_S
-    with get_client(sync_client=True) as client:
-        while time.monotonic() < end:
-            task_runs = client.read_task_runs(flow_run_filter=of_this_run)
-            if all(task_run.state is not None and task_run.state.is_final() for task_run in task_runs):
-                return
-            time.sleep(0.1)
+def _escape(text: str) -> str:
+    """``text`` on one line of a table."""
+    return text.replace("|", "\\|").replace("\n", " ")

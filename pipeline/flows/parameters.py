@@ -5,19 +5,29 @@ Imports no Prefect.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pipeline.config.run_config import RunConfig, find_config, load_config
+from pydantic import Field, WithJsonSchema
+
+from pipeline.config.run_config import RunConfig, find_config, load_config, shipped_configs
 from pipeline.config.yaml_models import load_values
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
 
 StageName = Literal["prepare_data", "train_classifier", "make_attention", "make_masks", "train_segmenter", "evaluate"]
 """The stages, for the form's menu; a test compares them with the table's."""
-ShardedStage = Literal["make_attention", "make_masks"]
-"""The stages that work in parts."""
 Split = Literal["val", "test"]
+Parts = Annotated[int, Field(ge=1, le=4096)]
+Part = Annotated[str, Field(pattern=r"^(any|[1-9]\d*/[1-9]\d*)$")]
+
+ShippedName = Annotated[
+    str,
+    WithJsonSchema({"title": "Shipped config", "type": "string", "enum": [path.stem for path in shipped_configs()]}),
+]
+ConfigPath = Annotated[str, Field(title="YAML file on the worker")]
+Config = ShippedName | ConfigPath | RunConfig
 
 STAGE_NAMES: tuple[str, ...] = get_args(StageName)
 
@@ -33,19 +43,22 @@ class FlowCall:
     @staticmethod
     def of(
         config: str | RunConfig,
-        overrides: Sequence[str] | None,
-        artifacts: str,
+        overrides: Sequence[str] | None = None,
+        artifacts: str | None = None,
         *,
         splits: Sequence[Split] | None = None,
-        shards: int | None = None,
+        parts: int | None = None,
     ) -> FlowCall:
-        """Collect a flow's parameters; ``splits`` and ``shards`` stand for the overrides that they mean."""
+        """Collect a flow's parameters; ``splits`` and ``parts`` stand for the overrides that they mean.
+
+        Without ``artifacts`` the store is where WSSS_ARTIFACTS of the worker says, or in ``artifacts``.
+        """
         words = list(overrides or ())
         if splits is not None:
             words.append(f"evaluate.splits=[{', '.join(splits)}]")
-        if shards is not None:
-            words.append(f"runtime.shards={shards}")
-        return FlowCall(config, tuple(words), artifacts)
+        if parts is not None:
+            words.append(f"runtime.parts={parts}")
+        return FlowCall(config, tuple(words), artifacts or os.environ.get("WSSS_ARTIFACTS") or DEFAULT_ARTIFACTS)
 
     def load(self) -> RunConfig:
         """The config with its overrides.

@@ -1,14 +1,13 @@
 """One Prefect task run per stage, named as the stage, whose state says whether it was built, cached or skipped.
 
-The task only looks: the stage's body runs in a child process through the same ``runner.ensure`` as without Prefect, and
-the store is the only cache.  Prefect is imported here and in ``flows`` alone.
+The task only looks: the stage's body runs in a child process as without Prefect, and the store is the only cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 from uuid import UUID
 
@@ -78,9 +77,9 @@ class PrefectListener:
         _logger().info("%s: key %s", stage, key)
         self._inner.stage_started(stage, key)
 
-    def progress(self, task: str, total: int, done: int, unit: str, values: Mapping[str, float]) -> None:
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
         """Show progress and the time left, on the artifact at most every two seconds."""
-        self._inner.progress(task, total, done, unit, values)
+        self._inner.step(task, done, total, unit=unit, **values)
         now = self._clock()
         left_s = self._pace.left_s(task, total, done, now)
         if now - self._updated >= PROGRESS_EVERY_S and total > 0:
@@ -97,11 +96,20 @@ class PrefectListener:
             else:
                 update_progress_artifact(self._artifact, percent, description=text)
 
-    def log(self, level: str, text: str) -> None:
-        """Log a line of the child."""
-        write = {"warning": _logger().warning, "error": _logger().error}.get(level, _logger().info)
-        write("%s", text)
-        self._inner.log(level, text)
+    def info(self, text: str) -> None:
+        """Log a line of the stage."""
+        _logger().info("%s", text)
+        self._inner.info(text)
+
+    def warn(self, text: str) -> None:
+        """Log a line that stands out."""
+        _logger().warning("%s", text)
+        self._inner.warn(text)
+
+    def output(self, text: str) -> None:
+        """Log what a library printed."""
+        _logger().info("%s", text)
+        self._inner.output(text)
 
     def stage_finished(self, outcome: StageOutcome) -> None:
         """Log how a stage ended."""

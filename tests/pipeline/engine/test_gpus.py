@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.engine import gpus
 from pipeline.engine.gpus import find_gpus, short_name
-from pipeline.flows.cluster_workers import choose_workers
+from pipeline.flows.up import choose_workers
 from stages.errors import InputError
 
 

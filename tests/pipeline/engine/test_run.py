@@ -194,10 +194,9 @@ def test_deliberate_error_arrives_whole_and_the_outcome_says_failed(store: Store
     assert [line.state for line in status(fake(), store)] == ["partial", "missing", "missing"]
 
 
-def test_fault_is_logged_with_its_traceback(store: Store) -> None:
-    notes = Notes()
-    with pytest.raises(InternalFailure, match="collect failed: KeyError: 'unforeseen'"):
-        run(store, fake(runtime={"mischief": "fault"}), listener=notes)
+def test_a_fault_brings_its_traceback(store: Store) -> None:
+    with pytest.raises(InternalFailure, match="collect failed: KeyError: 'unforeseen'") as caught:
+        run(store, fake(runtime={"mischief": "fault"}))
     assert "in misbehave" in caught.value.trace
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.flows.up import SERVER, Keeper
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -113,21 +115,22 @@ class Cluster:
 
     def __init__(self, folder: Path, *, workers: int, **more: str) -> None:
         self.folder, self.home, self.more = folder, folder / "home", more
-        ports = ("--port", str(free_port()), "--files-port", str(free_port()))
-        self.up = json.loads(self.wsss("up", *ports, "--workers", str(workers), "--json"))
+        self.words = ("up", "--port", str(free_port()), "--workers", str(workers), "--json")
+        self.up = json.loads(self.wsss(*self.words))
 
     def wsss(self, *words: str) -> str:
         return wsss(self.folder, *words, "--home", str(self.home), **self.more)
 
-    def down(self) -> dict[str, Any]:
-        return json.loads(self.wsss("down", "--json"))
+    def down(self) -> None:
+        """End it, and see that no process is left."""
+        self.wsss("down")
+        wait_until(lambda: not those_of(self.home), "no process is left", seconds=10)
 
     @property
     def workers(self) -> dict[int, str]:
         """Name by process id, those that were started again included."""
-        components = json.loads((self.home / "up.json").read_text())["components"]
-        names = {worker["name"] for worker in self.up["workers"]}
-        return {entry["pid"]: name for name, entry in components.items() if name in names}
+        found = Keeper(self.home, print).processes()
+        return {process["pid"]: name for name, process in found.items() if name != SERVER and process["pid"]}
 
     def prefect(self, *words: str, code: int = 0) -> str:
         variables = {"PREFECT_API_URL": self.up["api_url"], "PREFECT_HOME": str(self.home), "DO_NOT_TRACK": "1"}

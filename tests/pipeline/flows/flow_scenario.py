@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.flows.embedded_server import EmbeddedServer
+from pipeline.flows.embedded_server import embedded_server
 from pipeline.flows.environment import set_prefect_environment
 
 
@@ -30,17 +30,26 @@ class Heard:
 
 def main() -> None:
     set_prefect_environment()
-    with EmbeddedServer(Path(os.environ["PREFECT_HOME"])) as url:
-        os.environ["PREFECT_API_URL"] = url
-        found = {"cached": cached_run(), "failed": failed_task(), "refused": refused_config()}
+    with embedded_server(Path(os.environ["PREFECT_HOME"])) as wait:
+        wait()
+        found = {
+            "cached": cached_run(),
+            "failed": failed_task(),
+            "refused": refused_config(),
+            "given up": fourth_start(),
+        }
         json.dump(found | {"runs": recorded()}, sys.stdout)
 
 
 def cached_run() -> list[str]:
+    from pipeline.config.run_config import load_config
+    from pipeline.engine.run import Run
     from pipeline.flows.flows import run_flow
+    from pipeline.store.artifacts import open_store
 
     heard = Heard()
-    outcome = run_flow("tiny.yaml", listener=heard, is_server_ending=True)
+    run = Run(load_config(Path("tiny.yaml")), open_store("artifacts"), listener=heard)
+    outcome = run_flow(run, "tiny.yaml", is_server_ending=True)
     assert [stage.state for stage in outcome.stages] == heard.states
     return heard.states
 
@@ -66,14 +75,19 @@ def failed_task() -> dict:
 
 
 def refused_config() -> str:
-    from pipeline.flows.flows import run_flow
-    from stages.errors import ConfigError
+    from pipeline.flows.flows import wsss
 
-    try:
-        run_flow("no_such_config.yaml", is_server_ending=True)
-    except ConfigError as error:
-        return error.message
-    raise AssertionError("the flow did not fail")
+    return wsss("no_such_config.yaml", return_state=True).message
+
+
+def fourth_start() -> str:
+    from types import SimpleNamespace
+
+    from pipeline.flows import flows
+
+    flows.this_flow_run = SimpleNamespace(run_count=4)
+    state = flows.wsss("tiny.yaml", return_state=True)
+    return f"{state.type.name} {state.message}"
 
 
 def recorded() -> list[dict]:

@@ -1,4 +1,7 @@
-"""Two workers, two runs, and kill -9 for both workers: every run ends Completed with the numbers of a quiet run."""
+"""Two workers, two runs, and kill -9 for both workers: every run ends Completed with the numbers of a quiet run.
+
+Two minutes pass from each kill to the run's next start (90 s without a heartbeat, 20 s, the start): about 6 minutes.
+"""
 
 import fcntl
 import json
@@ -7,13 +10,13 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.pipeline.flows.clusters import Cluster, free_port, those_of, wait_until
+from tests.pipeline.flows.clusters import Cluster, free_port, wait_until
 from tests.pipeline.whole_runs.here import wsss_here
 from tests.pipeline.whole_runs.tiny_run import tiny_yaml
 
@@ -97,7 +100,7 @@ def manifest(store: Path, stage: str, keys: dict[str, str]) -> dict:
 
 @pytest.mark.timeout(1200)
 def test_both_workers_are_killed_and_every_run_ends_with_the_quiet_runs_numbers(
-    tmp_path: Path, quiet: Quiet, database: dict[str, str], record_property: Callable[[str, object], None]
+    tmp_path: Path, quiet: Quiet, database: dict[str, str]
 ) -> None:
     (tmp_path / "chaos.yaml").write_text(CONFIG)
     first, second = quiet.keys
@@ -109,9 +112,9 @@ def test_both_workers_are_killed_and_every_run_ends_with_the_quiet_runs_numbers(
             shutil.copytree(quiet.store / stage, store / stage)
     cluster = Cluster(tmp_path, workers=2, **database)
     try:
-        runs = [cluster.submit("wsss/demo", config="chaos.yaml")]
+        runs = [cluster.submit("wsss/run", config="chaos.yaml")]
         wait_until(lambda: (store / "make_attention" / first["make_attention"]).exists(), "attention", seconds=120)
-        runs.append(cluster.submit("wsss/demo", config="chaos.yaml", overrides=[OTHER]))
+        runs.append(cluster.submit("wsss/run", config="chaos.yaml", overrides=[OTHER]))
 
         masks = store / "make_masks" / f".work-{second['make_masks']}" / "masks"
         wait_until(lambda: len(list(masks.glob("*.png"))) > 5, "the second run makes masks", seconds=120)
@@ -123,9 +126,10 @@ def test_both_workers_are_killed_and_every_run_ends_with_the_quiet_runs_numbers(
 
         for flow_run_id in runs:
             assert cluster.finish(flow_run_id, seconds=400)["type"] == "COMPLETED"
-            assert "CRASHED" in [state["type"] for state in cluster.states(flow_run_id)]
+            names = [state["name"] for state in cluster.states(flow_run_id)]
+            assert names.count("AwaitingRetry") == names.count("Crashed") > 0
     finally:
-        down = cluster.down()
+        cluster.down()
 
     for keys, expected in zip(quiet.keys, quiet.metrics, strict=True):
         found = json.loads((store / "evaluate" / keys["evaluate"] / "metrics.json").read_text())
@@ -136,10 +140,6 @@ def test_both_workers_are_killed_and_every_run_ends_with_the_quiet_runs_numbers(
     assert manifest(store, "make_masks", second)["run"]["resumed"]
     assert manifest(store, "train_segmenter", first)["run"]["resumed"]
 
-    wait_until(lambda: not those_of(cluster.home), "no process is left", seconds=10)
     for lock in (store / ".locks").iterdir():
         with lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where somebody still holds it
-    record_property("database is locked", down["database_locked_errors"])
-    if database:
-        assert down["database_locked_errors"] == 0

@@ -4,16 +4,15 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from pipeline.flows.embedded_server import EmbeddedServer
-from pipeline.flows.engines import resolve_engine
+from pipeline.flows.embedded_server import embedded_server
 from pipeline.flows.environment import bypass_proxy, set_prefect_environment
 from stages.errors import EnvironmentFailure
+from tests.pipeline.flows.clusters import wait_until
 from tests.pipeline.whole_runs.tiny_run import tiny_yaml
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +29,7 @@ class Recorded:
     first: dict
     """The JSON document of ``wsss run --engine prefect``."""
     scenario: dict
-    servers_left: list[str]
+    servers_left: list[int]
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +50,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     return Recorded(first, scenario, servers_of(folder / "home"))
 
 
-def servers_of(home: Path) -> list[str]:
+def servers_of(home: Path) -> list[int]:
     """Embedded servers that still run with ``home``."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/environ"):
@@ -61,7 +60,7 @@ def servers_of(home: Path) -> list[str]:
         except OSError:
             continue
         if f"PREFECT_HOME={home}".encode() in variables and b"embedded_server" in words:
-            found.append(entry.parent.name)
+            found.append(int(entry.parent.name))
     return found
 
 
@@ -98,9 +97,15 @@ def test_a_failure_says_first_what_to_do_and_keeps_its_type(recorded: Recorded):
 def test_a_wrong_config_fails_the_flow_before_any_task(recorded: Recorded):
     assert "no_such_config.yaml" in recorded.scenario["refused"]
     run = recorded.scenario["runs"][3]
-    assert run["state"] == "Failed"
+    assert (run["state"], run["tasks"]) == ("Failed", [])
     assert recorded.scenario["refused"] in run["message"]
-    assert run["tasks"] == []
+
+
+@pytest.mark.prefect
+def test_a_run_that_crashed_three_times_is_given_up_in_one_line(recorded: Recorded):
+    assert recorded.scenario["given up"].startswith("FAILED given up: this is start 4 of a run that ended 3 times")
+    assert "\n" not in recorded.scenario["given up"]
+    assert recorded.scenario["runs"][4]["tasks"] == []
 
 
 @pytest.mark.prefect
@@ -110,13 +115,6 @@ def test_no_embedded_server_is_left(recorded: Recorded):
 
 
 # -- without a server -------------------------------------------------------------------------------------------------
-
-
-def test_auto_is_prefect_where_an_api_is_configured(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    assert [resolve_engine(name) for name in ("auto", "local", "prefect")] == ["local", "local", "prefect"]
-    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
-    assert [resolve_engine(name) for name in ("auto", "local", "prefect")] == ["prefect", "local", "prefect"]
 
 
 def test_prefect_is_private_and_local_unless_the_user_says_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -142,17 +140,52 @@ def test_a_proxy_does_not_stand_between_a_run_and_its_own_server(found: dict[str
 
 def test_a_home_that_cannot_be_written_is_a_failure_of_the_machine(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentFailure, match=r"PREFECT_HOME .*file.* cannot be written"):
-        EmbeddedServer(tmp_path / "file").start()
+    with (
+        pytest.raises(EnvironmentFailure, match=r"PREFECT_HOME .*file.* cannot be written"),
+        embedded_server(tmp_path / "file"),
+    ):
+        pass
 
 
+@pytest.fixture
+def own_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server is configured, and none stays so."""
+    for name in ("PREFECT_API_URL", "no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+
+
+def fake_uvicorn(folder: Path, text: str) -> str:
+    """A PYTHONPATH on which uvicorn is ``text``."""
+    (folder / "uvicorn.py").write_text(text)
+    return os.pathsep.join([str(folder), str(ROOT)])
+
+
+@pytest.mark.usefixtures("own_url")
 def test_a_server_that_dies_is_named_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    broken = tmp_path / "uvicorn.py"
-    broken.write_text("raise ImportError(\"Body() got an unexpected keyword argument 'min_items'\")")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
-    server = EmbeddedServer(tmp_path / "home")
-    with pytest.raises(EnvironmentFailure, match=r"(?s)did not start: see .*--engine local.*unexpected keyword"):
-        server.start()
-    began = time.monotonic()
-    server.stop()
-    assert time.monotonic() - began < 5
+    broken = "raise ImportError(\"Body() got an unexpected keyword argument 'min_items'\")"
+    monkeypatch.setenv("PYTHONPATH", fake_uvicorn(tmp_path, broken))
+    with (
+        pytest.raises(EnvironmentFailure, match=r"(?s)ended with code 1: see .*--engine local.*unexpected keyword"),
+        embedded_server(tmp_path / "home") as wait,
+    ):
+        wait()
+    assert "PREFECT_API_URL" not in os.environ
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_server_does_not_outlive_a_killed_run(tmp_path: Path):
+    server = "class Config:\n    def __init__(*_, **__): ...\nclass Server(Config):\n    def run(self, sockets):\n"
+    home = tmp_path / "home"
+    begin = (
+        "import os, sys, time, pathlib; from pipeline.flows.embedded_server import embedded_server\n"
+        "with embedded_server(pathlib.Path(os.environ['PREFECT_HOME'])): print(flush=True), time.sleep(60)"
+    )
+    path = fake_uvicorn(tmp_path, f"{server}        import time; time.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": path, "PREFECT_HOME": str(home)}
+    run = subprocess.Popen([sys.executable, "-P", "-c", begin], stdout=subprocess.PIPE, env=environment)
+    assert run.stdout is not None
+    run.stdout.readline()
+    wait_until(lambda: servers_of(home), "there is a server", seconds=10)
+    run.kill()
+    run.communicate()
+    wait_until(lambda: not servers_of(home), "the server has ended", seconds=10)

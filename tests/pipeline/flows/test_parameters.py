@@ -1,10 +1,11 @@
 """What the parameters of a flow mean."""
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config.run_config import RunConfig, find_config, load_config, shipped_configs
 from pipeline.engine.stage_table import STAGES
-from pipeline.flows.parameters import STAGE_NAMES, FlowCall
+from pipeline.flows.parameters import STAGE_NAMES, Config, FlowCall, Part
 from stages.errors import ConfigError
 
 
@@ -12,8 +13,31 @@ def test_the_forms_menu_has_the_stages_of_the_table():
     assert STAGE_NAMES == STAGES
 
 
-def test_splits_and_shards_are_overrides():
-    call = FlowCall.of("demo", ["make_masks.threshold=0.2"], "artifacts", splits=["val", "test"], shards=8)
+def test_the_forms_menu_has_the_shipped_configs_beside_a_path_and_a_whole_config():
+    choices = TypeAdapter(Config).json_schema()["anyOf"]
+    assert choices[0]["enum"] == [path.stem for path in shipped_configs()]
+    assert choices[1]["type"] == "string"
+    assert choices[2]["$ref"].endswith("/RunConfig")
+
+
+def test_a_part_is_any_or_one_of_so_many():
+    part = TypeAdapter(Part)
+    assert [part.validate_python(text) for text in ("any", "3/8")] == ["any", "3/8"]
+    for text in ("0/8", "3", "all", "3/8 "):
+        with pytest.raises(ValidationError):
+            part.validate_python(text)
+
+
+def test_the_store_is_where_the_worker_says(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WSSS_ARTIFACTS", "/shared")
+    assert FlowCall.of("demo").artifacts == "/shared"
+    assert FlowCall.of("demo", None, "here").artifacts == "here"
+    monkeypatch.delenv("WSSS_ARTIFACTS")
+    assert FlowCall.of("demo").artifacts == "artifacts"
+
+
+def test_splits_and_parts_are_overrides():
+    call = FlowCall.of("demo", ["make_masks.threshold=0.2"], "artifacts", splits=["val", "test"], parts=8)
     run = call.load()
     assert (run.make_masks.threshold, run.evaluate.splits, run.runtime.shards) == (0.2, ("val", "test"), 8)
     assert call.invocation == (
@@ -21,7 +45,7 @@ def test_splits_and_shards_are_overrides():
     )
 
 
-def test_without_splits_and_shards_the_config_decides():
+def test_without_splits_and_parts_the_config_decides():
     assert FlowCall.of("demo", None, "artifacts").load() == load_config(find_config("demo"))
 
 

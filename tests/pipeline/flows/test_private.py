@@ -13,10 +13,10 @@ from tests.pipeline.flows.test_deployed_runs import CONFIG
 
 SCRIPT = """
 set -e
-{wsss} up --home home --port {port} --files-port {files_port} --workers 1 > up.txt
+{wsss} up --home home --port {port} --workers 1 > up.txt
 eval "$(grep ^export up.txt)"
 {wsss} run tiny.yaml --json > run.json
-{prefect} --no-prompt deployment run wsss/demo --param config=tiny.yaml --watch > deployed.txt
+{prefect} --no-prompt deployment run wsss/run --param config=tiny.yaml --watch > deployed.txt
 {wsss} doctor > doctor.txt
 {wsss} down --home home > down.txt
 """
@@ -28,7 +28,7 @@ eval "$(grep ^export up.txt)"
 def test_every_connection_stays_on_this_machine(tmp_path: Path):
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     wsss, prefect = f"{sys.executable} -P -m pipeline.cli.main", Path(sys.executable).with_name("prefect")
-    script = SCRIPT.format(wsss=wsss, prefect=prefect, port=free_port(), files_port=free_port())
+    script = SCRIPT.format(wsss=wsss, prefect=prefect, port=free_port())
     run(
         tmp_path,
         "strace",

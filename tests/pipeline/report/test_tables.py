@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pipeline.cli.console import print_metrics
 from pipeline.engine.outcomes import StageOutcome
-from pipeline.flows.summary import summarise_run
+from pipeline.flows.pages import write_page
 from pipeline.report.tables import STEPS, step_label, step_rows
 
 METRICS: dict[str, Any] = {
@@ -38,7 +38,7 @@ def test_no_steps_are_no_rows() -> None:
 
 
 def test_prefect_s_page_has_the_steps_in_their_order() -> None:
-    page = summarise_run("x", "y", [StageOutcome("evaluate", "k", Path("p"), "built", 1.0, METRICS)], {})
+    page = write_page("x", "y", [StageOutcome("evaluate", "k", Path("p"), "built", 1.0, METRICS)])
     start = page.index("## Pseudo-masks after each step")
     assert page[start:].splitlines()[2:7] == [
         "| Step | mIoU | Change | mIoU, sure pixels | Coverage |",
@@ -47,7 +47,7 @@ def test_prefect_s_page_has_the_steps_in_their_order() -> None:
         "| random walk | 45.0 % | +5.0 | 50.0 % | 90.0 % |",
         "| new one | 43.2 % | -1.8 | – | 0.0 % |",
     ]
-    page = summarise_run("x", "y", [StageOutcome("evaluate", "k", Path("p"), "built", 1.0, {"masks.miou": 0.4})], {})
+    page = write_page("x", "y", [StageOutcome("evaluate", "k", Path("p"), "built", 1.0, {"masks.miou": 0.4})])
     assert "each step" not in page
 
 

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from pipeline.engine.outcomes import StageOutcome
-from pipeline.flows.summary import headline, summarise_run
+from pipeline.flows.pages import headline, write_page
 
 STAGES = [
     StageOutcome("make_masks", "aa11", Path("/s/make_masks/aa11"), "cached", 0.2, {"masks.coverage": 0.9}, ("a|b\nc",)),
@@ -19,7 +21,7 @@ STAGES = [
 
 
 def test_the_page_has_numbers_the_iou_of_every_class_and_what_became_of_each_stage():
-    page = summarise_run("demo-1234", "wsss run demo", STAGES, {})
+    page = write_page("demo-1234", "wsss run demo", STAGES)
     lines = page.splitlines()
     assert lines[0] == "# demo-1234"
     assert "`wsss run demo`" in lines
@@ -31,20 +33,23 @@ def test_the_page_has_numbers_the_iou_of_every_class_and_what_became_of_each_sta
 
 
 def test_a_warning_cannot_break_a_line():
-    assert "- **make_masks**: a\\|b c" in summarise_run("x", "y", STAGES, {}).splitlines()
+    assert "- **make_masks**: a\\|b c" in write_page("x", "y", STAGES).splitlines()
 
 
-def test_a_report_that_is_served_is_a_link_and_a_file_is_a_path():
-    page = summarise_run("x", "y", STAGES, {"report": "http://127.0.0.1:4201/r.html"}, picture="http://h/r.png")
-    assert "[http://127.0.0.1:4201/r.html](http://127.0.0.1:4201/r.html)" in page
-    assert "](http://h/r.png)" in page
-    page = summarise_run("x", "y", STAGES, {"report": "/s/reports/r.html"})
+def test_a_report_is_a_path_and_a_link_where_a_web_server_has_it(monkeypatch: pytest.MonkeyPatch):
+    files = Path("/s/reports/r.html"), Path("/s/reports/r.png")
+    monkeypatch.delenv("WSSS_FILES_URL", raising=False)
+    page = write_page("x", "y", STAGES, *files)
     assert "- report: `/s/reports/r.html`" in page
     assert "](" not in page, "neither link nor picture"
+    monkeypatch.setenv("WSSS_FILES_URL", "http://head:4201/")
+    page = write_page("x", "y", STAGES, *files)
+    assert "[http://head:4201/r.html](http://head:4201/r.html)" in page
+    assert "](http://head:4201/r.png)" in page
 
 
 def test_a_run_without_scores_has_no_empty_tables():
-    page = summarise_run("x", "y", [StageOutcome("prepare_data", "k", Path("p"), "built", 1.0)], {})
+    page = write_page("x", "y", [StageOutcome("prepare_data", "k", Path("p"), "built", 1.0)])
     assert "## Numbers" not in page
     assert "## IoU" not in page
     assert "## Stages" in page

@@ -1,0 +1,371 @@
+"""``wsss up`` and ``wsss down``: the commands of Prefect and supervisord that a person could type, in their order.
+
+Prints each command that it calls, and changes nothing but by them and by the file that supervisord reads,
+``<home>/supervisord.conf``; beside them it only asks the server and supervisord.  supervisord keeps server and workers
+alive; runs that die are the business of Prefect's automations (deploy/automations.yaml).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from xmlrpc.client import ServerProxy
+
+from filelock import FileLock, Timeout
+
+from pipeline.engine.gpus import VARIABLE, find_gpus, short_name
+from pipeline.engine.spawn import find_our_code
+from pipeline.flows.environment import API_URL, HOST, LOOPBACK, STARTUP_TIMEOUT_S, bypass_proxy, set_private
+from stages.errors import EnvironmentFailure, InputError
+
+Say = Callable[[str], None]
+
+SERVER = "server"
+SETTINGS = {
+    # signs of life of a flow run, which the automation for zombies counts on; Prefect's least
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+    # a run begins soon after it is submitted, and no worker takes one that another could begin now
+    "PREFECT_WORKER_QUERY_SECONDS": "2",
+    "PREFECT_WORKER_PREFETCH_SECONDS": "1",
+    # block types are not used, and registering them is a burst of writes
+    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+    # a folder `pipeline` or `stages` in the runs' directory must not be imported in place of ours
+    "PYTHONSAFEPATH": "1",
+    "PYTHONUNBUFFERED": "1",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+}
+CONFIG = """\
+; written by wsss up; look with: supervisorctl -c {file} status
+[supervisord]
+logfile={logs}/supervisord.log
+pidfile={pid_file}
+childlogdir={logs}
+[unix_http_server]
+file={socket}
+chmod=0700
+[supervisorctl]
+serverurl=unix://{socket}
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+"""
+PROGRAM = """\
+[program:{name}]
+command={command}
+autorestart=true
+startsecs=5
+startretries=1000
+stopwaitsecs=40
+killasgroup=true
+redirect_stderr=true
+stdout_logfile={logs}/{name}.log
+"""
+"""Each retry of supervisord's waits a second longer than the one before."""
+
+
+@dataclass(frozen=True)
+class UpCall:
+    """What ``wsss up`` was asked for."""
+
+    home: Path
+    host: str = HOST
+    port: int = 4200
+    pool: str = "wsss"
+    workers: int | None = None
+    """None is one per GPU, or what is up already."""
+    max_runs: int | None = None
+    """Flow runs of the pool at a time; None leaves its limit."""
+    artifacts: str = "artifacts"
+    files_url: str = ""
+    """Where a web server has the store's reports."""
+
+
+def up(call: UpCall, say: Say) -> dict[str, Any]:
+    """Bring everything up that is not, and describe all of it.
+
+    Args:
+        call: What is wanted.
+        say: Hears each command.
+
+    Returns:
+        The document of ``wsss up --json``.
+
+    Raises:
+        InputError: an argument that cannot be met.
+        EnvironmentFailure: a server that does not answer, a port in use, a command that failed.
+    """
+    with _one_command(call.home):
+        keeper = Keeper(call.home, say)
+        before, state = keeper.processes(), keeper.state
+        url, is_ours = _find_server(call, state["api_url"] if SERVER in before else "")
+        is_kept = call.workers is None and bool(before.keys() - {SERVER})
+        workers = state["workers"] if is_kept else choose_workers(call.workers, find_gpus())
+        variables = _variables(call, url, is_ours=is_ours)
+        say("$ export " + shlex.join(f"{name}={value}" for name, value in variables.items()))
+        os.environ.update(variables)  # before Prefect is imported, which then reads them
+        bypass_proxy()
+        start = f"prefect server start --host {call.host} --port {call.port}"
+        programs = {SERVER: state["programs"][SERVER] if before else start} if is_ours else {}
+        if is_ours and not before:
+            _check_port(call, url)
+            say(f"# kept by supervisord: {start}")
+            keeper.write(programs, api_url=url, workers={})
+            keeper.run("supervisord", "-c", str(keeper.file))
+        _wait_for_server(url, keeper, is_ours=is_ours)
+        steps = _set_up(call, keeper)
+        for name, gpu in workers.items():
+            start = f"prefect worker start --pool {shlex.quote(call.pool)} --type process --name {name} --limit 1"
+            programs[name] = f"env {VARIABLE}={gpu} {start} --install-policy never"
+            if name not in before:
+                say(f"# kept by supervisord: {programs[name]}")
+        keeper.write(programs, api_url=url, workers=workers)
+        if before or is_ours:
+            keeper.run("supervisorctl", "-c", str(keeper.file), "update")
+        elif programs:
+            keeper.run("supervisord", "-c", str(keeper.file))
+        after = keeper.processes()
+
+    def describe(name: str) -> dict[str, Any]:
+        pid, name_of_state = after[name]["pid"], after[name]["statename"].lower()
+        words = (
+            name_of_state if not pid else "already up" if name in before and before[name]["pid"] == pid else "started"
+        )
+        return {"name": name, "state": words, "pid": pid, "log": after[name]["stdout_logfile"]}
+
+    return {
+        "api_url": url,
+        "ui_url": url.removesuffix("/api"),
+        "files_url": call.files_url or None,
+        "server": describe(SERVER) if is_ours else {"name": SERVER, "state": "of PREFECT_API_URL"},
+        "workers": [describe(name) | {"gpu": gpu or None} for name, gpu in workers.items()],
+        **steps,
+        "supervisord": keeper.file,
+        "logs": keeper.logs,
+    }
+
+
+def down(home: Path, say: Say) -> dict[str, Any]:
+    """End everything that ``up`` started in ``home``; runs that this interrupts go on after the next ``up``."""
+    with _one_command(home):
+        keeper = Keeper(home, say)
+        running = keeper.processes()
+        workers = running.keys() - {SERVER}
+        if workers:
+            # first the runs: told to end they say so to the server, where a worker would kill them without a word
+            pids = ",".join(str(running[name]["pid"]) for name in workers)
+            with contextlib.suppress(EnvironmentFailure, OSError):  # there is no run, or no pkill
+                keeper.run("pkill", "-TERM", "-P", pids)
+                _wait(lambda: subprocess.run(["pgrep", "-P", pids], capture_output=True, check=False).returncode != 0)
+            keeper.run("supervisorctl", "-c", str(keeper.file), "stop", *sorted(workers))
+        if running:
+            keeper.run("supervisorctl", "-c", str(keeper.file), "shutdown")
+            _wait(lambda: not keeper.pid_file.exists())
+    return {"ended": sorted(name for name, process in running.items() if process["pid"]), "home": home}
+
+
+def _wait(condition: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+class Keeper:
+    """supervisord with the processes of one home."""
+
+    def __init__(self, home: Path, say: Say) -> None:
+        """Look at ``home``; say each command that is run."""
+        self.file, self.pid_file, self.logs = home / "supervisord.conf", home / "supervisord.pid", home / "logs"
+        self._socket, self._say = home / "supervisord.sock", say
+        if len(str(self._socket)) > 100:  # the system's limit is 108
+            name = hashlib.sha256(str(home).encode()).hexdigest()[:16]
+            self._socket = Path(tempfile.gettempdir()) / f"wsss-{os.getuid()}-{name}.sock"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What was written last: ``api_url``, ``workers`` (name to GPU) and ``programs`` (name to command)."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self.file.read_text(encoding="utf-8").partition("\n")[0].removeprefix("; "))
+        return {"api_url": "", "workers": {}, "programs": {}}
+
+    def processes(self) -> dict[str, dict[str, Any]]:
+        """What supervisord says of each process, by name; empty when it does not run."""
+        from supervisor.xmlrpc import SupervisorTransport  # pyright: ignore[reportMissingTypeStubs]
+
+        transport = SupervisorTransport(None, None, f"unix://{self._socket}")
+        with contextlib.suppress(OSError), ServerProxy("http://127.0.0.1", transport=transport) as asked:
+            return {found["name"]: found for found in cast(Any, asked).supervisor.getAllProcessInfo()}
+        return {}
+
+    def write(self, programs: Mapping[str, str], **state: Any) -> None:  # noqa: ANN401 - JSON is any
+        """Write the file with these programs, name to command, and what else to remember."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        text = f"; {json.dumps({**state, 'programs': programs})}\n"
+        text += CONFIG.format(logs=self.logs, file=self.file, socket=self._socket, pid_file=self.pid_file)
+        for name, command in programs.items():
+            command = command.replace("prefect", shlex.quote(str(_program("prefect"))), 1)
+            text += PROGRAM.format(name=name, command=command, logs=self.logs)
+        self.file.write_text(text, encoding="utf-8")
+
+    def run(self, *words: str) -> None:
+        """Print a command and run it.
+
+        Raises:
+            EnvironmentFailure: it failed.
+        """
+        self._say(f"$ {shlex.join(words)}")
+        command = [str(_program(words[0])), *words[1:]]
+        done = subprocess.run(command, env=find_our_code(), capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+            raise EnvironmentFailure(f"{shlex.join(words)} failed; see below, then run it again", lines[-8:])
+
+
+def _program(name: str) -> Path:
+    """A program of our environment, or one of the system's."""
+    ours = Path(sys.executable).with_name(name)
+    return ours if ours.exists() else Path(name)
+
+
+@contextlib.contextmanager
+def _one_command(home: Path, *, timeout_s: float = 180.0) -> Iterator[None]:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / "up.lock", timeout=timeout_s):
+            yield
+    except PermissionError as error:
+        raise EnvironmentFailure(f"{home} cannot be written ({error.strerror}); choose --home DIR") from error
+    except Timeout as error:
+        raise EnvironmentFailure(f"another wsss up or down is at {home} for {timeout_s:.0f} s; wait for it") from error
+
+
+def _find_server(call: UpCall, standing: str) -> tuple[str, bool]:
+    """URL of the server that is meant, and whether it is ours; ``standing`` is the URL of ours that is up."""
+    configured = os.environ.get(API_URL, "").rstrip("/").replace("//localhost:", "//127.0.0.1:")
+    ours = f"http://{HOST if call.host in ('0.0.0.0', '::', *LOOPBACK) else call.host}:{call.port}/api"
+    if not standing:
+        return configured or ours, configured in ("", ours)
+    wanted = configured or (ours if call.port != UpCall.port else standing)
+    if wanted != standing:
+        raise InputError(f"a server of ours is up at {standing}, not at {wanted}: wsss down first")
+    return standing, True
+
+
+def _variables(call: UpCall, url: str, *, is_ours: bool) -> dict[str, str]:
+    """What every process has beside its inherited environment, which may hold secrets; what the user has set stands."""
+    variables = {"PREFECT_HOME": str(call.home)}
+    set_private(variables)
+    if is_ours:  # no web page but the server's own may start runs
+        origin = url.removesuffix("/api")
+        variables["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = f"{origin},{origin.replace(HOST, 'localhost')}"
+    variables = {name: os.environ.get(name, value) for name, value in (variables | SETTINGS).items()}
+    store = call.artifacts if "://" in call.artifacts else str(Path(call.artifacts).absolute())
+    variables |= {"PREFECT_HOME": str(call.home), API_URL: url, "WSSS_ARTIFACTS": store}
+    variables |= {"PREFECT_DEFAULT_WORK_POOL_NAME": call.pool, "PWD": str(Path.cwd())}
+    return variables | ({"WSSS_FILES_URL": call.files_url} if call.files_url else {})
+
+
+def _check_port(call: UpCall, url: str) -> None:
+    """Nobody else may have the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((call.host, call.port))
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"port {call.port} of {call.host} cannot be had ({error.strerror}): stop that program, use it with "
+                f"export {API_URL}={url} if it is a Prefect server, or take another port: wsss up --port N"
+            ) from error
+
+
+def _wait_for_server(url: str, keeper: Keeper, *, is_ours: bool) -> None:
+    from prefect.client.orchestration import get_client
+
+    end = time.monotonic() + STARTUP_TIMEOUT_S
+    while True:
+        with get_client(sync_client=True) as client:
+            problem = client.api_healthcheck()
+        if problem is None:
+            return
+        if not is_ours:
+            raise EnvironmentFailure(
+                f"{API_URL} is {url}, and no Prefect server answers there ({problem}); start it, correct the variable, "
+                "or unset it: wsss up then starts a server of its own"
+            )
+        if keeper.processes()[SERVER]["statename"] not in ("STARTING", "RUNNING") or time.monotonic() > end:
+            lines = (keeper.logs / "server.log").read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
+            keeper.run("supervisorctl", "-c", str(keeper.file), "shutdown")
+            raise EnvironmentFailure(
+                f"Prefect's server did not come up ({problem}); see {keeper.logs}/server.log, and check the pins with "
+                "wsss doctor",
+                lines,
+            )
+        time.sleep(0.2)
+
+
+def _set_up(call: UpCall, keeper: Keeper) -> dict[str, Any]:
+    """Give the server the work pool, the deployments and the automations; what was done, for the document."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    package = Path(__file__).parents[1]
+    files = (
+        package / "_deploy" if (package / "_deploy").is_dir() else package.parent / "deploy"
+    )  # installed; a checkout
+    with get_client(sync_client=True) as client:
+        try:
+            pool = client.read_work_pool(call.pool)
+        except ObjectNotFound:
+            pool = None
+        names = {"automations": {"name": {"any_": ["wsss: zombies"]}}}
+        has_automations = bool(client.request("POST", "/automations/filter", json=names).json())
+    if pool is None:
+        keeper.run("prefect", "work-pool", "create", call.pool, "--type", "process")
+    elif pool.type != "process":
+        raise InputError(
+            f"work pool {call.pool!r} is of type {pool.type}, wsss up runs workers of type process: choose another "
+            f"name with --pool, or start that pool's workers yourself: prefect worker start --pool {call.pool}"
+        )
+    if call.max_runs is not None and (pool is None or pool.concurrency_limit != call.max_runs):
+        keeper.run("prefect", "work-pool", "set-concurrency-limit", call.pool, str(call.max_runs))
+    # before the workers: each poll of theirs is a write, and SQLite refuses a deployment that meets one
+    keeper.run("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(files / "prefect.yaml"))
+    if not has_automations:
+        keeper.run("prefect", "automation", "create", "--from-file", str(files / "automations.yaml"))
+    return {
+        "pool": {"name": call.pool, "state": "created" if pool is None else "already there"},
+        "automations": "already there" if has_automations else "created",
+    }
+
+
+def choose_workers(number: int | None, gpus: Sequence[str], host: str = "") -> dict[str, str]:
+    """Name of each worker and its CUDA_VISIBLE_DEVICES.
+
+    Args:
+        number: How many; None is one per GPU, or one on the CPU.
+        gpus: What ``find_gpus`` found.
+        host: First part of the names, by default this machine's.
+
+    Raises:
+        InputError: more workers than GPUs.
+    """
+    host = (host or socket.gethostname()).split(".")[0]
+    if not gpus:
+        return {f"{host}-cpu{index}": "" for index in range(1 if number is None else number)}
+    if number is not None and number > len(gpus):
+        raise InputError(
+            f"--workers {number}: one worker per GPU, and {len(gpus)} visible here; take at most {len(gpus)}, or hide "
+            f"the GPUs with {VARIABLE}=-1 for workers on the CPU"
+        )
+    return {f"{host}-{short_name(gpu)}": gpu for gpu in gpus[:number]}

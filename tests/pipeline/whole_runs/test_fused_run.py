@@ -1,4 +1,4 @@
-"""``make_attention.keep_maps: false`` in a run: keys, inputs, refusals, shards; a whole run beside one with maps."""
+"""``make_attention.keep_maps: false`` in a run: keys, inputs, refusals, parts; a whole run beside one with maps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from pipeline.engine.shards import shard_count
 
 from pipeline.config.run_config import RunConfig, find_config
 from pipeline.config.yaml_models import load_model
 from pipeline.engine.plan import Plan, plan_run
-from pipeline.engine.stage_table import TABLE
+from pipeline.engine.run import Run
+from pipeline.store.artifacts import Store
 from stages.errors import ConfigError
 from tests.pipeline.whole_runs.here import wsss_here
 from tests.pipeline.whole_runs.test_whole_flow import SYNTHETIC, run, write_config
@@ -43,9 +43,9 @@ def test_without_maps_the_masks_rest_on_the_classifier(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("override", "count"), [("seed=0", 8), (FUSED, 1)])
 def test_parts_of_nothing_are_not_made(override: str, count: int) -> None:
-    run = load("runtime.shards=8", override)
-    assert shard_count(TABLE.spec("make_attention"), run) == count
-    assert shard_count(TABLE.spec("make_masks"), run) == 8
+    run = load("runtime.parts=8", override)
+    parts = {stage: Run(run, Store(Path("unused"))).count_parts(stage) for stage in ("make_attention", "make_masks")}
+    assert parts == {"make_attention": count, "make_masks": 8}
 
 
 def test_a_sweep_without_maps_is_refused_before_the_first_stage(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_run_without_maps_is_the_run_with_them_but_for_the_score_of_attention(
     assert "pseudo-mask" in report
     assert "mIoU of the attention maps by threshold" not in report
 
-    shared = ("stage", "make_masks", "tiny.yaml", "--set", FUSED, "--set", "runtime.shards=3", "--artifacts", "shared")
+    shared = ("stage", "make_masks", "tiny.yaml", "--set", FUSED, "--set", "runtime.parts=3", "--artifacts", "shared")
     wsss_here(tmp_path, "run", *shared[2:], "--engine", "local", "--until", "make_attention")
     both = [finish(process) for process in [start(tmp_path, *shared), start(tmp_path, *shared)]]
     assert [masks_of(tmp_path, document)[1] for document in both] == [masks_of(tmp_path, fused)[1]] * 2

@@ -1,4 +1,4 @@
-"""A run whose threshold is chosen on true masks: recorded, never scored on, the same in shards; soft labels too."""
+"""A run whose threshold is chosen on true masks: recorded, never scored on, the same in parts; soft labels too."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def only(folder: Path, stage: str) -> Path:
     return found
 
 
-def test_images_of_a_sweep_are_recorded_and_not_scored_and_shards_change_nothing(tmp_path: Path) -> None:
+def test_images_of_a_sweep_are_recorded_and_not_scored_and_parts_change_nothing(tmp_path: Path) -> None:
     overrides = [word for rule in RULES for word in ("--set", rule)]
     found = {}
-    for name, shards in (("whole", 1), ("shards", 3)):
+    for name, parts in (("whole", 1), ("parts", 3)):
         folder = tmp_path / name
         folder.mkdir()
         write_config(folder, SYNTHETIC)
-        document = run(folder, *overrides, "--set", f"runtime.shards={shards}")
+        document = run(folder, *overrides, "--set", f"runtime.parts={parts}")
         masks, evaluated = only(folder, "make_masks"), only(folder, "evaluate")
         found[name] = (json.loads((masks / "manifest.json").read_text())["content"], document["metrics"])
         chosen = json.loads((masks / "stats.json").read_text())["sweep"]
@@ -42,4 +42,4 @@ def test_images_of_a_sweep_are_recorded_and_not_scored_and_shards_change_nothing
         assert len(scored) == 8
         assert not used & scored
         assert len(list((masks / "confidence").iterdir())) == 12
-    assert found["whole"] == found["shards"]
+    assert found["whole"] == found["parts"]

@@ -4,7 +4,7 @@
 A window is ``shard_images`` neighbours of the training list.  Batches are planned from whole windows and the images'
 sizes alone, so that whoever computes a window, with whatever else, finds the same maps.
 Reads: the images and labels of split ``train`` (never a mask), the trained classifier, ``views.json``.
-Writes: ``views.json``, which stands for maps that nobody keeps.
+Writes: ``views.json``, which stands for the maps where none are kept.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class AttentionConfig(StageConfig):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Maps that nobody keeps
+# Maps that are not kept
 # ---------------------------------------------------------------------------------------------------------------------
 
 

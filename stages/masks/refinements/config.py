@@ -107,7 +107,7 @@ def _chain_problem(names: Sequence[object]) -> str | None:
     for name in names:
         if name == "none":
             return "none stands alone; leave it out of the list"
-        if name not in REFINEMENTS:
+        if not isinstance(name, str) or name not in REFINEMENTS:
             return _unknown(name)
     repeated = sorted({str(name) for name in names if names.count(name) > 1})
     if repeated:

@@ -1,6 +1,6 @@
 """Trained segmenters on disk: ``segmenter.json`` (net and classes) beside ``segmenter.safetensors`` (tensors).
 
-Written by ``train_segmenter``, read by ``evaluate`` and by anybody who wants to predict.  Torch-free at import.
+Written by ``train_segmenter``, read by ``evaluate`` and by whoever predicts.  Torch-free at import.
 """
 
 from __future__ import annotations

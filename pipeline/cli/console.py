@@ -27,8 +27,7 @@ PLAIN_LINE_EVERY_S = 10.0
 """Least time between two progress lines where there is no terminal."""
 
 STATE_STYLES: Mapping[str, str] = {
-    "built": "green",
-    "resumed": "green",
+    **dict.fromkeys(("built", "resumed"), "green"),
     "cached": "cyan",
     "skipped": "dim",
     "failed": "bold red",
@@ -144,11 +143,8 @@ def print_plan(
 ) -> None:
     """Say before the start what is in the store and what will be built, with the time that took on this machine.
 
-    Args:
-        console: Where to.
-        stages: The stages of the run in order.
-        forced: Position of the first stage that is built whatever is there; past the end when none is.
-        last_time: Seconds that a stage took last time; None where it was never built here.
+    From the position ``forced`` on, stages are built whatever is there; ``last_time`` gives a stage's seconds, None
+    where it was never built here.
     """
     groups: dict[str, list[str]] = {}
     for position, stage in enumerate(stages):

@@ -124,29 +124,22 @@ def check_device() -> Check:
 
 def check_crf() -> Check:
     """The CRF backends that ``auto`` means on the CPU and on the device refine a tiny image."""
-    from stages.ops.crf.dense_crf import INSTALL_NUMBA, resolve_crf_backend
+    import numpy as np
+
+    from stages.ops.crf.dense_crf import INSTALL_NUMBA, CrfConfig, dense_crf, resolve_crf_backend
 
     on_cpu, on_device = resolve_crf_backend("auto"), resolve_crf_backend("auto", "auto")
+    start = np.full((2, 8, 8), 0.3, np.float32)  # a pixel of another label in a flat image, which is smoothed away
+    start[0] = 0.7
+    start[:, 4, 4] = 0.4, 0.6
     places: dict[CrfBackend, str] = {on_device: "cuda", on_cpu: "cpu"}  # one entry where they are the same
     for backend, device in places.items():
-        if not _refines(backend, device):
+        refined = dense_crf(np.zeros((8, 8, 3), np.uint8), start, CrfConfig(backend=backend), device=device)
+        if not ((refined[0] > refined[1]).all() and np.allclose(refined.sum(axis=0), 1, atol=1e-3)):
             return Check("crf", "failed", f"{backend} gives no probabilities on the {device}", _CRF_REMEDIES[backend])
     found = on_cpu if on_device == on_cpu else f"{on_device} on the CUDA device, {on_cpu} with runtime.device=cpu"
     slow = f"numba is missing or cannot be imported; it makes the CRF faster on a CPU: {INSTALL_NUMBA}"
     return Check("crf", "ok", found, "" if on_cpu == "numba" else slow)
-
-
-def _refines(backend: CrfBackend, device: str) -> bool:
-    """Whether a pixel of another label in a flat image is smoothed away."""
-    import numpy as np
-
-    from stages.ops.crf.dense_crf import CrfConfig, dense_crf
-
-    start = np.full((2, 8, 8), 0.3, np.float32)
-    start[0] = 0.7
-    start[:, 4, 4] = 0.4, 0.6
-    refined = dense_crf(np.zeros((8, 8, 3), np.uint8), start, CrfConfig(backend=backend), device=device)
-    return bool((refined[0] > refined[1]).all() and np.allclose(refined.sum(axis=0), 1, atol=1e-3))
 
 
 def check_store(artifacts: str | Path) -> Check:

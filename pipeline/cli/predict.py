@@ -26,31 +26,25 @@ def predict(
         typer.Argument(metavar="[CONFIG] IMAGE...", help="A config (not with --model), then files, folders, patterns."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write to.")],
-    model: Annotated[
-        Path | None, typer.Option("--model", metavar="DIR", help="What `wsss export` wrote, instead of CONFIG.")
-    ] = None,
-    scales: Annotated[
-        str | None, typer.Option("--scales", metavar="A,B,…", help="Scales to average; default the config's.")
-    ] = None,
-    flip: Annotated[
-        bool | None, typer.Option("--flip/--no-flip", help="Mirror images too; default the config's.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="What wsss export wrote, not a CONFIG.")] = None,
+    scales: Annotated[str | None, typer.Option(metavar="A,B,…", help="Scales to average.")] = None,
+    flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Mirror images too.")] = None,
     crf: Annotated[
         str | None, typer.Option(metavar="on|off|PRESET", help="Dense CRF: the config's numbers, none, or a preset.")
     ] = None,
     window: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Window of larger images in px (default 1024 above 2048); 0: none."),
+        int | None, typer.Option(metavar="N", help="Windows of N px for larger images; 0 never; else 1024 above 2048.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Predict again what is there, and replace it.")] = False,
-    device: Annotated[
-        str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, mps, cuda, cuda:1; default the config's.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, mps, cuda or cuda:N.")] = None,
     overrides: OverridesOption = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Predict anybody's images with a trained segmenter: NAME.png, overlays/NAME.jpg, areas.csv."""
+    """Predict anybody's images with a trained segmenter: NAME.png, overlays/NAME.jpg, areas.csv.
+
+    What no option says is done as the config says.
+    """
     from stages.data.pictures import find_pictures
     from stages.errors import DataError
     from stages.scoring.image_prediction import AREAS_FILE, predict_pictures

@@ -90,16 +90,15 @@ def stage(
     force: Annotated[bool, typer.Option("--force", help="Rebuild it even if it is there.")] = False,
     part: Annotated[
         str | None,
-        typer.Option(
-            "--part",
-            metavar="I/N|any",
-            help="Build part I of N alone, or every part that nobody holds; a run of the stage puts them together.",
-        ),
+        typer.Option(metavar="I/N|any", help="Build part I of N, or every part nobody holds."),
     ] = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Run one stage from cached inputs; exit 3 when one is missing."""
+    """Run one stage from cached inputs; exit 3 when one is missing.
+
+    With --part, build a share of its images only; a run of the stage puts the parts together.
+    """
     output = get_output(context)
     output.document = run_document(config)
     if part is not None and force:

@@ -33,27 +33,20 @@ def submission(
         str | None, typer.Argument(metavar="CONFIG", help="Pack this run's predictions, or check against its images.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The .tar.gz to write.")] = None,
-    check: Annotated[
-        Path | None, typer.Option("--check", metavar="FILE", help="Check this archive, whoever made it; write nothing.")
-    ] = None,
+    check: Annotated[Path | None, typer.Option(metavar="FILE", help="Check this archive, whoever made it.")] = None,
     competition: Annotated[
-        CompetitionName | None,
-        typer.Option(help="comp5: trained on VOC trainval alone; comp6 (default): more."),
+        CompetitionName | None, typer.Option(help="comp5: trained on VOC trainval alone; comp6 (default): more.")
     ] = None,
-    image_list: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The test list, one id a line (--check, --predictions).")
-    ] = None,
-    images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The images, to compare sizes with (--check, --predictions).")
-    ] = None,
-    predictions: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Pack these <id>.png, for instance of wsss predict CONFIG.")
-    ] = None,
+    image_list: Annotated[Path | None, typer.Option(metavar="FILE", help="The test list, one id a line.")] = None,
+    images: Annotated[Path | None, typer.Option(metavar="DIR", help="The images, to compare sizes with.")] = None,
+    predictions: Annotated[Path | None, typer.Option(metavar="DIR", help="Pack these <id>.png instead.")] = None,
     overrides: OverridesOption = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
     """Pack the test predictions of a run (see evaluate.predictions) for VOC2012's test server, or check an archive.
+
+    --image-list and --images go with --check and --predictions; --predictions takes what wsss predict CONFIG wrote.
 
     \b
     wsss submission CONFIG --out results.tar.gz [--predictions DIR]

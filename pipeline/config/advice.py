@@ -86,46 +86,31 @@ def idle_options(run: RunConfig) -> list[str]:
     return lines
 
 
-_Rule = tuple[tuple[str, ...], Callable[[Any], bool], str]
-"""Options of a section, when they do nothing (a function of the section), and what they count with."""
+_Rule = tuple[tuple[str, ...], Callable[[Any], object], str]
+"""Options, a test of their section that is true where they do nothing, and what they count with."""
 
 _TRAINING: tuple[_Rule, ...] = (
-    (("poly_power",), lambda section: section.schedule != "poly", "schedule: poly"),
-    (("step_every", "step_factor"), lambda section: section.schedule != "step", "schedule: step"),
+    (("poly_power",), lambda s: s.schedule != "poly", "schedule: poly"),
+    (("step_every", "step_factor"), lambda s: s.schedule != "step", "schedule: step"),
 )
 
 _MASKS: tuple[_Rule, ...] = (
-    (
-        ("threshold",),
-        lambda section: section.background != "constant" or section.confident is not None,
-        "background: constant and confident: null",
-    ),
-    (
-        ("background_power",),
-        lambda section: section.background != "power" or section.confident is not None,
-        "background: power and confident: null",
-    ),
-    (("crf", "unary", "label_confidence"), lambda section: "crf" not in section.chain, "crf in refine"),
-    (("unary",), lambda section: "crf" in section.chain and section.confident is not None, "confident: null"),
-    (
-        ("label_confidence",),
-        lambda section: "crf" in section.chain and section.unary != "labels" and section.confident is None,
-        "unary: labels",
-    ),
-    (("par",), lambda section: "par" not in section.chain, "par in refine"),
-    (("random_walk",), lambda section: "random_walk" not in section.chain, "random_walk in refine"),
+    (("threshold",), lambda s: s.background != "constant" or s.confident, "background: constant and confident: null"),
+    (("background_power",), lambda s: s.background != "power" or s.confident, "background: power and confident: null"),
+    (("crf", "unary", "label_confidence"), lambda s: "crf" not in s.chain, "crf in refine"),
+    (("unary",), lambda s: "crf" in s.chain and s.confident, "confident: null"),
+    (("label_confidence",), lambda s: "crf" in s.chain and s.unary != "labels" and not s.confident, "unary: labels"),
+    (("par",), lambda s: "par" not in s.chain, "par in refine"),
+    (("random_walk",), lambda s: "random_walk" not in s.chain, "random_walk in refine"),
 )
 
 _SEGMENTER: tuple[_Rule, ...] = (
-    *(
-        ((option,), lambda section, loss=loss: loss not in section.losses, f"loss: {loss}")
-        for loss, option in LOSS_OPTIONS.items()
-    ),
-    (("loss_resolution",), lambda section: section.losses == {"sec"}, "another loss than sec"),
-    (("retraining",), lambda section: section.rounds == 0, "rounds of 1 or more"),
+    *(((option,), lambda s, loss=loss: loss not in s.losses, f"loss: {loss}") for loss, option in LOSS_OPTIONS.items()),
+    (("loss_resolution",), lambda s: s.losses == {"sec"}, "another loss than sec"),
+    (("retraining",), lambda s: s.rounds == 0, "rounds of 1 or more"),
 )
 
 _EVALUATE: tuple[_Rule, ...] = (
-    (("scales", "flip"), lambda section: not section.multi_scale, "multi_scale: true"),
-    (("crf_config",), lambda section: not section.crf, "crf: true"),
+    (("scales", "flip"), lambda s: not s.multi_scale, "multi_scale: true"),
+    (("crf_config",), lambda s: not s.crf, "crf: true"),
 )

@@ -53,12 +53,7 @@ def archive_command(run: RunConfig, invocation: str = "CONFIG") -> str | None:
 def submit_run(run: RunConfig, store: Store, invocation: str, out: Path, *, competition: Competition) -> Submission:
     """Write the archive of the predictions that the store holds; builds nothing.
 
-    Args:
-        run: The run's config.
-        store: Where its artifacts are.
-        invocation: Config and options as the user wrote them, for the command in an error.
-        out: The file to write.
-        competition: Names the folder inside.
+    ``invocation`` is config and options as the user wrote them, for the command in an error.
 
     Raises:
         InputError: ``out`` has another ending, or the data is not VOC's.

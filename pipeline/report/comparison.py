@@ -27,7 +27,7 @@ from stages.contracts import ImageIndex, ImageRecord, open_image_set, read_json
 from stages.errors import ConfigError, DamagedFileError, InputError, MissingArtifactError
 from stages.ops.metrics.bootstrap import Interval, interval, mean_over_classes, resample_iou
 from stages.ops.metrics.confusion import SparseConfusions, read_confusions
-from stages.scoring.intervals import score_of
+from stages.scoring.intervals import Score, score_of
 
 if TYPE_CHECKING:
     from pipeline.store.artifacts import Store
@@ -229,7 +229,7 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
             group = score.metric.partition(".")[0]
             apart.add(group)
             notes.append(f"{group}: only the {len(ids)} images count that all runs were scored on")
-        means, classes = _compare_counts(runs, thing, ids)
+        means, classes = _compare_counts(runs, thing, score, ids)
         rows += means
         class_rows += classes
     more, left_out = _compare_numbers(runs, {row.metric for row in rows}, apart)
@@ -239,11 +239,10 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
 
 
 def _compare_counts(
-    runs: Sequence[ScoredRun], thing: str, ids: tuple[str, ...]
+    runs: Sequence[ScoredRun], thing: str, score: Score, ids: tuple[str, ...]
 ) -> tuple[list[ScoreRow], list[ScoreRow]]:
     """The mean over the classes of one thing that was counted on the images ``ids``, and the rows of its classes."""
-    score, places = score_of(thing), [place for place, run in enumerate(runs) if thing in run.counts]
-    assert score is not None
+    places = [place for place, run in enumerate(runs) if thing in run.counts]
     having = [runs[place] for place in places]
     chosen = [run.counts[thing] if run.counts[thing].ids == ids else run.counts[thing].select(ids) for run in having]
     num_classes = score.num_classes(chosen[0])
@@ -292,7 +291,10 @@ def _row(
 def _compare_numbers(runs: Sequence[ScoredRun], counted: set[str], apart: set[str]) -> tuple[list[ScoreRow], list[str]]:
     """The metrics without counts of each image, and what is said of those of groups whose images differ."""
     rows, notes = [], []
-    numbers = [{name: float(value) for name, value in run.metrics.items() if _is_finite_number(value)} for run in runs]
+    numbers = [
+        {name: float(v) for name, v in run.metrics.items() if type(v) in (int, float) and np.isfinite(v)}
+        for run in runs
+    ]
     for metric in dict.fromkeys(metric for found in numbers for metric in found):
         is_limit = metric.endswith(("_low", "_high")) and metric.rpartition("_")[0] in counted
         if metric in counted or is_limit:
@@ -305,10 +307,6 @@ def _compare_numbers(runs: Sequence[ScoredRun], counted: set[str], apart: set[st
         differences = [None if value is None or first is None else Difference(value - first) for value in others]
         rows.append(ScoreRow(metric, None, None, tuple(values), (None,) * len(runs), (None, *differences)))
     return rows, notes
-
-
-def _is_finite_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,11 +325,12 @@ def _check_classes(runs: Sequence[ScoredRun]) -> None:
     for word, classes in known[1:]:
         first, ours = known[0]
         if classes != ours:
-            problems = []
-            for name, mine, others in ((word, classes, ours), (first, ours, classes)):
-                extra = _shorten([each for each in mine if each not in set(others)])
-                alike = f"{name} has no class of its own; the order may differ"
-                problems.append(f"only {name}: {extra}" if extra else alike)
+            extras = {
+                word: _shorten([name for name in classes if name not in ours]),
+                first: _shorten([name for name in ours if name not in classes]),
+            }
+            alike = "has no class of its own; the order may differ"
+            problems = [f"only {who}: {extra}" if extra else f"{who} {alike}" for who, extra in extras.items()]
             raise InputError(
                 f"{first} and {word} have other classes ({len(ours)} and {len(classes)} with background) and cannot be "
                 "compared; compare runs on one data set",

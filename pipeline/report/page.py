@@ -109,11 +109,8 @@ def build_report(
         artifacts: Folder of each stage that ran or was cached, by stage name; prepare_data may be all there is.
         manifests: ``manifest.json`` of the same stages.
         data_root: Folder of the user's data; None where prepare_data generated the data.
-        out: The HTML file to write, atomically.
+        out: The HTML file to write, atomically; also what is returned.
         states: built, cached, resumed, skipped or failed by stage name, where the report follows a run.
-
-    Returns:
-        ``out``.
     """
     config = run.model_dump(mode="json")
     images = open_image_set(artifacts["prepare_data"], data_root) if "prepare_data" in artifacts else None

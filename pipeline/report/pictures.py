@@ -199,11 +199,7 @@ def show_examples(
 ) -> dict[str, Section]:
     """The three picture sections; a data root that has moved since the run costs the pictures, not the page.
 
-    Args:
-        images: The data set; None before prepare_data.
-        artifacts: Folder of each stage that ran.
-        confusions: Counts of each score.
-        predictions: The score of the predictions that are shown (``EvaluateConfig.written_score``).
+    ``predictions`` is the score of the predictions that are shown (``EvaluateConfig.written_score``).
     """
     training = _nothing("this run made no attention maps or pseudo-masks.")
     best, worst = _nothing("this run has not evaluated a segmenter."), _nothing("")
@@ -256,14 +252,9 @@ def legend_entries(classes: ClassList) -> list[dict[str, str]]:
 
 
 def overlay_heat(image: NDArray[np.uint8], record: AttentionRecord) -> NDArray[np.uint8]:
-    """Lay the strongest attention of any label over a grey copy of the image.
+    """Lay the strongest attention of any label over a grey copy of the image, RGB (H, W, 3).
 
-    Args:
-        image: RGB (H, W, 3).
-        record: The n maps of the image; their maximum is drawn, cold without evidence and red at each map's peak.
-
-    Returns:
-        RGB (H, W, 3); where there is no evidence the grey image shows through.
+    It is red at each map's peak and cold without evidence, where the grey image shows through.
     """
     height, width = image.shape[:2]
     strongest = record.maps.max(axis=0) if len(record.maps) else np.zeros((1, 1), dtype=np.uint8)
@@ -326,15 +317,7 @@ def write_picture_grid(
     """Write one PNG: image, attention, pseudo-mask, truth on the left; image, prediction, truth on the right.
 
     Rows run evenly by rank from good to bad on the left; on the right the first half are the best images, the rest the
-    worst.  A side without its stage is left out.
-
-    Args:
-        artifacts: Folder of each stage that ran, with prepare_data.
-        data_root: Folder of the user's data; None where prepare_data generated the data.
-        out: The PNG file to write, atomically.
-        predictions: The score of the predictions that are shown.
-        num_rows: Images on each side.
-        tile_px: Side of one tile.
+    worst.  A side without its stage is left out; the words are those of ``build_report`` and ``show_examples``.
     """
     images = open_image_set(artifacts["prepare_data"], data_root)
     confusions = load_confusions(artifacts)

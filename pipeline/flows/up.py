@@ -91,6 +91,11 @@ class UpCall:
     files_url: str = ""
     """Where a web server has the store's reports."""
 
+    @property
+    def own_url(self) -> str:
+        """API of a server that is started here, as this machine reaches it."""
+        return f"http://{HOST if self.host in ('0.0.0.0', '::', *LOOPBACK) else self.host}:{self.port}/api"
+
 
 def up(call: UpCall, say: Say) -> dict[str, Any]:
     """Bring everything up that is not, and describe all of it.
@@ -109,7 +114,8 @@ def up(call: UpCall, say: Say) -> dict[str, Any]:
     with _one_command(call.home):
         keeper = Keeper(call.home, say)
         before, state = keeper.processes(), keeper.state
-        url, is_ours = _find_server(call, state["api_url"] if SERVER in before else "")
+        url = find_server(call, state["api_url"] if before else "")
+        is_ours = SERVER in before if before else url == call.own_url
         is_kept = call.workers is None and bool(before.keys() - {SERVER})
         workers = state["workers"] if is_kept else choose_workers(call.workers, find_gpus())
         variables = _variables(call, url, is_ours=is_ours)
@@ -250,16 +256,13 @@ def _one_command(home: Path, *, timeout_s: float = 180.0) -> Iterator[None]:
         raise EnvironmentFailure(f"another wsss up or down is at {home} for {timeout_s:.0f} s; wait for it") from error
 
 
-def _find_server(call: UpCall, standing: str) -> tuple[str, bool]:
-    """URL of the server that is meant, and whether it is ours; ``standing`` is the URL of ours that is up."""
+def find_server(call: UpCall, standing: str) -> str:
+    """URL of the server that is meant; ``standing`` is that of what is up already."""
     configured = os.environ.get(API_URL, "").rstrip("/").replace("//localhost:", "//127.0.0.1:")
-    ours = f"http://{HOST if call.host in ('0.0.0.0', '::', *LOOPBACK) else call.host}:{call.port}/api"
-    if not standing:
-        return configured or ours, configured in ("", ours)
-    wanted = configured or (ours if call.port != UpCall.port else standing)
-    if wanted != standing:
-        raise InputError(f"a server of ours is up at {standing}, not at {wanted}: wsss down first")
-    return standing, True
+    wanted = configured or (call.own_url if call.port != UpCall.port or not standing else standing)
+    if standing and wanted != standing:
+        raise InputError(f"what is up works with the server at {standing}, not at {wanted}: wsss down first")
+    return wanted
 
 
 def _variables(call: UpCall, url: str, *, is_ours: bool) -> dict[str, str]:

@@ -160,7 +160,7 @@ class Cluster:
         """All states that a run has had, the last one last."""
         return self.ask(f"flow_run_states/?flow_run_id={flow_run_id}")
 
-    def finish(self, flow_run_id: str, *, seconds: float = 120) -> dict[str, Any]:
+    def finish(self, flow_run_id: str, *, seconds: float = 300) -> dict[str, Any]:
         """Wait until a run is over; its last state."""
         over = {"COMPLETED", "FAILED", "CANCELLED"}
         wait_until(lambda: self.states(flow_run_id)[-1]["type"] in over, "the run is over", seconds=seconds)

@@ -98,7 +98,7 @@ def manifest(store: Path, stage: str, keys: dict[str, str]) -> dict:
     return json.loads((store / stage / keys[stage] / "manifest.json").read_text())
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_both_workers_are_killed_and_every_run_ends_with_the_quiet_runs_numbers(
     tmp_path: Path, quiet: Quiet, database: dict[str, str]
 ) -> None:
@@ -113,19 +113,19 @@ def test_both_workers_are_killed_and_every_run_ends_with_the_quiet_runs_numbers(
     cluster = Cluster(tmp_path, workers=2, **database)
     try:
         runs = [cluster.submit("wsss/run", config="chaos.yaml")]
-        wait_until(lambda: (store / "make_attention" / first["make_attention"]).exists(), "attention", seconds=120)
+        wait_until(lambda: (store / "make_attention" / first["make_attention"]).exists(), "attention", seconds=400)
         runs.append(cluster.submit("wsss/run", config="chaos.yaml", overrides=[OTHER]))
 
         masks = store / "make_masks" / f".work-{second['make_masks']}" / "masks"
-        wait_until(lambda: len(list(masks.glob("*.png"))) > 5, "the second run makes masks", seconds=120)
+        wait_until(lambda: len(list(masks.glob("*.png"))) > 5, "the second run makes masks", seconds=300)
         killed = [cluster.kill_worker_of(store / ".locks" / f"make_masks-{second['make_masks']}")]
         checkpoint = store / "train_segmenter" / f".work-{first['train_segmenter']}" / "checkpoint.pt"
-        wait_until(checkpoint.exists, "the first run trains its segmenter", seconds=120)
+        wait_until(checkpoint.exists, "the first run trains its segmenter", seconds=400)
         killed.append(cluster.kill_worker_of(store / ".locks" / f"train_segmenter-{first['train_segmenter']}"))
         assert len(set(killed)) == 2, "each worker had one of the runs"
 
         for flow_run_id in runs:
-            assert cluster.finish(flow_run_id, seconds=400)["type"] == "COMPLETED"
+            assert cluster.finish(flow_run_id, seconds=900)["type"] == "COMPLETED"
             names = [state["name"] for state in cluster.states(flow_run_id)]
             assert names.count("AwaitingRetry") == names.count("Crashed") > 0
     finally:

@@ -97,12 +97,11 @@ def test_a_second_run_shows_its_stages_as_cached(world: World):
     check_task_runs(world, again, [(stage, "Cached") for stage in STAGES])
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_each_stage_runs_alone_from_what_is_cached(world: World, stage: str):
-    alone = world.cluster.submit(f"wsss-stage/{stage}", config="tiny.yaml")
+def test_a_stage_runs_alone_from_what_is_cached(world: World):
+    alone = world.cluster.submit("wsss-stage/evaluate", config="tiny.yaml")
     assert world.cluster.finish(alone)["type"] == "COMPLETED"
-    check_task_runs(world, alone, [(stage, "Cached")])
-    assert world.cluster.ask(f"flow_runs/{alone}")["name"].startswith(f"Tiny_one-{stage}-")
+    check_task_runs(world, alone, [("evaluate", "Cached")])
+    assert world.cluster.ask(f"flow_runs/{alone}")["name"].startswith("Tiny_one-evaluate-")
 
 
 def test_a_stage_without_its_input_fails_with_the_command_that_makes_it(world: World):
@@ -156,7 +155,7 @@ def test_cancelling_ends_the_children_and_leaves_work_to_go_on_from(world: World
     key = next(stage["key"] for stage in status["stages"] if stage["stage"] == "train_segmenter")
     store = world.folder / "artifacts"
     checkpoint = store / "train_segmenter" / f".work-{key}" / "checkpoint.pt"
-    wait_until(checkpoint.exists, "there is a checkpoint", seconds=60)
+    wait_until(checkpoint.exists, "there is a checkpoint", seconds=180)
     lock = store / ".locks" / f"train_segmenter-{key}"
     assert holders(lock), "a child is at work"
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.engine.stage_table import STAGES
-from pipeline.flows.up import Keeper, UpCall, _find_server
+from pipeline.flows.up import Keeper, UpCall, find_server
 from stages.errors import EnvironmentFailure, InputError
 from tests.pipeline.flows.clusters import ROOT, environment
 
@@ -29,25 +29,24 @@ def wsss(home: Path, *words: str, **variables: str) -> tuple[int, str, str]:
 
 
 def test_the_server_is_ours_unless_the_variable_names_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    call = UpCall(tmp_path)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    assert _find_server(call, "") == (UP, True)
-    assert _find_server(UpCall(tmp_path, host="0.0.0.0"), "") == (UP, True), "reached at this machine"
+    assert find_server(UpCall(tmp_path), "") == UP
+    assert UpCall(tmp_path, host="0.0.0.0").own_url == UP, "reached at this machine"
     monkeypatch.setenv("PREFECT_API_URL", "http://localhost:4200/api/")
-    assert _find_server(call, "") == (UP, True), "the line that up prints does not hide our own server"
+    assert find_server(UpCall(tmp_path), "") == UP, "the line that up prints does not hide our own server"
     monkeypatch.setenv("PREFECT_API_URL", "http://head:4200/api/")
-    assert _find_server(call, "") == ("http://head:4200/api", False)
+    assert find_server(UpCall(tmp_path), "") == "http://head:4200/api"
 
 
 def test_a_server_that_is_up_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     standing = "http://127.0.0.1:4300/api"
-    assert _find_server(UpCall(tmp_path), standing) == (standing, True)
-    with pytest.raises(InputError, match=r"up at .*:4300/api, not at .*:4400/api: wsss down first"):
-        _find_server(UpCall(tmp_path, port=4400), standing)
+    assert find_server(UpCall(tmp_path), standing) == standing
+    with pytest.raises(InputError, match=r"server at .*:4300/api, not at .*:4400/api: wsss down first"):
+        find_server(UpCall(tmp_path, port=4400), standing)
     monkeypatch.setenv("PREFECT_API_URL", "http://head:4200/api")
     with pytest.raises(InputError, match="wsss down first"):
-        _find_server(UpCall(tmp_path), standing)
+        find_server(UpCall(tmp_path), standing)
 
 
 def test_a_wrong_api_url_is_exit_4_and_starts_nothing(tmp_path: Path):

@@ -318,7 +318,7 @@ class Run:
         if key is None:
             return StageStatus(stage, "skipped", None, None)
         damage: list[str] = []
-        artifact = self.store.lookup(stage, key, damaged=damage.append)
+        artifact = self.store.lookup(stage, key, damaged=damage.append, fresh=True)
         if artifact is not None:
             return StageStatus(stage, "cached", key, artifact.path, artifact.size_bytes, artifact.run.get("started"))
         if damage:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from provenance import commit, hardware
 
 from pipeline.config.run_config import RunConfig, find_config, load_config
-from pipeline.engine.run import finished_artifacts
+from pipeline.engine.run import Run
 from pipeline.store.artifacts import open_store
 from stages.contracts import (
     BACKGROUND_INDEX,
@@ -172,7 +172,7 @@ def _summarise(threshold: float, counts: Sequence[Count]) -> dict[str, float]:
 
 def open_scene(run: RunConfig, artifacts: str, *, is_quick: bool) -> Scene:
     """The attention of the scored images, and what becomes of it on a walk."""
-    _, found = finished_artifacts(run, open_store(artifacts))
+    found = Run(run, open_store(artifacts)).finished_artifacts()
     if "make_attention" not in found:
         sys.exit("there is no attention of this config in the store; run it with --until make_attention first")
     root = getattr(run.data, "root", None)

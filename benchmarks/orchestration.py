@@ -3,7 +3,8 @@
 Starts a server and workers of its own by ``wsss up`` in a temporary folder, and measures, from submission to end:
 a run whose six stages are cached, one cached stage, and the same by ``wsss run --engine local`` (medians of rounds);
 then ``make_masks`` in eight parts, by one worker and by two, each with one process, and on the command line in eight
-parts and in one.  All results are compared byte by byte.  The peers, in the same run, are one worker and the unsplit stage.
+parts and in one.  All results are compared byte by byte.  The peers, in the same run, are one worker and the unsplit
+stage.
 
     python benchmarks/orchestration.py [--quick] [--json] [--only cached|parts] [--iterations N]
 """

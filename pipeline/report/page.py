@@ -94,13 +94,9 @@ def build_report(
 ) -> Path:
     """Write the report of ``run`` to ``out``; parts whose stage did not run are left out with one sentence.
 
-    Args:
-        run: The run's config.
-        artifacts: Folder of each stage that ran or was cached, by stage name; prepare_data may be all there is.
-        manifests: ``manifest.json`` of the same stages.
-        data_root: Folder of the user's data; None where prepare_data generated the data.
-        out: The HTML file to write, atomically; also what is returned.
-        states: built, cached, resumed, skipped or failed by stage name, where the report follows a run.
+    ``artifacts`` has the folder of each stage that ran or was cached, and ``manifests`` their ``manifest.json``;
+    prepare_data may be all there is.  ``data_root`` is None where prepare_data generated the data.  ``states`` says
+    built, cached, resumed, skipped or failed by stage, where the report follows a run.  ``out`` is written atomically.
     """
     config = run.model_dump(mode="json")
     images = open_image_set(artifacts["prepare_data"], data_root) if "prepare_data" in artifacts else None

@@ -352,11 +352,7 @@ def _check_localization(runs: Sequence[ScoredRun]) -> list[str]:
         first, ours = known[0]
         _check_images("localization", (first, list(ours)), (word, list(theirs)))
         differs = [image_id for image_id, truth in ours.items() if truth != theirs[image_id]]
-        if differs:
-            raise InputError(
-                f"{first} and {word} were scored against other labels or boxes (localization: {len(differs)} images, "
-                f"{_shorten(differs)}) and cannot be compared; evaluate both on the same data"
-            )
+        _refuse_truth((first, word), "labels or boxes", "localization", differs)
     unknown = ", ".join(run.word for run in having if run.val is None)
     if not unknown or len(having) < 2:
         return []
@@ -373,11 +369,16 @@ def _check_truth(runs: Sequence[ScoredRun], chosen: Sequence[SparseConfusions], 
     first, *rest = [counts.true_pixels()[:, :num_classes] for counts in chosen]
     for run, pixels in zip(runs[1:], rest, strict=True):
         differs = [i for i, same in zip(chosen[0].ids, (pixels == first).all(axis=1), strict=True) if not same]
-        if differs:
-            raise InputError(
-                f"{runs[0].word} and {run.word} were scored against other true masks ({thing}: {len(differs)} images, "
-                f"{_shorten(differs)}) and cannot be compared; evaluate both on the same data"
-            )
+        _refuse_truth((runs[0].word, run.word), "true masks", thing, differs)
+
+
+def _refuse_truth(words: tuple[str, str], truth: str, thing: str, differs: Sequence[str]) -> None:
+    """Refuse two runs whose ``truth`` of some images differs."""
+    if differs:
+        raise InputError(
+            f"{' and '.join(words)} were scored against other {truth} ({thing}: {len(differs)} images, "
+            f"{_shorten(differs)}) and cannot be compared; evaluate both on the same data"
+        )
 
 
 def _text_of(row: ScoreRow) -> MetricText:
@@ -428,7 +429,7 @@ def table_lines(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
     return lines
 
 
-def write_page(found: Comparison, out: Path) -> None:
+def write_page(found: Comparison, out: Path) -> Path:
     """Write ``found`` as one self-contained HTML page that needs no network and no script, atomically.
 
     Raises:
@@ -436,4 +437,4 @@ def write_page(found: Comparison, out: Path) -> None:
     """
     classes = {label_text(rows[0]): table_lines(rows) for rows in found.rows_by_metric().values()}
     lines = table_lines(found.rows)
-    write_template("comparison.html", out, runs=found.runs, lines=lines, classes=classes, notes=found.notes)
+    return write_template("comparison.html", out, runs=found.runs, lines=lines, classes=classes, notes=found.notes)

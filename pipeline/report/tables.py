@@ -181,18 +181,19 @@ def stage_rows(manifests: Mapping[str, Mapping[str, Any]], states: Mapping[str, 
     """Every stage in order, also those that this run skipped: name, meaning, state, key, seconds, size, started."""
     rows = []
     for name, meaning in STAGE_MEANINGS.items():
-        state, nothing = states.get(name), {"key": "", "seconds": "–", "size": "–", "started": "–", "warnings": ()}
-        row = {"name": name, "meaning": meaning, "state": state or "skipped", **nothing}
-        if name in manifests:
-            content, run = manifests[name]["content"], manifests[name]["run"]
-            row |= {
-                "state": state or "in the store",
-                "key": content["key"],
-                "seconds": format_seconds(run.get("seconds")),
-                "size": format_value(sum(file["size"] for file in content.get("files", {}).values()), "bytes"),
-                "started": format_time(run.get("started")),
-                "warnings": run.get("warnings", ()),
-            }
+        manifest = manifests.get(name, {})
+        content, run = manifest.get("content", {}), manifest.get("run", {})
+        size = sum(file["size"] for file in content.get("files", {}).values())
+        row = {
+            "name": name,
+            "meaning": meaning,
+            "state": states.get(name) or ("in the store" if manifest else "skipped"),
+            "key": content.get("key", ""),
+            "seconds": format_seconds(run.get("seconds")),
+            "size": format_value(size, "bytes") if manifest else "–",
+            "started": format_time(run.get("started")) if manifest else "–",
+            "warnings": run.get("warnings", ()),
+        }
         rows.append(row)
     return rows
 

@@ -327,7 +327,7 @@ def _members(annotation: Form) -> list[Form]:
     return [] if annotation is type(None) else [annotation]
 
 
-def _models(annotation: Form, value: object) -> list[type[BaseModel]]:
+def _models(annotation: Form, value: Raw) -> list[type[BaseModel]]:
     """The model classes that may describe ``value``: those whose literal fields do not contradict it."""
     models = [member for member in _members(annotation) if isinstance(member, type) and issubclass(member, BaseModel)]
     fitting = []

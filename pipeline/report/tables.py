@@ -40,7 +40,7 @@ class MetricText(NamedTuple):
 
 
 with Path(__file__).with_name("metrics.csv").open(encoding="utf-8", newline="") as _table:
-    METRICS = {row.pop("name"): MetricText(**row) for row in csv.DictReader(_table)}
+    METRICS = {name: MetricText._make(texts) for name, *texts in list(csv.reader(_table))[1:]}
 """Known metrics in the order of the table; others follow under their own names."""
 
 THINGS: dict[str, str] = {

@@ -37,7 +37,7 @@ def test_the_wheel_holds_what_a_user_needs(tmp_path: Path):
     modules = {str(p.relative_to(copy)) for top in ("pipeline", "stages") for p in (copy / top).rglob("*.py")}
     configs = {f"pipeline/_configs/{p.name}" for p in (copy / "configs").glob("*.yaml")}
     deploy = {f"pipeline/_deploy/{name}.yaml" for name in ("prefect", "automations")}
-    assert modules | configs | deploy | {"pipeline/report/report.html"} <= names
+    assert modules | configs | deploy | {"pipeline/report/report.html", "pipeline/report/metrics.csv"} <= names
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"pipeline", "stages"}
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,8 +107,7 @@ def prune_artifacts(
         )
     removals = prune(store, keep=keep, dry_run=not yes)
     size = sum(removal.size_bytes for removal in removals)
-    entries = [{"path": r.path, "reason": r.reason, "size_bytes": r.size_bytes} for r in removals]
-    output.document = {"removed": yes, "size_bytes": size, "entries": entries}
+    output.document = {"removed": yes, "size_bytes": size, "entries": [dataclasses.asdict(r) for r in removals]}
     for removal in removals:
         output.tell(f"{format_value(removal.size_bytes, 'bytes'):>8}  {removal.path}  ({removal.reason})")
     verb = "removed" if yes else "would be removed; add --yes to remove it"

@@ -31,7 +31,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare finished runs with the first: scores, differences, and 95 % intervals over the images."""
-    from pipeline.report.comparison import compare_runs, find_scored_run
+    from pipeline.report.comparison import compare_runs, find_scored_run, write_page
     from pipeline.store.artifacts import open_store
     from stages.errors import InputError
 
@@ -43,8 +43,6 @@ def compare(
     found = compare_runs([find_scored_run(word, store) for word in runs])
     output.document = _describe(found) | {"page": out}
     if out is not None:
-        from pipeline.report.comparison_page import write_page
-
         write_page(found, out)
     if not output.is_json:
         _show(found, per_class=per_class)
@@ -96,16 +94,14 @@ def _table(found: Comparison, rows: Sequence[ScoreRow]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from pipeline.report.comparison import difference_text, label_text, value_text
+    from pipeline.report.comparison import label_text, table_lines
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(escape(label_text(rows[0])) if rows and rows[0].class_name else "score")
     table.add_column("images", justify="right")
     for number, run in enumerate(found.runs, start=1):
         table.add_column(escape(f"{number} {run.title}"))
-    for row in rows:
-        pairs = [(value_text(row, place), difference_text(row, place)) for place in range(len(row.values))]
-        cells = ["\n".join(filter(None, pair)) for pair in pairs]
-        images = "" if row.num_images is None else f"{row.num_images}"
-        table.add_row(escape(row.class_name or label_text(row)), images, *cells)
+    for line in table_lines(rows):
+        cells = ["\n".join(filter(None, (cell["value"], cell["difference"]))) for cell in line["cells"]]
+        table.add_row(escape(line["label"]), line["images"], *cells)
     return table

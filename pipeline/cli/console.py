@@ -95,16 +95,15 @@ class ConsoleListener:
             self._last_line = now
             self._console.print(f"  {label} {done}/{total} {tail}")
 
-    def info(self, text: str) -> None:
+    def info(self, text: str, *, style: str = "dim") -> None:
         """Write one line of the stage that runs."""
         stage = f"{self._stage}: " if self._stage else ""  # before the first stage there is none
-        self._console.print(f"  {stage}{text}", style="dim", markup=False)
+        self._console.print(f"  {stage}{text}", style=style, markup=False)
 
     def warn(self, text: str) -> None:
         """Write one line and keep it."""
         self.warnings.append(text)
-        stage = f"{self._stage}: " if self._stage else ""
-        self._console.print(f"  {stage}warning: {text}", style="yellow", markup=False)
+        self.info(f"warning: {text}", style="yellow")
 
     def output(self, text: str) -> None:
         """Write what a library printed."""
@@ -133,11 +132,6 @@ class ConsoleListener:
         return f"{self._stages.index(stage) + 1}/{len(self._stages)} {stage}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Before and after
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def print_plan(
     console: Console, stages: Sequence[StageStatus], *, forced: int, last_time: Callable[[str], float | None]
 ) -> None:
@@ -162,30 +156,28 @@ def print_plan(
 
 def print_metrics(console: Console, metrics: Mapping[str, Any]) -> None:
     """The table of numbers in percent, then what each step of the masks is worth, then the IoU of every class."""
+    tables: list[Table] = []
     rows = metric_rows(metrics)
     if rows:
         has_intervals = any(row.interval for row in rows)
-        table = _table("", "metric", ">value", *([">95 %"] if has_intervals else []))
+        tables.append(_table("", "metric", ">value", *([">95 %"] if has_intervals else [])))
         for row, before in zip(rows, ["", *(row.group for row in rows)], strict=False):
             group = row.group if row.group != before else ""
-            table.add_row(group, escape(row.label), row.text, *([row.interval] if row.interval else []))
-        console.print()
-        console.print(table)
+            tables[-1].add_row(group, escape(row.label), row.text, *([row.interval] if row.interval else []))
     steps = step_rows(metrics)
     if steps:
-        table = _table("pseudo-masks after", *(f">{title}" for title in STEP_HEAD[1:]))
+        tables.append(_table("pseudo-masks after", *(f">{title}" for title in STEP_HEAD[1:])))
         for step in steps:
-            table.add_row(*step.cells)
-        console.print()
-        console.print(table)
+            tables[-1].add_row(*step.cells)
     for name, values in metrics.items():
         if isinstance(values, Mapping) and values:
-            table = _table(escape(name), ">IoU")
+            tables.append(_table(escape(name), ">IoU"))
             # background first, as in every table of the field; JSON has sorted the names
             for label, value in sorted(values.items(), key=lambda item: item[0] != "background"):
-                table.add_row(escape(label), "–" if value is None else f"{value * 100:.1f} %")
-            console.print()
-            console.print(table)
+                tables[-1].add_row(escape(label), "–" if value is None else f"{value * 100:.1f} %")
+    for table in tables:
+        console.print()
+        console.print(table)
 
 
 def _table(*titles: str) -> Table:

@@ -39,13 +39,11 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's help costs 0.1 s
     pretty_exceptions_enable=False,
 )
-for command in (run, stage, status, report, predict, export, compare, submission):
+for command in (run, stage, status, report, predict, export, compare, submission, doctor, up, down):
     app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(artifacts_app, name="artifacts")
 app.add_typer(config_app, name="config")
-for command in (doctor, up, down):
-    app.command()(command)
 
 
 def version() -> str:
@@ -72,10 +70,9 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; the only place where errors become words.
+    """Run the command of ``arguments`` (by default those of the process) and return its exit code.
 
-    Args:
-        arguments: The command line without the program's name; by default ``sys.argv``.
+    This is the only place where errors become words.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -45,8 +45,10 @@ def predict(
 
     What no option says is done as the config says.
     """
+    from pydantic import ValidationError
+
     from stages.data.pictures import find_pictures
-    from stages.errors import DataError
+    from stages.errors import ConfigError, DataError
     from stages.scoring.image_prediction import AREAS_FILE, predict_pictures
 
     output = get_output(context)
@@ -57,7 +59,11 @@ def predict(
     pictures = find_pictures(images, out)
     source, config, runtime = _find_source(model, words[0], overrides, artifacts)
     options = _options(config, scales, flip, crf, window)
-    runtime = runtime if device is None else _on(device, runtime)
+    if device is not None:
+        try:
+            runtime = type(runtime).model_validate({**runtime.model_dump(), "device": device})
+        except ValidationError as error:
+            raise ConfigError(f"--device: expected auto, cpu, mps, cuda or cuda:N, found {device}") from error
     with output.progress("predict") as progress:
         summary = predict_pictures(source, pictures, options, out=out, progress=progress, runtime=runtime, force=force)
     output.document |= {
@@ -122,14 +128,3 @@ def _options(
         texts = [text for _, text in explain(error, PredictOptions, values)]
         problems = [f"--{text.replace('window_px', 'window').replace('crf.preset', 'crf')}" for text in texts]
         raise ConfigError("the options of the prediction are wrong", problems) from error
-
-
-def _on(device: str, runtime: Runtime) -> Runtime:
-    from pydantic import ValidationError
-
-    from stages.errors import ConfigError
-
-    try:
-        return type(runtime).model_validate({**runtime.model_dump(), "device": device})
-    except ValidationError as error:
-        raise ConfigError(f"--device: expected auto, cpu, mps, cuda or cuda:N, found {device}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import os
 import time
@@ -89,8 +90,7 @@ def stage(
     overrides: OverridesOption = None,
     force: Annotated[bool, typer.Option("--force", help="Rebuild it even if it is there.")] = False,
     part: Annotated[
-        str | None,
-        typer.Option(metavar="I/N|any", help="Build part I of N, or every part nobody holds."),
+        str | None, typer.Option(metavar="I/N|any", help="Build part I of N, or every part nobody holds.")
     ] = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
@@ -145,19 +145,9 @@ def status(
     from pipeline.store.artifacts import open_store
 
     for found in Run(run_config, open_store(artifacts)).status():
-        built_at = found.built_at
-        age_s = None if built_at is None else round(time.time() - datetime.fromisoformat(built_at).timestamp(), 1)
-        output.document["stages"].append(
-            {
-                "stage": found.stage,
-                "state": found.state,
-                "key": found.key,
-                "path": found.path,
-                "size_bytes": found.size_bytes,
-                "built_at": built_at,
-                "age_s": age_s,
-            }
-        )
+        began = None if found.built_at is None else datetime.fromisoformat(found.built_at)
+        age_s = None if began is None else round(time.time() - began.timestamp(), 1)
+        output.document["stages"].append({**dataclasses.asdict(found), "age_s": age_s})
         size = format_value(found.size_bytes, "bytes") if found.state == "cached" else ""
         age = "" if age_s is None else f"{format_seconds(age_s)} old"
         output.tell(f"{found.stage:18}{found.state:9}{found.key or '':22}{size:>8}  {age}".rstrip())

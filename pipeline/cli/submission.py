@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,6 @@ from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
-    from pipeline.delivery.submission import Submission
     from pipeline.store.artifacts import Store
     from stages.scoring.submission.reference import Expected
 
@@ -84,30 +84,19 @@ def submission(
         output.document = {"config": config, "archive": None}
         run, for_ = open_run(), (competition or CompetitionName.COMP6).value
         if predictions is None:
-            _tell_made(output, submit_run(*run, out, competition=for_))
+            made = submit_run(*run, out, competition=for_)
         else:
-            _tell_made(output, make_submission(run[0], predictions, expected(), out, competition=for_))
+            made = make_submission(run[0], predictions, expected(), out, competition=for_)
+        output.document |= dataclasses.asdict(made)
+        output.tell(f"{made.archive}: {made.num_masks:,} masks for {made.competition}, checked\n  masks: {made.masks}")
+        for warning in made.warnings:
+            output.tell(f"  warning: {warning}")
 
 
 def _refuse(options: dict[str, Path | None], why: str) -> None:
     for name, value in options.items():
         if value is not None:
             raise typer.BadParameter(why, param_hint=name)
-
-
-def _tell_made(output: Output, made: Submission) -> None:
-    output.document |= {
-        "archive": made.path,
-        "competition": made.competition,
-        "masks": made.masks,
-        "num_masks": made.num_masks,
-        "size_bytes": made.num_bytes,
-        "sha256": made.sha256,
-        "warnings": made.warnings,
-    }
-    output.tell(f"{made.path}: {made.num_masks:,} masks for {made.competition}, checked\n  masks: {made.masks}")
-    for warning in made.warnings:
-        output.tell(f"  warning: {warning}")
 
 
 def _check(output: Output, file: Path, expected: Callable[[], Expected], competition: CompetitionName | None) -> None:

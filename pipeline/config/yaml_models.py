@@ -54,10 +54,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 def load_model(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
     """Read the YAML file ``path``, apply ``overrides`` in order and validate the result against ``model``.
 
-    Args:
-        model: The class that describes the file.
-        path: A YAML file whose top level is a mapping.
-        overrides: ``dotted.path=value``; the value is YAML, so ``a=1e-4``, ``a=[1, 2]`` and ``a={name: x}`` work.
+    The file's top level is a mapping.  An override is ``dotted.path=value``; the value is YAML, so ``a=1e-4``,
+    ``a=[1, 2]`` and ``a={name: x}`` work.
 
     Raises:
         ConfigError: with all problems: form, duplicate and unknown keys, wrong types, ranges and names.
@@ -175,10 +173,6 @@ def _place(source: str, mark: yaml.Mark) -> str:
     return source if source.startswith("--set") else f"{source}:{mark.line + 1}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What pydantic found wrong, in words
-# ---------------------------------------------------------------------------------------------------------------------
-
 _PLAIN_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "expected a section"),
     **dict.fromkeys(("tuple_type", "list_type"), "expected a list"),
@@ -209,7 +203,12 @@ def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str,
     """Each problem that validating ``values`` against ``model`` raised once, as (path, line of text), in its order."""
     grouped: dict[KeyPath, list[tuple[str, str]]] = {}
     for detail in error.errors(include_url=False):
-        path = _key_path(detail["loc"], values, is_missing=detail["type"] == "missing")
+        # pydantic puts union tags and validator names between the keys
+        path: KeyPath = ()
+        for key in detail["loc"]:
+            path = (*path, key) if _has(_value_at(values, path), key) else path
+        if detail["type"] == "missing" and not _has(_value_at(values, path), detail["loc"][-1]):
+            path = (*path, detail["loc"][-1])
         path, expected, found = _sentence(detail, path, model, values)
         parts = grouped.setdefault(path, [])
         if (expected, found) not in parts:
@@ -240,27 +239,11 @@ def _loose_values(model: type[BaseModel], values: Mapping[str, Any]) -> Iterator
 
 def _leaves(value: Raw, path: KeyPath) -> Iterator[tuple[KeyPath, object]]:
     """Every value that is neither a section nor a list nor null, with its path."""
-    if isinstance(value, dict):
-        for key, item in value.items():
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(item, (*path, key))
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            yield from _leaves(item, (*path, number))
     elif value is not None:
         yield path, value
-
-
-def _key_path(location: Sequence[str | int], values: Raw, *, is_missing: bool) -> KeyPath:
-    """``location`` without the union tags and validator names that pydantic puts between the keys."""
-    path: list[str | int] = []
-    here: Raw = values
-    for number, key in enumerate(location):
-        if _has(here, key):
-            path.append(key)
-            here = here[key]
-        elif is_missing and number == len(location) - 1:
-            path.append(key)
-    return tuple(path)
 
 
 def _sentence(
@@ -307,12 +290,10 @@ def _unknown_key(path: KeyPath, model: type[BaseModel], values: Mapping[str, Any
     others = [member.model_fields for member in _models(section, None) if key in member.model_fields]
     tags = [fields[tag].annotation for fields in others for tag in ("name", "format") if tag in fields]
     owners = [str(choice) for tag in tags if get_origin(tag) is Literal for choice in get_args(tag)]
-    elsewhere = [at for at in _all_paths(model) if at.rsplit(".", 1)[-1] == key]
-    if owners:
-        hint = f"; it is an option of {', '.join(owners)}: remove it."
-    else:
-        guess = f"; did you mean '{elsewhere[0]}'?" if elsewhere else "; remove it."
-        hint = did_you_mean(key, allowed) or guess
+    hint = f"; it is an option of {', '.join(owners)}: remove it." if owners else did_you_mean(key, allowed)
+    if not hint:
+        elsewhere = [at for at in _all_paths(model) if at.rsplit(".", 1)[-1] == key]
+        hint = f"; did you mean '{elsewhere[0]}'?" if elsewhere else "; remove it."
     return f"{hint} Allowed here: {', '.join(allowed)}"
 
 
@@ -337,11 +318,6 @@ def _literals(text: str) -> list[str]:
     return [part.strip().strip("'") for part in text.replace(" or ", ", ").split(",")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which model stands at a path
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _members(annotation: Form) -> list[Form]:
     """The alternatives of ``annotation`` without Annotated, unions and None."""
     if get_origin(annotation) is Annotated:
@@ -351,20 +327,16 @@ def _members(annotation: Form) -> list[Form]:
     return [] if annotation is type(None) else [annotation]
 
 
-def _models(annotation: Form, value: object) -> list[type[BaseModel]]:
+def _models(annotation: Form, value: Raw) -> list[type[BaseModel]]:
     """The model classes that may describe ``value``: those whose literal fields do not contradict it."""
-
-    def fits(model: type[BaseModel], value: Mapping[str, Any]) -> bool:
-        for tag in ("name", "format"):
-            field = model.model_fields.get(tag)
-            if field is not None and get_origin(field.annotation) is Literal and tag in value:
-                return value[tag] in get_args(field.annotation)
-        return True
-
     models = [member for member in _members(annotation) if isinstance(member, type) and issubclass(member, BaseModel)]
-    if not isinstance(value, dict):
-        return models
-    return [member for member in models if fits(member, value)] or models
+    fitting = []
+    for model in models if isinstance(value, dict) else ():
+        fields = {tag: model.model_fields[tag].annotation for tag in ("name", "format") if tag in model.model_fields}
+        tags = [tag for tag, kind in fields.items() if get_origin(kind) is Literal and tag in value]
+        if all(value[tag] in get_args(fields[tag]) for tag in tags):
+            fitting.append(model)
+    return fitting or models
 
 
 def _annotation_at(model: type[BaseModel], values: Mapping[str, Any], path: KeyPath) -> Form:

@@ -33,12 +33,12 @@ SUFFIXES = (".tar.gz", ".tgz")
 class Submission:
     """An archive that was written."""
 
-    path: Path
+    archive: Path
     competition: Competition
     masks: str
     """Which masks were packed, in words."""
     num_masks: int
-    num_bytes: int
+    size_bytes: int
     sha256: str
     warnings: tuple[str, ...]
 
@@ -63,15 +63,15 @@ def submit_run(run: RunConfig, store: Store, invocation: str, out: Path, *, comp
     _check_name(out)
     _require_test_split(run, _require_voc(run), invocation)
     finished = Run(run, store)
-    plan, found = finished.plan, finished.finished_artifacts()
-    if not {"prepare_data", "evaluate"} <= set(found):
+    if not {"prepare_data", "evaluate"} <= set(finished.finished_artifacts()):
         raise MissingArtifactError(
             f"the test images have not been predicted yet; predict them with: wsss run {invocation}"
         )
-    folder = store.require("evaluate", plan.keys["evaluate"]).path / "predictions"
+    folder = store.require("evaluate", finished.plan.keys["evaluate"]).path / "predictions"
     try:
         masks = run.evaluate.describe_predictions()
-        return make_submission(run, folder, _test_images(plan, store), out, competition=competition, masks=masks)
+        expected = _test_images(finished.plan, store)
+        return make_submission(run, folder, expected, out, competition=competition, masks=masks)
     except DataError as error:
         command = f"wsss run {invocation} --force evaluate"
         text = f"the cached predictions are damaged: {error.message}; make them anew with: {command}"
@@ -87,15 +87,10 @@ def make_submission(
     competition: Competition,
     masks: str | None = None,
 ) -> Submission:
-    """Write the archive of ``predictions``, once it has passed the check.
+    """Write the archive of ``predictions``, with ``<id>.png`` of every expected image, once it passes the check.
 
-    Args:
-        run: The run whose class indices they have.
-        predictions: Folder with ``<id>.png`` of every test image; what else is in it is left out.
-        expected: The test images.
-        out: The file to write.
-        competition: Names the folder inside.
-        masks: What the masks are, in words; default where they lie.
+    ``run`` is the one whose class indices they have.  ``competition`` names the folder inside; ``masks`` says what the
+    masks are, by default where they lie.
 
     Raises:
         InputError: ``out`` has another ending, the data is not VOC's, or a prediction is missing or wrong.
@@ -149,11 +144,10 @@ def expected_of_run(run: RunConfig, store: Store, invocation: str) -> Expected:
     if _require_voc(run).test_list is None:
         raise ConfigError("data.test_list is null, so there is nothing to compare with; set data.test_list=test")
     finished = Run(run, store)
-    plan, found = finished.plan, finished.finished_artifacts()
-    if "prepare_data" not in found:
+    if "prepare_data" not in finished.finished_artifacts():
         command = f"wsss run {invocation} --until prepare_data"
         raise MissingArtifactError(f"the images have not been indexed yet; index them with: {command}")
-    return _test_images(plan, store)
+    return _test_images(finished.plan, store)
 
 
 def expected_of_files(image_list: Path | None, images: Path | None) -> Expected:

@@ -16,21 +16,14 @@ from numpy.typing import NDArray
 
 from stages.ops.metrics.confusion import iou
 
-WIDTH_PX, HEIGHT_PX = 520, 270
-LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 58, 16, 16, 48
+PLOT_PX = {"width": 520, "height": 270, "left": 58, "right": 504, "top": 16, "bottom": 222}
+"""Size of a line chart, and the sides of the rectangle in it where the lines are."""
 MOST_POINTS = 400
 """More points than this are thinned: the eye cannot see them and the page would grow with the training's length."""
 
 MOST_CLASSES = 40
 """Classes that a matrix shows; of more, the best ones are put together as one."""
-_WHOLE_PX = 660
-_CELL_PX = (18, 44)
-_LETTER_PX = 6.4
 _MARGIN_PX = 10
-_TITLE_PX = 18
-"""Room for the title of an axis."""
-_DARK_SHARE = 0.7
-"""Share from which a cell's number is written in the colour for dark cells."""
 
 Drawing = Mapping[str, Any]
 """What a macro of the template draws: texts, CSS classes and coordinates under the names that it reads."""
@@ -48,28 +41,24 @@ def line_chart(
 ) -> Drawing:
     """Lay out ``lines`` over ``x``; the y axis starts at 0, or below where a value is negative.
 
-    Args:
-        title: What a screen reader says.
-        x_label: Name and unit of the x axis.
-        y_label: Name and unit of the y axis.
-        x: n ascending values.
-        lines: n values each, by the name in the legend; values that are not finite are left out.
-        faint: n values each, drawn pale and scaled so that their maximum touches the top (for a learning rate, whose
-            unit is another one).
-        marks: Values of x that get a vertical line, by the name in the legend.
+    ``x`` ascends; each line has as many values, of which those that are not finite are left out.  ``faint`` lines are
+    drawn pale and scaled so that their maximum touches the top (for a learning rate, whose unit is another one).
+    ``marks`` are values of x that get a vertical line.  The legend has the names.
     """
     values = [value for line in lines.values() for value in line if math.isfinite(value)]
     y_ticks = nice_ticks(min([0.0, *values]), max([0.0, *values]) if values else 1.0)
     x_low, x_high = (min(x), max(x)) if len(x) else (0.0, 1.0)
     x_high = x_high if x_high > x_low else x_low + 1.0
-    x_ticks = [value for value in nice_ticks(x_low, x_high) if x_low <= value <= x_high * (1 + 1e-9)]
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def to_x(value: float) -> float:
-        return LEFT_PX + (value - x_low) / (x_high - x_low) * (WIDTH_PX - LEFT_PX - RIGHT_PX)
+        return PLOT_PX["left"] + (value - x_low) / (x_high - x_low) * (PLOT_PX["right"] - PLOT_PX["left"])
 
     def to_y(value: float) -> float:
-        return HEIGHT_PX - BOTTOM_PX - (value - y_low) / (y_high - y_low) * (HEIGHT_PX - TOP_PX - BOTTOM_PX)
+        return PLOT_PX["bottom"] - (value - y_low) / (y_high - y_low) * (PLOT_PX["bottom"] - PLOT_PX["top"])
+
+    def tick(value: float, at: float) -> dict[str, Any]:
+        return {"at": at, "text": f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"}
 
     def curve(name: str, style: str, line: Sequence[float], scale: float = 1.0) -> dict[str, str]:
         step = max(1, math.ceil(len(line) / MOST_POINTS))
@@ -86,20 +75,15 @@ def line_chart(
         "title": title,
         "x_label": x_label,
         "y_label": y_label,
-        "x_ticks": [{"at": to_x(value), "text": _tick_text(value)} for value in x_ticks],
-        "y_ticks": [{"at": to_y(value), "text": _tick_text(value)} for value in y_ticks],
+        "x_ticks": [tick(v, to_x(v)) for v in nice_ticks(x_low, x_high) if x_low <= v <= x_high * (1 + 1e-9)],
+        "y_ticks": [tick(v, to_y(v)) for v in y_ticks],
         "curves": [*pale, *reversed(strong)],  # the first line is drawn last, on top; the legend reads backwards
         # the colours go on where those of the lines end
         "marks": [
             {"at": to_x(value), "name": name, "style": f"mark-{number}"}
             for number, (name, value) in enumerate((marks or {}).items(), start=max(len(lines), 1) - 1)
         ],
-        "width": WIDTH_PX,
-        "height": HEIGHT_PX,
-        "left": LEFT_PX,
-        "top": TOP_PX,
-        "right": WIDTH_PX - RIGHT_PX,
-        "bottom": HEIGHT_PX - BOTTOM_PX,
+        **PLOT_PX,
     }
 
 
@@ -116,23 +100,15 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def _tick_text(value: float) -> str:
-    """The shortest text of a tick: ``0``, ``0.25``, ``1500``, ``2e-05``."""
-    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"
-
-
 def matrix_picture(title: str, matrix: NDArray[np.int64], names: Sequence[str]) -> Drawing:
     """Lay out a confusion matrix with the share of each true class's pixels in each cell; rows add up to 100 %.
 
-    Args:
-        title: What a screen reader says.
-        matrix: Pixels by true (rows) and predicted class (C, C).
-        names: C names, background first.
+    ``matrix`` has the pixels by true (rows) and predicted class (C, C), ``names`` the classes, background first.
     """
     kept = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1))  # in the truth or predicted
     matrix, names = _join_best(matrix[np.ix_(kept, kept)], [names[index] for index in kept.tolist()])
-    cell_px = min(max(_WHOLE_PX / max(len(names), 1), _CELL_PX[0]), _CELL_PX[1])
-    margin = max((len(name) for name in names), default=0) * _LETTER_PX + 2 * _MARGIN_PX + _TITLE_PX
+    cell_px = min(max(660 / max(len(names), 1), 18), 44)  # pixels, of which a letter takes 6.4 and the axis's title 18
+    margin = max((len(name) for name in names), default=0) * 6.4 + 2 * _MARGIN_PX + 18
     true = matrix.sum(axis=1, keepdims=True)
     shares = np.divide(matrix, true, out=np.zeros(matrix.shape), where=true > 0)
     cells = []
@@ -141,7 +117,7 @@ def matrix_picture(title: str, matrix: NDArray[np.int64], names: Sequence[str]) 
         percent, part = f"{share * 100:.0f}", f"{share * 100:.2f} % of its pixels"
         found = f"{names[row]}: {part} found {pixels}"
         hint = f"{names[row]} taken for {names[column]}: {part} {pixels}" if row != column else found
-        cell = {"x": column * cell_px, "y": row * cell_px, "share": share, "is_dark": share >= _DARK_SHARE}
+        cell = {"x": column * cell_px, "y": row * cell_px, "share": share, "is_dark": share >= 0.7}
         cells.append({**cell, "text": "" if percent == "0" else percent, "hint": hint})
     side = len(names) * cell_px
     return {

@@ -21,9 +21,10 @@ from pipeline.config.run_config import find_config, load_config
 from pipeline.engine.invocation import write_invocation
 from pipeline.engine.plan import plan_run
 from pipeline.engine.records import read_runs
+from pipeline.report.page import write_template
 from pipeline.report.tables import METRICS, MetricText, format_value
 from pipeline.store.artifacts import MANIFEST
-from stages.contracts import ImageIndex, ImageRecord, open_image_set, read_json
+from stages.contracts import ImageRecord, open_image_set, read_json
 from stages.errors import ConfigError, DamagedFileError, InputError, MissingArtifactError
 from stages.ops.metrics.bootstrap import Interval, interval, mean_over_classes, resample_iou
 from stages.ops.metrics.confusion import SparseConfusions, read_confusions
@@ -103,11 +104,6 @@ class Comparison:
         return {metric: [row for row in self.class_rows if row.metric == metric] for metric in metrics}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding evaluations
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def find_scored_run(word: str, store: Store) -> ScoredRun:
     """Read the evaluation that ``word`` means.
 
@@ -142,8 +138,8 @@ def find_scored_run(word: str, store: Store) -> ScoredRun:
     artifact = store.require(STAGE, key)
     prepared = artifact.run.get("upstream", {}).get("prepare_data", "")
     has_index = bool(prepared) and store.lookup("prepare_data", prepared) is not None
-    index = _read_index(store.require("prepare_data", prepared).path) if has_index else None
-    return _read_files(word, _title(name, key), key, artifact.path, index)
+    data = store.require("prepare_data", prepared).path if has_index else None
+    return _read_files(word, _title(name, key), key, artifact.path, data)
 
 
 def _title(name: str, key: str) -> str:
@@ -183,27 +179,20 @@ def _read_folder(word: str, path: Path) -> ScoredRun:
     upstream = manifest.get("run", {}).get("upstream", {})
     prepared = path.resolve().parent.parent / "prepare_data" / upstream.get("prepare_data", "none")
     key = str(manifest.get("content", {}).get("key", path.resolve().name))
-    return _read_files(word, key[:8], key, path, _read_index(prepared))
+    return _read_files(word, key[:8], key, path, prepared if (prepared / "index.json").is_file() else None)
 
 
-def _read_index(prepared: Path) -> ImageIndex | None:
-    return open_image_set(prepared, None).index if (prepared / "index.json").is_file() else None
-
-
-def _read_files(word: str, title: str, key: str, path: Path, index: ImageIndex | None) -> ScoredRun:
+def _read_files(word: str, title: str, key: str, path: Path, prepared: Path | None) -> ScoredRun:
     counts = read_confusions(path / _COUNTS)
     if (path / _OUTLINES).is_file():
         counts |= read_confusions(path / _OUTLINES)
     metrics = read_json(path / "metrics.json")
     if not isinstance(metrics, dict):
         raise DamagedFileError(f"{path / 'metrics.json'} holds no metrics; rebuild {STAGE}")
-    classes, val = (None, None) if index is None else (index.classes.names_with_background, index.split("val"))
-    return ScoredRun(word, title, key, path, classes, counts, metrics, val)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing
-# ---------------------------------------------------------------------------------------------------------------------
+    if prepared is None:
+        return ScoredRun(word, title, key, path, None, counts, metrics)
+    index = open_image_set(prepared, None).index
+    return ScoredRun(word, title, key, path, index.classes.names_with_background, counts, metrics, index.split("val"))
 
 
 def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
@@ -250,42 +239,29 @@ def _compare_counts(
     resampled = resample_iou(chosen, num_classes=num_classes)
     by_class = np.stack([score.class_iou(counts.total()) for counts in chosen])
     means = mean_over_classes(by_class), mean_over_classes(resampled)
-    classes: list[ScoreRow] = []
+
+    def compare(class_name: str | None, values: NDArray[np.float64], resampled: NDArray[np.float64]) -> ScoreRow:
+        """One row from the values (n,) and resampled values (n, S) of the runs at ``places``."""
+        found: list[float | None] = [None] * len(runs)
+        intervals: list[Interval | None] = [None] * len(runs)
+        differences: list[Difference | None] = [None] * len(runs)
+        for place, value, scores in zip(places, values.tolist(), resampled, strict=True):
+            if np.isnan(value):
+                continue
+            found[place], intervals[place] = value, interval(scores)
+            if place > 0 and found[0] is not None:
+                draws = scores - resampled[0]
+                known = draws[~np.isnan(draws)]  # without resamples in which a class does not occur
+                better_ratio = float((known > 0).mean()) if known.size else None
+                differences[place] = Difference(value - found[0], interval(draws), better_ratio)
+        return ScoreRow(score.metric, class_name, len(ids), tuple(found), tuple(intervals), tuple(differences))
+
     # the classes with background; numbered where no run knows their names
     most = max(counts.num_classes for run in runs for counts in run.counts.values())
     names = next((run.classes for run in runs if run.classes is not None), [f"class {i}" for i in range(most)])
-    for index, name in enumerate(names[:num_classes]):
-        if not np.isnan(by_class[:, index]).all():
-            values = by_class[:, index], resampled[:, :, index]
-            classes.append(_row(score.metric, name, len(ids), len(runs), places, *values))
-    if np.isnan(means[0]).all():
-        return [], classes
-    return [_row(score.metric, None, len(ids), len(runs), places, *means)], classes
-
-
-def _row(
-    metric: str,
-    class_name: str | None,
-    num_images: int,
-    num_runs: int,
-    places: Sequence[int],
-    values: NDArray[np.float64],
-    resampled: NDArray[np.float64],
-) -> ScoreRow:
-    """One row of the runs at ``places``, from their values (n,) and resampled values (n, S)."""
-    found: list[float | None] = [None] * num_runs
-    intervals: list[Interval | None] = [None] * num_runs
-    differences: list[Difference | None] = [None] * num_runs
-    for place, value, scores in zip(places, values.tolist(), resampled, strict=True):
-        if np.isnan(value):
-            continue
-        found[place], intervals[place] = value, interval(scores)
-        if place > 0 and found[0] is not None:
-            draws = scores - resampled[0]
-            known = draws[~np.isnan(draws)]  # without resamples in which a class does not occur
-            better_ratio = float((known > 0).mean()) if known.size else None
-            differences[place] = Difference(value - found[0], interval(draws), better_ratio)
-    return ScoreRow(metric, class_name, num_images, tuple(found), tuple(intervals), tuple(differences))
+    present = [index for index in range(num_classes) if not np.isnan(by_class[:, index]).all()]
+    classes = [compare(names[index], by_class[:, index], resampled[:, :, index]) for index in present]
+    return ([] if np.isnan(means[0]).all() else [compare(None, *means)]), classes
 
 
 def _compare_numbers(runs: Sequence[ScoredRun], counted: set[str], apart: set[str]) -> tuple[list[ScoreRow], list[str]]:
@@ -307,11 +283,6 @@ def _compare_numbers(runs: Sequence[ScoredRun], counted: set[str], apart: set[st
         differences = [None if value is None or first is None else Difference(value - first) for value in others]
         rows.append(ScoreRow(metric, None, None, tuple(values), (None,) * len(runs), (None, *differences)))
     return rows, notes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusing what cannot be compared
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _shorten(names: Sequence[str]) -> str:
@@ -381,11 +352,7 @@ def _check_localization(runs: Sequence[ScoredRun]) -> list[str]:
         first, ours = known[0]
         _check_images("localization", (first, list(ours)), (word, list(theirs)))
         differs = [image_id for image_id, truth in ours.items() if truth != theirs[image_id]]
-        if differs:
-            raise InputError(
-                f"{first} and {word} were scored against other labels or boxes (localization: {len(differs)} images, "
-                f"{_shorten(differs)}) and cannot be compared; evaluate both on the same data"
-            )
+        _refuse_truth((first, word), "labels or boxes", "localization", differs)
     unknown = ", ".join(run.word for run in having if run.val is None)
     if not unknown or len(having) < 2:
         return []
@@ -402,20 +369,20 @@ def _check_truth(runs: Sequence[ScoredRun], chosen: Sequence[SparseConfusions], 
     first, *rest = [counts.true_pixels()[:, :num_classes] for counts in chosen]
     for run, pixels in zip(runs[1:], rest, strict=True):
         differs = [i for i, same in zip(chosen[0].ids, (pixels == first).all(axis=1), strict=True) if not same]
-        if differs:
-            raise InputError(
-                f"{runs[0].word} and {run.word} were scored against other true masks ({thing}: {len(differs)} images, "
-                f"{_shorten(differs)}) and cannot be compared; evaluate both on the same data"
-            )
+        _refuse_truth((runs[0].word, run.word), "true masks", thing, differs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cells in words
-# ---------------------------------------------------------------------------------------------------------------------
+def _refuse_truth(words: tuple[str, str], truth: str, thing: str, differs: Sequence[str]) -> None:
+    """Refuse two runs whose ``truth`` of some images differs."""
+    if differs:
+        raise InputError(
+            f"{' and '.join(words)} were scored against other {truth} ({thing}: {len(differs)} images, "
+            f"{_shorten(differs)}) and cannot be compared; evaluate both on the same data"
+        )
 
 
 def _text_of(row: ScoreRow) -> MetricText:
-    return METRICS.get(row.metric) or MetricText("", row.metric, "", "percent" if any(row.intervals) else "number")
+    return METRICS.get(row.metric) or MetricText("", row.metric, "percent" if any(row.intervals) else "number", "")
 
 
 def label_text(row: ScoreRow) -> str:
@@ -440,9 +407,34 @@ def difference_text(row: ScoreRow, place: int) -> str:
         return ""
     if _text_of(row).unit != "percent":
         return f"{found.value:+.3g}"
-    text = f"{found.value * 100:+.1f}"
     if found.interval == Interval(0.0, 0.0):
         return "the same"
+    text = f"{found.value * 100:+.1f}"
     if found.interval is not None:
         text += f" ({found.interval.low * 100:+.1f} … {found.interval.high * 100:+.1f})"
     return text if found.better_ratio is None else f"{text} ▲ {found.better_ratio * 100:.0f} %"
+
+
+def table_lines(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
+    """The rows of a table, each with one cell a run; a difference whose interval leaves out zero has a sign."""
+    lines = []
+    for row in rows:
+        cells = []
+        for place, difference in enumerate(row.differences):
+            limits = None if difference is None else difference.interval
+            sign = "" if limits is None else "better" if limits.low > 0 else "worse" if limits.high < 0 else ""
+            cells.append({"value": value_text(row, place), "difference": difference_text(row, place), "sign": sign})
+        images = "" if row.num_images is None else str(row.num_images)
+        lines.append({"label": row.class_name or label_text(row), "images": images, "cells": cells})
+    return lines
+
+
+def write_page(found: Comparison, out: Path) -> Path:
+    """Write ``found`` as one self-contained HTML page that needs no network and no script, atomically.
+
+    Raises:
+        OSError: ``out`` cannot be written.
+    """
+    classes = {label_text(rows[0]): table_lines(rows) for rows in found.rows_by_metric().values()}
+    lines = table_lines(found.rows)
+    return write_template("comparison.html", out, runs=found.runs, lines=lines, classes=classes, notes=found.notes)

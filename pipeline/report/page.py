@@ -15,9 +15,9 @@ import yaml
 
 from pipeline.delivery.submission import archive_command
 from pipeline.report.charts import Drawing, line_chart, matrix_picture
-from pipeline.report.pictures import colour_css, legend_entries, load_confusions, show_examples, write_picture_grid
+from pipeline.report.pictures import colour_css, load_confusions, show_examples, write_picture_grid
 from pipeline.report.tables import class_table, format_seconds, format_time, metric_rows, stage_rows, step_rows
-from stages.contracts import ImageSet, open_image_set, read_json, write_atomic
+from stages.contracts import IGNORE_INDEX, ImageSet, open_image_set, read_json, write_atomic
 from stages.ops.metrics.confusion import SparseConfusions
 
 if TYPE_CHECKING:
@@ -35,11 +35,6 @@ HARDWARE = ("host", "machine", "cpu", "cores", "memory", "device")
 WATCHED = {"peak_logit": "logit", "mined": "share", "recall": "share", "kept": "share"}
 """What methods log beside their losses, with its unit: on charts of their own."""
 NOT_CURVES = frozenset({"step", "epoch", "learning_rate", *WATCHED})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where the report stands
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def run_name(run: RunConfig, plan: Plan) -> str:
@@ -88,11 +83,6 @@ def ensure_picture(report: Path, run: RunConfig, plan: Plan, store: Store) -> Pa
     return write_picture_grid(artifacts, plan.data.root, path, predictions=run.evaluate.written_score)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def build_report(
     run: RunConfig,
     artifacts: Mapping[str, Path],
@@ -104,13 +94,9 @@ def build_report(
 ) -> Path:
     """Write the report of ``run`` to ``out``; parts whose stage did not run are left out with one sentence.
 
-    Args:
-        run: The run's config.
-        artifacts: Folder of each stage that ran or was cached, by stage name; prepare_data may be all there is.
-        manifests: ``manifest.json`` of the same stages.
-        data_root: Folder of the user's data; None where prepare_data generated the data.
-        out: The HTML file to write, atomically; also what is returned.
-        states: built, cached, resumed, skipped or failed by stage name, where the report follows a run.
+    ``artifacts`` has the folder of each stage that ran or was cached, and ``manifests`` their ``manifest.json``;
+    prepare_data may be all there is.  ``data_root`` is None where prepare_data generated the data.  ``states`` says
+    built, cached, resumed, skipped or failed by stage, where the report follows a run.  ``out`` is written atomically.
     """
     config = run.model_dump(mode="json")
     images = open_image_set(artifacts["prepare_data"], data_root) if "prepare_data" in artifacts else None
@@ -120,6 +106,9 @@ def build_report(
     metrics = {name: value for found in runs for name, value in (found.get("metrics") or {}).items()}
     packages = {name: version for found in runs for name, version in (found.get("packages") or {}).items()}
     rows = metric_rows(metrics)
+    legend = (
+        [*enumerate(images.index.classes.names_with_background), (IGNORE_INDEX, "void or unsure")] if images else []
+    )
     return write_template(
         "report.html",
         out,
@@ -133,7 +122,7 @@ def build_report(
         losses=_loss_charts(artifacts),
         sweep=_sweep(artifacts),
         steps=step_rows(metrics),
-        legend=legend_entries(images.index.classes) if images else [],
+        legend=[{"name": name, "colour": colour_css(index)} for index, name in legend],
         colours=[colour_css(index) for index in range(256)],
         stages=stage_rows(manifests, states or {}),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
@@ -202,11 +191,6 @@ def _dig(value: object, *path: str) -> Any:  # noqa: ANN401 - JSON is any
 
 def _join_distinct(texts: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(text for text in texts if text))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Charts
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _matrix(confusions: Mapping[str, SparseConfusions], images: ImageSet | None) -> Drawing | None:

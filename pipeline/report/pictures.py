@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipeline.report.tables import step_label
 from stages.contracts import (
@@ -57,11 +57,6 @@ Source: A. Mikhailov, "Turbo, An Improved Rainbow Colormap", 2019.
 """
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Choice of images
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Example:
     """One image with everything that the run made of it; None where there is no such thing."""
@@ -73,17 +68,13 @@ class Example:
     """Class indices (1 … K) in the truth, or of the labels where there is no truth."""
     miou: float | None = None
     """Mean IoU over the classes in this image's truth or result."""
-    attention: AttentionRecord | None = None
+    heat: NDArray[np.uint8] | None = None
+    """The attention laid over the image, RGB (H, W, 3)."""
     steps: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
     """The masks between the steps to the pseudo-mask, by step in order."""
     pseudo_mask: NDArray[np.uint8] | None = None
     prediction: NDArray[np.uint8] | None = None
     truth: NDArray[np.uint8] | None = None
-
-    @property
-    def heat(self) -> NDArray[np.uint8] | None:
-        """The attention laid over the image, RGB (H, W, 3)."""
-        return None if self.attention is None else overlay_heat(self.image, self.attention)
 
 
 def load_confusions(artifacts: Mapping[str, Path]) -> dict[str, SparseConfusions]:
@@ -146,9 +137,7 @@ def find_attention(folder: Path | None, ids: Collection[str]) -> dict[str, Atten
 
 def _spread(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
     """At most ``count`` evenly spaced ones, the first and the last among them."""
-    if len(records) <= count:
-        return list(records)
-    return [records[round(place)] for place in np.linspace(0, len(records) - 1, count)]
+    return [records[round(place)] for place in np.linspace(0, len(records) - 1, min(count, len(records)))]
 
 
 def _load(
@@ -169,22 +158,18 @@ def _load(
         classes = tuple(ClassList.class_index(label) for label in record.labels or ())
     else:
         classes = tuple(v for v in np.unique(truth).tolist() if v not in (BACKGROUND_INDEX, IGNORE_INDEX))
+    image = images.read_image(record)
     return Example(
         id=record.id,
-        image=images.read_image(record),
+        image=image,
         classes=classes,
         miou=scores.get(record.id),
-        attention=attention,
+        heat=None if attention is None else overlay_heat(image, attention),
         steps={} if masks is None else read_steps(masks, record.id),
         pseudo_mask=read(masks, "masks"),
         prediction=read(predictions, "predictions"),
         truth=truth,
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# On the page
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 Section = Mapping[str, Any]
@@ -245,12 +230,6 @@ def _show(examples: Sequence[Example], classes: ClassList) -> Section:
     return {"examples": shown, "scored": is_scored, "missing": "there are no images to show."}
 
 
-def legend_entries(classes: ClassList) -> list[dict[str, str]]:
-    """Name and CSS colour of every mask value, background first and void last."""
-    names = [*enumerate(classes.names_with_background), (IGNORE_INDEX, "void or unsure")]
-    return [{"name": name, "colour": colour_css(index)} for index, name in names]
-
-
 def overlay_heat(image: NDArray[np.uint8], record: AttentionRecord) -> NDArray[np.uint8]:
     """Lay the strongest attention of any label over a grey copy of the image, RGB (H, W, 3).
 
@@ -269,40 +248,28 @@ def overlay_heat(image: NDArray[np.uint8], record: AttentionRecord) -> NDArray[n
 
 def picture_uri(picture: NDArray[np.uint8], longest_px: int) -> str:
     """RGB (H, W, 3) as a JPEG data URI, class indices (H, W) as a PNG in the legend's colours; never enlarged."""
-    image, buffer = _fit(Image.fromarray(picture), longest_px, smooth=picture.ndim == 3), io.BytesIO()
-    kind, options = ("jpeg", {"quality": JPEG_QUALITY}) if picture.ndim == 3 else ("png", {"optimize": True})
-    if picture.ndim == 2:
+    image, buffer, is_mask = Image.fromarray(picture), io.BytesIO(), picture.ndim == 2
+    method = Image.Resampling.NEAREST if is_mask else Image.Resampling.LANCZOS
+    image.thumbnail((longest_px, longest_px), method, reducing_gap=None)
+    if is_mask:
         image.putpalette(PALETTE.tobytes())
-    image.save(buffer, format=kind, **options)
+        image.save(buffer, format="png", optimize=True)
+    else:
+        image.save(buffer, format="jpeg", quality=JPEG_QUALITY)
+    kind = "png" if is_mask else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def colour_css(class_index: int) -> str:
     """The palette's colour of a mask value as ``#rrggbb``."""
-    red, green, blue = PALETTE[class_index % len(PALETTE)].tolist()
-    return f"#{red:02x}{green:02x}{blue:02x}"
+    return f"#{PALETTE[class_index].tobytes().hex()}"
 
-
-def _fit(picture: Image.Image, longest_px: int, *, smooth: bool, enlarge: bool = False) -> Image.Image:
-    """Make the longer side ``longest_px``; masks are resized by nearest neighbour."""
-    factor = longest_px / max(picture.size)
-    if factor >= 1.0 and not enlarge:
-        return picture
-    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-    return picture.resize(size, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One PNG
-# ---------------------------------------------------------------------------------------------------------------------
 
 GAP_PX = 6
 TITLE_PX = 24
-PAPER = (255, 255, 255)
 INK = (36, 41, 47)
-
-Block = tuple[Sequence[str], Sequence[Sequence[NDArray[np.uint8] | None]]]
-"""Column titles, and rows with one picture for each title: RGB (H, W, 3), or class indices (H, W), or nothing."""
+Columns = Mapping[str, Sequence[NDArray[np.uint8] | None]]
+"""Pictures from top to bottom by the column's title: RGB (H, W, 3), or class indices (H, W), or nothing."""
 
 
 def write_picture_grid(
@@ -321,32 +288,32 @@ def write_picture_grid(
     """
     images = open_image_set(artifacts["prepare_data"], data_root)
     confusions = load_confusions(artifacts)
-    blocks: list[Block] = []
+    sides: list[Columns] = []
     if "make_masks" in artifacts:
         found = load_training_examples(images, artifacts, score_images(confusions, "masks"), num_rows)
-        rows = [(e.image, e.heat, e.pseudo_mask, e.truth) for e in found]
-        blocks.append((("image", "attention", "pseudo-mask", "truth"), rows))
+        columns = {"attention": [e.heat for e in found], "pseudo-mask": [e.pseudo_mask for e in found]}
+        sides.append({"image": [e.image for e in found], **columns, "truth": [e.truth for e in found]})
     if "evaluate" in artifacts:
         scores = score_images(confusions, predictions)
         half = (num_rows + 1) // 2
         best, worst = load_scored_examples(images, artifacts["evaluate"], scores, half if scores else num_rows)
         found = [*best, *worst[: num_rows - len(best)]]
-        blocks.append((("image", "prediction", "truth"), [(e.image, e.prediction, e.truth) for e in found]))
-    if not blocks:
+        columns = {"prediction": [e.prediction for e in found], "truth": [e.truth for e in found]}
+        sides.append({"image": [e.image for e in found], **columns})
+    if not sides:
         raise ValueError("a picture grid needs the artifacts of make_masks or evaluate")
     legend = {**{n: i for i, n in enumerate(images.index.classes.names_with_background)}, "void": IGNORE_INDEX}
     buffer = io.BytesIO()
-    _draw_grid(blocks, legend, tile_px).save(buffer, format="PNG", optimize=True)
+    _draw_grid(sides, legend, tile_px).save(buffer, format="PNG", optimize=True)
     write_atomic(out, buffer.getvalue())
     return out
 
 
-def _draw_grid(blocks: Sequence[Block], legend: Mapping[str, int], tile_px: int) -> Image.Image:
-    """Blocks of picture rows side by side, titles above the columns, and below the colour of each class by its name."""
-    num_columns = sum(len(titles) for titles, _ in blocks)
-    num_rows = max(len(rows) for _, rows in blocks)
-    width = num_columns * (tile_px + GAP_PX) + GAP_PX + 2 * GAP_PX * (len(blocks) - 1)
-    top = TITLE_PX + num_rows * (tile_px + GAP_PX)
+def _draw_grid(sides: Sequence[Columns], legend: Mapping[str, int], tile_px: int) -> Image.Image:
+    """Sides next to each other, titles above their columns, and below the colour of each class by its name."""
+    pitch_px = tile_px + GAP_PX
+    width = GAP_PX + sum(map(len, sides)) * pitch_px + 2 * GAP_PX * (len(sides) - 1)
+    top = TITLE_PX + max(len(pictures) for side in sides for pictures in side.values()) * pitch_px
     font = ImageFont.load_default(13)
     entries: list[tuple[int, int]] = []  # (x, y) of each entry of the legend, wrapped at ``width``
     x, y = GAP_PX, 0
@@ -356,27 +323,22 @@ def _draw_grid(blocks: Sequence[Block], legend: Mapping[str, int], tile_px: int)
             x, y = GAP_PX, y + TITLE_PX
         entries.append((x, y))
         x += entry_px
-    canvas = Image.new("RGB", (width, top + entries[-1][1] + TITLE_PX if entries else top), PAPER)
+    canvas = Image.new("RGB", (width, top + entries[-1][1] + TITLE_PX), "white")
     draw = ImageDraw.Draw(canvas)
     left = GAP_PX
-    for titles, rows in blocks:
-        for column, title in enumerate(titles):
-            x = left + column * (tile_px + GAP_PX)
-            draw.text((x + tile_px / 2, TITLE_PX / 2), title, fill=INK, font=font, anchor="mm")
-            for row, pictures in enumerate(rows):
-                picture = pictures[column]
+    for side in sides:
+        for title, pictures in side.items():
+            draw.text((left + tile_px / 2, TITLE_PX / 2), title, fill=INK, font=font, anchor="mm")
+            for row, picture in enumerate(pictures):
                 if picture is not None:
-                    _paste(canvas, picture, x, TITLE_PX + row * (tile_px + GAP_PX), tile_px)
-        left += len(titles) * (tile_px + GAP_PX) + 2 * GAP_PX
+                    is_mask = picture.ndim == 2  # masks are coloured and never blurred
+                    method = Image.Resampling.NEAREST if is_mask else Image.Resampling.LANCZOS
+                    tile = Image.fromarray(PALETTE[picture] if is_mask else picture)
+                    tile = ImageOps.pad(tile, (tile_px, tile_px), method, color="white")
+                    canvas.paste(tile, (left, TITLE_PX + row * pitch_px))
+            left += pitch_px
+        left += 2 * GAP_PX
     for (name, class_index), (x, y) in zip(legend.items(), entries, strict=True):
-        colour = tuple(PALETTE[class_index % len(PALETTE)].tolist())
-        draw.rectangle((x, top + y + 6, x + 12, top + y + 18), fill=colour, outline=INK)
+        draw.rectangle((x, top + y + 6, x + 12, top + y + 18), fill=colour_css(class_index), outline=INK)
         draw.text((x + 18, top + y + TITLE_PX / 2), name, fill=INK, font=font, anchor="lm")
     return canvas
-
-
-def _paste(canvas: Image.Image, picture: NDArray[np.uint8], x: int, y: int, tile_px: int) -> None:
-    """Fit ``picture`` into the tile at (x, y), centred; masks are coloured and never blurred."""
-    is_mask = picture.ndim == 2
-    tile = _fit(Image.fromarray(PALETTE[picture] if is_mask else picture), tile_px, smooth=not is_mask, enlarge=True)
-    canvas.paste(tile, (x + (tile_px - tile.width) // 2, y + (tile_px - tile.height) // 2))

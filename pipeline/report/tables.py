@@ -1,19 +1,20 @@
 """A run's numbers as rows for the page, Prefect and the terminal: what each is called and what it means.
 
-Reads manifests and confusion counts that the caller loaded; writes nothing.
+Reads manifests and confusion counts that the caller loaded, and ``metrics.csv`` beside this file; writes nothing.
 Shapes: C classes with background.
 """
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from stages.contracts import ClassList
-from stages.ops.metrics.boundaries import TRIMAP_WIDTHS_PX
 from stages.ops.metrics.confusion import SparseConfusions, iou
 
 STAGE_MEANINGS: dict[str, str] = {
@@ -29,87 +30,17 @@ STAGE_MEANINGS: dict[str, str] = {
 Unit = Literal["percent", "number", "count", "bytes"]
 
 
-@dataclass(frozen=True)
-class MetricText:
+class MetricText(NamedTuple):
     """How one metric is shown."""
 
     group: str
     label: str
+    unit: Unit
     meaning: str
-    unit: Unit = "percent"
 
 
-def _segmenter_texts(prefix: str, group: str, images: str) -> dict[str, MetricText]:
-    """The scores of a segmenter on the validation or test images."""
-    fit = "mIoU of the pixels within 2 % of the image's diagonal of a mask's outline: how well shapes fit."
-    near = "mIoU of the pixels within {} px of an outline of the truth."
-    texts = {
-        "miou": ("mIoU", images),
-        "miou_ms": ("mIoU, multi-scale", "Several scales and mirrored images averaged."),
-        "miou_ms_crf": ("mIoU, multi-scale + CRF", "The same, refined by the dense CRF."),
-        "pixel_accuracy": ("pixel accuracy", "Share of the pixels that are right; background makes it look good."),
-        "boundary_iou": ("boundary IoU", fit),
-        "boundary_iou_ms": ("boundary IoU, multi-scale", "The same of those masks."),
-        "boundary_iou_ms_crf": ("boundary IoU, multi-scale + CRF", "The same of those."),
-        **{f"trimap_miou_{px}px": (f"trimap mIoU, {px} px", near.format(px)) for px in TRIMAP_WIDTHS_PX},
-    }
-    return {f"{prefix}.{name}": MetricText(group, label, meaning) for name, (label, meaning) in texts.items()}
-
-
-METRICS: dict[str, MetricText] = {
-    "data.num_train": MetricText("Data", "Training images", "Images with image-level labels.", "count"),
-    "data.num_val": MetricText("Data", "Validation images", "Images that only scores look at.", "count"),
-    "data.num_test": MetricText("Data", "Test images", "Predicted, and scored if they have masks.", "count"),
-    "data.num_skipped": MetricText("Data", "Skipped images", "Unreadable images that were left out.", "count"),
-    "classifier.map": MetricText("Classifier", "mAP", "Mean average precision of the predicted image-level labels."),
-    "classifier.label_accuracy": MetricText(
-        "Classifier", "label accuracy", "Share of all (image, class) answers, present or absent, that are right."
-    ),
-    "localization.top1_loc": MetricText(
-        "Localisation", "Top-1 Loc", "The first answer and the box of the label's attention are both right."
-    ),
-    "localization.gt_known_loc": MetricText(
-        "Localisation", "GT-known Loc", "The box of the true label's attention, cut at the configured threshold, fits."
-    ),
-    "localization.top1_clas": MetricText("Localisation", "Top-1 Clas", "The classifier's first answer is the label."),
-    "localization.max_box_acc": MetricText(
-        "Localisation", "MaxBoxAcc", "GT-known Loc at the best threshold, chosen on the very images it is scored on."
-    ),
-    "localization.max_box_acc_threshold": MetricText(
-        "Localisation", "threshold of MaxBoxAcc", "That best threshold, as a fraction of each map's maximum.", "number"
-    ),
-    "localization.max_box_acc_v2": MetricText(
-        "Localisation", "MaxBoxAccV2", "The best of all boxes counts; mean over several overlaps, each at its best."
-    ),
-    "localization.pxap": MetricText(
-        "Localisation", "PxAP", "Area under precision and recall of the attention's pixels over all thresholds."
-    ),
-    "attention.miou": MetricText(
-        "Attention", "mIoU", "Attention maps cut at the configured threshold, on training images with a true mask."
-    ),
-    "attention.miou_oracle": MetricText(
-        "Attention", "mIoU, oracle", "At the best threshold, chosen on the very masks it is scored on: no result."
-    ),
-    "attention.threshold_oracle": MetricText(
-        "Attention", "threshold, oracle", "That best threshold, as a fraction of each map's maximum.", "number"
-    ),
-    "attention.bytes_per_image": MetricText("Attention", "stored", "Disk space of one image's maps.", "bytes"),
-    "masks.threshold": MetricText(
-        "Pseudo-masks", "chosen threshold", "Best on the images of make_masks.sweep, which no score counts.", "number"
-    ),
-    "masks.miou_before_crf": MetricText("Pseudo-masks", "mIoU before refinement", "As cut from the attention maps."),
-    "masks.miou": MetricText("Pseudo-masks", "mIoU", "What the segmenter learns; unsure pixels count as background."),
-    "masks.miou_labelled": MetricText("Pseudo-masks", "mIoU, sure pixels", "The same with unsure pixels dropped."),
-    "masks.coverage": MetricText("Pseudo-masks", "coverage", "Share of the scored pixels that the masks are sure of."),
-    "masks.foreground_ratio_before_crf": MetricText(
-        "Pseudo-masks", "foreground before refinement", "Share of the pixels marked as an object before refinement."
-    ),
-    "masks.foreground_ratio": MetricText(
-        "Pseudo-masks", "foreground", "Share of the pixels marked as an object; far below the line above is a bad sign."
-    ),
-    **_segmenter_texts("segmenter", "Segmenter", "Validation images at one scale, no CRF: the number to compare."),
-    **_segmenter_texts("segmenter_test", "Segmenter on test", "Test images with a true mask, at one scale, no CRF."),
-}
+with Path(__file__).with_name("metrics.csv").open(encoding="utf-8", newline="") as _table:
+    METRICS = {name: MetricText._make(texts) for name, *texts in list(csv.reader(_table))[1:]}
 """Known metrics in the order of the table; others follow under their own names."""
 
 THINGS: dict[str, str] = {
@@ -155,7 +86,7 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
     unknown = sorted(name for name in numbers if name not in METRICS and name not in limits)
     rows = []
     for name in [*(name for name in METRICS if name in numbers), *unknown]:
-        text = METRICS.get(name) or MetricText("Other", name, "", "number")
+        text = METRICS.get(name) or MetricText("Other", name, "number", "")
         value, low, high = numbers[name], numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
         bar = min(max(value * 100.0, 0.0), 100.0) if text.unit == "percent" and math.isfinite(value) else None
         interval = "" if low is None or high is None else f"{low * 100:.1f} … {high * 100:.1f}"
@@ -163,10 +94,6 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
         rows.append(MetricRow(name, text.group, text.label, shown, text.meaning, bar, interval))
     return rows
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps of the pseudo-masks, classes, stages
-# ---------------------------------------------------------------------------------------------------------------------
 
 STEPS = "masks.steps"
 """The metric: a list of the steps in order, each with ``step``, ``miou``, ``coverage`` and maybe ``miou_labelled``."""
@@ -254,25 +181,21 @@ def stage_rows(manifests: Mapping[str, Mapping[str, Any]], states: Mapping[str, 
     """Every stage in order, also those that this run skipped: name, meaning, state, key, seconds, size, started."""
     rows = []
     for name, meaning in STAGE_MEANINGS.items():
-        state, nothing = states.get(name), {"key": "", "seconds": "–", "size": "–", "started": "–", "warnings": ()}
-        row = {"name": name, "meaning": meaning, "state": state or "skipped", **nothing}
-        if name in manifests:
-            content, run = manifests[name]["content"], manifests[name]["run"]
-            row |= {
-                "state": state or "in the store",
-                "key": content["key"],
-                "seconds": format_seconds(run.get("seconds")),
-                "size": format_value(sum(file["size"] for file in content.get("files", {}).values()), "bytes"),
-                "started": format_time(run.get("started")),
-                "warnings": run.get("warnings", ()),
-            }
+        manifest = manifests.get(name, {})
+        content, run = manifest.get("content", {}), manifest.get("run", {})
+        size = sum(file["size"] for file in content.get("files", {}).values())
+        row = {
+            "name": name,
+            "meaning": meaning,
+            "state": states.get(name) or ("in the store" if manifest else "skipped"),
+            "key": content.get("key", ""),
+            "seconds": format_seconds(run.get("seconds")),
+            "size": format_value(size, "bytes") if manifest else "–",
+            "started": format_time(run.get("started")) if manifest else "–",
+            "warnings": run.get("warnings", ()),
+        }
         rows.append(row)
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing numbers
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def format_value(value: float, unit: Unit) -> str:

@@ -12,8 +12,7 @@ import pytest
 from pipeline.cli import main as cli
 from pipeline.config.run_config import load_config
 from pipeline.engine.plan import plan_run
-from pipeline.report.comparison import compare_runs
-from pipeline.report.comparison_page import write_page
+from pipeline.report.comparison import compare_runs, write_page
 from pipeline.store.artifacts import Store
 from stages.ops.metrics.boundaries import count_boundaries
 from stages.ops.metrics.confusion import SparseConfusions, mean_iou, write_confusions

@@ -472,7 +472,7 @@ def test_training_examples_are_spread_by_rank(artifacts):
     examples = load_training_examples(images, artifacts, scores, 3)
     assert [e.id for e in examples] == ["t.a", "t.b", "t.e"]
     assert examples[1].classes == (1,)
-    assert examples[1].attention is not None
+    assert examples[1].heat is not None
     np.testing.assert_array_equal(examples[1].pseudo_mask, object_mask(1, 8))
     np.testing.assert_array_equal(examples[1].truth, object_mask(1, 16))
 

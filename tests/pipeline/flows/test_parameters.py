@@ -39,9 +39,9 @@ def test_the_store_is_where_the_worker_says(monkeypatch: pytest.MonkeyPatch):
 def test_splits_and_parts_are_overrides():
     call = FlowCall.of("demo", ["make_masks.threshold=0.2"], "artifacts", splits=["val", "test"], parts=8)
     run = call.load()
-    assert (run.make_masks.threshold, run.evaluate.splits, run.runtime.shards) == (0.2, ("val", "test"), 8)
+    assert (run.make_masks.threshold, run.evaluate.splits, run.runtime.parts) == (0.2, ("val", "test"), 8)
     assert call.invocation == (
-        "demo --set make_masks.threshold=0.2 --set 'evaluate.splits=[val, test]' --set runtime.shards=8"
+        "demo --set make_masks.threshold=0.2 --set 'evaluate.splits=[val, test]' --set runtime.parts=8"
     )
 
 

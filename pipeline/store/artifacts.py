@@ -440,8 +440,9 @@ def open_store(location: str | Path) -> Store:
 
 
 def _check_manifest(manifest: Any, stage: str, key: str, where: str) -> dict[str, Any]:  # noqa: ANN401 - JSON is any
+    outside: list[str] = []
     try:
-        content, outside = manifest["content"], []
+        content = manifest["content"]
         is_ours = [content["schema"], content["stage"], content["key"]] == [SCHEMA, stage, key]
         is_ours &= isinstance(content["mask_supervision"], list) and isinstance(manifest["run"], dict)
         is_ours &= all({"size", "sha256"} <= entry.keys() for entry in content["files"].values())

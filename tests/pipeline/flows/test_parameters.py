@@ -1,16 +1,18 @@
 """What the parameters of a flow mean."""
 
+from typing import get_args
+
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config.run_config import RunConfig, find_config, load_config, shipped_configs
 from pipeline.engine.stage_table import STAGES
-from pipeline.flows.parameters import STAGE_NAMES, Config, FlowCall, Part
+from pipeline.flows.parameters import Config, FlowCall, Part, StageName
 from stages.errors import ConfigError
 
 
 def test_the_forms_menu_has_the_stages_of_the_table():
-    assert STAGE_NAMES == STAGES
+    assert get_args(StageName) == STAGES
 
 
 def test_the_forms_menu_has_the_shipped_configs_beside_a_path_and_a_whole_config():

@@ -84,11 +84,8 @@ def embedded_server(home: Path) -> Iterator[Callable[[], None]]:
             while not _is_healthy(url):
                 code = process.poll()
                 if code is not None or time.monotonic() > end:
-                    what = (
-                        f"did not answer within {STARTUP_TIMEOUT_S:.0f} s"
-                        if code is None
-                        else f"ended with code {code}"
-                    )
+                    late = f"did not answer within {STARTUP_TIMEOUT_S:.0f} s"
+                    what = late if code is None else f"ended with code {code}"
                     raise EnvironmentFailure(
                         f"Prefect's embedded server {what}: see {log}, check the pins with `wsss doctor`, "
                         "or run without a server: --engine local",
@@ -97,27 +94,22 @@ def embedded_server(home: Path) -> Iterator[Callable[[], None]]:
                 time.sleep(0.05)
             lock.release()
 
-        stack.callback(_stop, process)
-        stack.callback(os.environ.pop, API_URL, None)
         os.environ[API_URL] = url
         bypass_proxy()
-        yield wait
+        try:
+            yield wait
+        finally:
+            os.environ.pop(API_URL, None)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=_STOP_TIMEOUT_S)  # closes its stdin
+            process.kill()
+            process.wait()
 
 
 def _is_healthy(url: str) -> bool:
     with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5.0) as answer:
         return answer.status == 200
     return False
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-    try:
-        process.wait(_STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def main() -> None:

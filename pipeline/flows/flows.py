@@ -8,6 +8,7 @@ before.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -17,18 +18,10 @@ from typing import Any, cast
 from uuid import UUID
 
 from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    WorkerFilter,
-    WorkerFilterStatus,
-    WorkPoolFilter,
-    WorkPoolFilterName,
-)
-from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
+from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
+from prefect.client.schemas.objects import FlowRun, State, WorkerStatus
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
 from prefect.events.worker import EventsWorker
@@ -40,7 +33,7 @@ from pipeline.engine.failures import InternalFailure
 from pipeline.engine.outcomes import RunOutcome
 from pipeline.engine.plan import Plan, plan_run
 from pipeline.engine.run import Run
-from pipeline.flows.pages import headline, name_run, show_result
+from pipeline.flows.pages import headline, write_page
 from pipeline.flows.parameters import Config, FlowCall, Part, Parts, Split, StageName
 from pipeline.flows.tasks import PrefectListener, run_as_task
 from pipeline.report.page import ensure_picture, ensure_report, run_name
@@ -117,16 +110,10 @@ def run_flow(
     force: Sequence[str] = (),
     is_server_ending: bool = False,
 ) -> RunOutcome:
-    """Run the flow ``wsss`` in this process.
+    """Run the flow ``wsss`` in this process; the listener of ``run`` hears of it beside Prefect.
 
-    Args:
-        run: The loaded run, whose listener hears of it beside Prefect.
-        config: As the user wrote it, for the flow run's parameters.
-        overrides: Of the config.
-        from_: First stage.
-        until: Last stage.
-        force: Stages to rebuild.
-        is_server_ending: Wait at the end until the server has recorded what this process sent.
+    ``config`` and ``overrides`` are as the user wrote them, for the flow run's parameters.  ``is_server_ending`` waits
+    at the end until the server has recorded what this process sent.
 
     Raises:
         WsssError: the first error of the run.
@@ -155,7 +142,7 @@ def _wait_until_recorded(flow_run_id: UUID) -> None:
     """Prefect sends logs and events in the background; a server that ends at once would show pending task runs."""
     APILogWorker.drain_all(timeout=5.0)
     EventsWorker.drain_all(timeout=5.0)
-    of_this_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+    of_this_run = FlowRunFilter.model_validate({"id": {"any_": [flow_run_id]}})
     end = time.monotonic() + RECORD_TIMEOUT_S
     with get_client(sync_client=True) as client:
         while time.monotonic() < end:
@@ -211,11 +198,12 @@ def _open(call: FlowCall, last: str | None = None) -> tuple[Run, Plan]:
 def _run_all(call: FlowCall, from_stage: str | None, until: str | None, force: Sequence[str]) -> RunOutcome:
     run, plan = _open(call)
     title = run_name(run.config, plan)
-    name_run(title)
+    _name_run(title)
     outcome = run.run_pipeline(from_=from_stage, until=until, force=force)
     report = ensure_report(run.config, plan, run.store, outcome)
     picture = ensure_picture(report, run.config, plan, run.store) if report is not None else None
-    show_result(run.config.name, title, f"wsss run {run.invocation}", outcome.stages, report, picture)
+    page = write_page(title, f"wsss run {run.invocation}", outcome.stages, report, picture)
+    _show_result(run.config.name, title, page)
     return outcome
 
 
@@ -223,12 +211,28 @@ def _run_one(call: FlowCall, stage: str, force: bool, part: str | None, key: str
     open_store(call.artifacts).check_visible()
     run, plan = _open(call, last=stage)
     title = f"{run.config.name}-{stage}-{plan.keys[stage][:8]}"
-    name_run(title if part is None else f"{title}-help")
+    _name_run(title if part is None else f"{title}-help")
     if part is not None:
         return run.help_with(stage, part, key=key)
     outcome = run.run_stage(stage, force=force)
-    show_result(f"{run.config.name}-{stage}", title, f"wsss stage {stage} {run.invocation}", outcome.stages)
+    page = write_page(title, f"wsss stage {stage} {run.invocation}", outcome.stages)
+    _show_result(f"{run.config.name}-{stage}", title, page)
     return outcome
+
+
+def _name_run(name: str) -> None:
+    """Give this flow run a name that says what it makes; no name is worth a run."""
+    with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(this_flow_run.id), name=name)
+
+
+def _show_result(name: str, title: str, page: str) -> None:
+    """Put a page beside the flow run, a new version of earlier ones of this name; no page is worth a run either."""
+    key = re.sub(r"[^a-z0-9]+", "-", f"result-{name}".lower()).strip("-")
+    try:
+        create_markdown_artifact(page, key=key, description=f"{title}: stages, numbers, IoU of every class")
+    except Exception as error:
+        get_run_logger().warning("the page of results could not be sent to the server: %s", error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,19 +245,12 @@ def helped(call: FlowCall, stage: str, num_parts: int, key: str) -> Iterator[Non
     """Ask the idle workers of this run's pool for help with a stage, and withdraw what has not started at the end.
 
     The run that asks builds parts itself meanwhile, so no slot only waits.  Outside of a deployment nobody is asked; a
-    server that refuses costs the help, not the run.
-
-    Args:
-        call: What the flow was called with.
-        stage: The stage that is about to be built.
-        num_parts: Parts that it is built in.
-        key: Its key, which a worker with other code or another config does not have.
+    server that refuses costs the help, not the run.  A worker with other code or another config has another ``key``.
     """
     asked: list[UUID] = []
+    config = call.config
     parameters = {
-        "config": call.config
-        if isinstance(call.config, str)
-        else call.config.model_dump(mode="json", exclude_unset=True),
+        "config": config if isinstance(config, str) else config.model_dump(mode="json", exclude_unset=True),
         "overrides": [*call.overrides, f"runtime.parts={num_parts}"],
         "artifacts": call.artifacts,
         "part": "any",
@@ -282,13 +279,9 @@ def _count_idle_workers() -> int:
     pool = context.flow_run.work_pool_name if context is not None and context.flow_run is not None else None
     if pool is None:
         return 0
-    online = WorkerFilter(status=WorkerFilterStatus(any_=[WorkerStatus.ONLINE.value]))
-    begun = FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING])
+    of_the_pool = WorkPoolFilter.model_validate({"name": {"any_": [pool]}})
+    begun = FlowRunFilter.model_validate({"state": {"type": {"any_": ["PENDING", "RUNNING"]}}})
     with get_client(sync_client=True) as client:
-        num_runs = len(
-            client.read_flow_runs(
-                work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
-                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=begun)),
-            )
-        )
-        return max(0, len(client.read_workers_for_work_pool(pool, worker_filter=online)) - num_runs)
+        num_runs = len(client.read_flow_runs(work_pool_filter=of_the_pool, flow_run_filter=begun))
+        workers = client.read_workers_for_work_pool(pool)
+        return max(0, sum(worker.status == WorkerStatus.ONLINE for worker in workers) - num_runs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field, WithJsonSchema
 
@@ -28,8 +28,6 @@ ShippedName = Annotated[
 ]
 ConfigPath = Annotated[str, Field(title="YAML file on the worker")]
 Config = ShippedName | ConfigPath | RunConfig
-
-STAGE_NAMES: tuple[str, ...] = get_args(StageName)
 
 
 @dataclass(frozen=True)

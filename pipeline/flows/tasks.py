@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 from uuid import UUID
 
 from prefect import get_run_logger, task
@@ -27,14 +27,7 @@ PROGRESS_EVERY_S = 2.0
 
 
 def run_as_task(stage: str, body: Callable[[], StageOutcome]) -> StageOutcome:
-    """Run ``body`` in a task run called ``stage``.
-
-    Args:
-        stage: Name of the task and of its run.
-        body: Brings the stage's artifact into being.
-
-    Returns:
-        What ``body`` returned.
+    """Bring the stage's artifact into being by ``body``, in a task run that is called as the stage.
 
     Raises:
         WsssError: what ``body`` raised; the task run's message is its text.
@@ -46,41 +39,35 @@ def run_as_task(stage: str, body: Callable[[], StageOutcome]) -> StageOutcome:
 @task(cache_policy=NO_CACHE, persist_result=False)
 def _run_stage(body: Callable[[], StageOutcome]) -> State[StageOutcome]:
     try:
-        return to_state(body())
+        outcome = body()
     except WsssError as error:
         # a deliberate error's first line says what to do; raised, it would stand behind Prefect's own words
         return Failed(message=str(error), data=error)
-
-
-def to_state(outcome: StageOutcome) -> State[StageOutcome]:
-    """``outcome`` as a state that Prefect's UI shows: Cached, Skipped, Resumed, or plain Completed."""
-    name = {"cached": "Cached", "skipped": "Skipped", "resumed": "Resumed"}.get(outcome.state)
+    name = "Completed" if outcome.state == "built" else outcome.state.capitalize()  # Cached, Skipped, Resumed
     message = "not needed by this config" if outcome.path is None else str(outcome.path)
-    return Completed(name=name, message=message, data=outcome) if name else Completed(message=message, data=outcome)
+    return Completed(name=name, message=message, data=outcome)
 
 
 class PrefectListener:
     """Relays a run to the logger of the task run and a progress artifact, and to another listener."""
 
-    def __init__(self, inner: Listener, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, inner: Listener) -> None:
         """Relay to ``inner`` too."""
-        self._inner, self._clock = inner, clock
-        self._stage = ""
-        self._pace = Pace()
+        self._inner, self._stage, self._pace = inner, "", Pace()
         self._artifact: UUID | None = None
         self._updated = 0.0
 
     def stage_started(self, stage: str, key: str) -> None:
         """Begin to follow ``stage``."""
         self._stage, self._pace = stage, Pace()
-        self._artifact, self._updated = None, self._clock()
-        _logger().info("%s: key %s", stage, key)
+        self._artifact, self._updated = None, time.monotonic()
+        get_run_logger().info("%s: key %s", stage, key)
         self._inner.stage_started(stage, key)
 
     def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
         """Show progress and the time left, on the artifact at most every two seconds."""
         self._inner.step(task, done, total, unit=unit, **values)
-        now = self._clock()
+        now = time.monotonic()
         left_s = self._pace.left_s(task, total, done, now)
         if now - self._updated >= PROGRESS_EVERY_S and total > 0:
             self._updated = now
@@ -98,26 +85,24 @@ class PrefectListener:
 
     def info(self, text: str) -> None:
         """Log a line of the stage."""
-        _logger().info("%s", text)
+        get_run_logger().info("%s", text)
         self._inner.info(text)
 
     def warn(self, text: str) -> None:
         """Log a line that stands out."""
-        _logger().warning("%s", text)
+        get_run_logger().warning("%s", text)
         self._inner.warn(text)
 
     def output(self, text: str) -> None:
         """Log what a library printed."""
-        _logger().info("%s", text)
+        get_run_logger().info("%s", text)
         self._inner.output(text)
 
     def stage_finished(self, outcome: StageOutcome) -> None:
         """Log how a stage ended."""
         if self._artifact is not None and outcome.state in ("built", "resumed"):
             self._show(100.0, outcome.state)
-        _logger().info("%s: %s in %.1f s %s", outcome.stage, outcome.state, outcome.seconds, dict(outcome.metrics))
+        get_run_logger().info(
+            "%s: %s in %.1f s %s", outcome.stage, outcome.state, outcome.seconds, dict(outcome.metrics)
+        )
         self._inner.stage_finished(outcome)
-
-
-def _logger() -> Any:  # noqa: ANN401 - a LoggerAdapter of a type that Prefect does not name
-    return get_run_logger()

@@ -77,19 +77,14 @@ stdout_logfile={logs}/{name}.log
 
 @dataclass(frozen=True)
 class UpCall:
-    """What ``wsss up`` was asked for."""
+    """What ``wsss up`` was asked for; ``workers`` None is one per GPU, or what is up already."""
 
     home: Path
     host: str = HOST
     port: int = 4200
     pool: str = "wsss"
     workers: int | None = None
-    """None is one per GPU, or what is up already."""
-    max_runs: int | None = None
-    """Flow runs of the pool at a time; None leaves its limit."""
     artifacts: str = "artifacts"
-    files_url: str = ""
-    """Where a web server has the store's reports."""
 
     @property
     def own_url(self) -> str:
@@ -98,14 +93,7 @@ class UpCall:
 
 
 def up(call: UpCall, say: Say) -> dict[str, Any]:
-    """Bring everything up that is not, and describe all of it.
-
-    Args:
-        call: What is wanted.
-        say: Hears each command.
-
-    Returns:
-        The document of ``wsss up --json``.
+    """Bring everything up that is not, say each command, and return the document of ``wsss up --json``.
 
     Raises:
         InputError: an argument that cannot be met.
@@ -116,7 +104,7 @@ def up(call: UpCall, say: Say) -> dict[str, Any]:
         before, state = keeper.processes(), keeper.state
         url = find_server(call, state["api_url"] if before else "")
         is_ours = SERVER in before if before else url == call.own_url
-        is_kept = call.workers is None and bool(before.keys() - {SERVER})
+        is_kept = call.workers is None and before.keys() - {SERVER}
         workers = state["workers"] if is_kept else choose_workers(call.workers, find_gpus())
         variables = _variables(call, url, is_ours=is_ours)
         say("$ export " + shlex.join(f"{name}={value}" for name, value in variables.items()))
@@ -128,8 +116,8 @@ def up(call: UpCall, say: Say) -> dict[str, Any]:
             _check_port(call, url)
             say(f"# kept by supervisord: {start}")
             keeper.write(programs, api_url=url, workers={})
-            keeper.run("supervisord", "-c", str(keeper.file))
-        _wait_for_server(url, keeper, is_ours=is_ours)
+            keeper.run("supervisord")
+        _wait_for_server(url, keeper if is_ours else None)
         steps = _set_up(call, keeper)
         for name, gpu in workers.items():
             start = f"prefect worker start --pool {shlex.quote(call.pool)} --type process --name {name} --limit 1"
@@ -138,22 +126,21 @@ def up(call: UpCall, say: Say) -> dict[str, Any]:
                 say(f"# kept by supervisord: {programs[name]}")
         keeper.write(programs, api_url=url, workers=workers)
         if before or is_ours:
-            keeper.run("supervisorctl", "-c", str(keeper.file), "update")
+            keeper.run("supervisorctl", "update")
         elif programs:
-            keeper.run("supervisord", "-c", str(keeper.file))
+            keeper.run("supervisord")
         after = keeper.processes()
 
     def describe(name: str) -> dict[str, Any]:
-        pid, name_of_state = after[name]["pid"], after[name]["statename"].lower()
-        words = (
-            name_of_state if not pid else "already up" if name in before and before[name]["pid"] == pid else "started"
-        )
-        return {"name": name, "state": words, "pid": pid, "log": after[name]["stdout_logfile"]}
+        pid = after[name]["pid"]
+        state = "already up" if name in before and before[name]["pid"] == pid else "started"
+        if not pid:
+            state = after[name]["statename"].lower()
+        return {"name": name, "state": state, "pid": pid, "log": after[name]["stdout_logfile"]}
 
     return {
         "api_url": url,
         "ui_url": url.removesuffix("/api"),
-        "files_url": call.files_url or None,
         "server": describe(SERVER) if is_ours else {"name": SERVER, "state": "of PREFECT_API_URL"},
         "workers": [describe(name) | {"gpu": gpu or None} for name, gpu in workers.items()],
         **steps,
@@ -167,16 +154,15 @@ def down(home: Path, say: Say) -> dict[str, Any]:
     with _one_command(home):
         keeper = Keeper(home, say)
         running = keeper.processes()
-        workers = running.keys() - {SERVER}
-        if workers:
+        if workers := running.keys() - {SERVER}:
             # first the runs: told to end they say so to the server, where a worker would kill them without a word
             pids = ",".join(str(running[name]["pid"]) for name in workers)
             with contextlib.suppress(EnvironmentFailure, OSError):  # there is no run, or no pkill
                 keeper.run("pkill", "-TERM", "-P", pids)
                 _wait(lambda: subprocess.run(["pgrep", "-P", pids], capture_output=True, check=False).returncode != 0)
-            keeper.run("supervisorctl", "-c", str(keeper.file), "stop", *sorted(workers))
+            keeper.run("supervisorctl", "stop", *sorted(workers))
         if running:
-            keeper.run("supervisorctl", "-c", str(keeper.file), "shutdown")
+            keeper.run("supervisorctl", "shutdown")
             _wait(lambda: not keeper.pid_file.exists())
     return {"ended": sorted(name for name, process in running.items() if process["pid"]), "home": home}
 
@@ -220,40 +206,42 @@ class Keeper:
         text = f"; {json.dumps({**state, 'programs': programs})}\n"
         text += CONFIG.format(logs=self.logs, file=self.file, socket=self._socket, pid_file=self.pid_file)
         for name, command in programs.items():
-            command = command.replace("prefect", shlex.quote(str(_program("prefect"))), 1)
+            command = command.replace("prefect", shlex.quote(_program("prefect")), 1)
             text += PROGRAM.format(name=name, command=command, logs=self.logs)
         self.file.write_text(text, encoding="utf-8")
 
     def run(self, *words: str) -> None:
-        """Print a command and run it.
+        """Print a command and run it; one of supervisord's gets our file.
 
         Raises:
             EnvironmentFailure: it failed.
         """
+        if words[0].startswith("supervisor"):
+            words = (words[0], "-c", str(self.file), *words[1:])
         self._say(f"$ {shlex.join(words)}")
-        command = [str(_program(words[0])), *words[1:]]
+        command = [_program(words[0]), *words[1:]]
         done = subprocess.run(command, env=find_our_code(), capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
             raise EnvironmentFailure(f"{shlex.join(words)} failed; see below, then run it again", lines[-8:])
 
 
-def _program(name: str) -> Path:
+def _program(name: str) -> str:
     """A program of our environment, or one of the system's."""
     ours = Path(sys.executable).with_name(name)
-    return ours if ours.exists() else Path(name)
+    return str(ours) if ours.exists() else name
 
 
 @contextlib.contextmanager
-def _one_command(home: Path, *, timeout_s: float = 180.0) -> Iterator[None]:
+def _one_command(home: Path) -> Iterator[None]:
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / "up.lock", timeout=timeout_s):
+        with FileLock(home / "up.lock", timeout=180):
             yield
     except PermissionError as error:
         raise EnvironmentFailure(f"{home} cannot be written ({error.strerror}); choose --home DIR") from error
     except Timeout as error:
-        raise EnvironmentFailure(f"another wsss up or down is at {home} for {timeout_s:.0f} s; wait for it") from error
+        raise EnvironmentFailure(f"another wsss up or down is at {home} for 180 s; wait for it") from error
 
 
 def find_server(call: UpCall, standing: str) -> str:
@@ -267,16 +255,15 @@ def find_server(call: UpCall, standing: str) -> str:
 
 def _variables(call: UpCall, url: str, *, is_ours: bool) -> dict[str, str]:
     """What every process has beside its inherited environment, which may hold secrets; what the user has set stands."""
-    variables = {"PREFECT_HOME": str(call.home)}
+    variables = dict(SETTINGS)
     set_private(variables)
     if is_ours:  # no web page but the server's own may start runs
         origin = url.removesuffix("/api")
         variables["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = f"{origin},{origin.replace(HOST, 'localhost')}"
-    variables = {name: os.environ.get(name, value) for name, value in (variables | SETTINGS).items()}
+    variables = {name: os.environ.get(name, value) for name, value in variables.items()}
     store = call.artifacts if "://" in call.artifacts else str(Path(call.artifacts).absolute())
     variables |= {"PREFECT_HOME": str(call.home), API_URL: url, "WSSS_ARTIFACTS": store}
-    variables |= {"PREFECT_DEFAULT_WORK_POOL_NAME": call.pool, "PWD": str(Path.cwd())}
-    return variables | ({"WSSS_FILES_URL": call.files_url} if call.files_url else {})
+    return variables | {"PREFECT_DEFAULT_WORK_POOL_NAME": call.pool, "PWD": str(Path.cwd())}
 
 
 def _check_port(call: UpCall, url: str) -> None:
@@ -292,7 +279,8 @@ def _check_port(call: UpCall, url: str) -> None:
             ) from error
 
 
-def _wait_for_server(url: str, keeper: Keeper, *, is_ours: bool) -> None:
+def _wait_for_server(url: str, keeper: Keeper | None) -> None:
+    """Return when the server answers: a new one of the keeper's within two minutes, another at once."""
     from prefect.client.orchestration import get_client
 
     end = time.monotonic() + STARTUP_TIMEOUT_S
@@ -301,14 +289,14 @@ def _wait_for_server(url: str, keeper: Keeper, *, is_ours: bool) -> None:
             problem = client.api_healthcheck()
         if problem is None:
             return
-        if not is_ours:
+        if keeper is None:
             raise EnvironmentFailure(
                 f"{API_URL} is {url}, and no Prefect server answers there ({problem}); start it, correct the variable, "
                 "or unset it: wsss up then starts a server of its own"
             )
         if keeper.processes()[SERVER]["statename"] not in ("STARTING", "RUNNING") or time.monotonic() > end:
             lines = (keeper.logs / "server.log").read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
-            keeper.run("supervisorctl", "-c", str(keeper.file), "shutdown")
+            keeper.run("supervisorctl", "shutdown")
             raise EnvironmentFailure(
                 f"Prefect's server did not come up ({problem}); see {keeper.logs}/server.log, and check the pins with "
                 "wsss doctor",
@@ -323,9 +311,8 @@ def _set_up(call: UpCall, keeper: Keeper) -> dict[str, Any]:
     from prefect.exceptions import ObjectNotFound
 
     package = Path(__file__).parents[1]
-    files = (
-        package / "_deploy" if (package / "_deploy").is_dir() else package.parent / "deploy"
-    )  # installed; a checkout
+    installed, checkout = package / "_deploy", package.parent / "deploy"
+    files = installed if installed.is_dir() else checkout
     with get_client(sync_client=True) as client:
         try:
             pool = client.read_work_pool(call.pool)
@@ -340,8 +327,6 @@ def _set_up(call: UpCall, keeper: Keeper) -> dict[str, Any]:
             f"work pool {call.pool!r} is of type {pool.type}, wsss up runs workers of type process: choose another "
             f"name with --pool, or start that pool's workers yourself: prefect worker start --pool {call.pool}"
         )
-    if call.max_runs is not None and (pool is None or pool.concurrency_limit != call.max_runs):
-        keeper.run("prefect", "work-pool", "set-concurrency-limit", call.pool, str(call.max_runs))
     # before the workers: each poll of theirs is a write, and SQLite refuses a deployment that meets one
     keeper.run("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(files / "prefect.yaml"))
     if not has_automations:
@@ -353,12 +338,9 @@ def _set_up(call: UpCall, keeper: Keeper) -> dict[str, Any]:
 
 
 def choose_workers(number: int | None, gpus: Sequence[str], host: str = "") -> dict[str, str]:
-    """Name of each worker and its CUDA_VISIBLE_DEVICES.
+    """Name of each worker, which begins with the host's, and its CUDA_VISIBLE_DEVICES.
 
-    Args:
-        number: How many; None is one per GPU, or one on the CPU.
-        gpus: What ``find_gpus`` found.
-        host: First part of the names, by default this machine's.
+    ``number`` None is one per GPU, or one on the CPU.
 
     Raises:
         InputError: more workers than GPUs.

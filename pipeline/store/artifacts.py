@@ -16,19 +16,29 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pipeline.store.locks import ArtifactLock
-from pipeline.store.mirror import MANIFEST, Mirror, WorkCopy, cache_folder, is_inside, is_url, is_whole
+from pipeline.store.mirror import (
+    MANIFEST,
+    Mirror,
+    WorkCopy,
+    cache_folder,
+    find_changes,
+    find_damage,
+    is_inside,
+    is_url,
+)
 from stages.contracts import read_json, write_json
 from stages.errors import DamagedFileError, EnvironmentFailure, MissingArtifactError
 
@@ -85,9 +95,6 @@ class Artifact:
 class Store:
     """The artifacts under one folder, and in its mirror."""
 
-    poll_s: ClassVar[float] = 0.5
-    """Seconds between two looks at what others build."""
-
     def __init__(self, root: Path, mirror: Mirror | None = None) -> None:
         """Use ``root``; it is made when the first artifact is built."""
         self.root = root
@@ -139,14 +146,9 @@ class Store:
     ) -> Artifact | None:
         """The artifact, or None when there is none that is whole.
 
-        One that was found whole is not looked at again while its manifest is the same file.  Of the mirror only the
-        manifest and a listing are read.  Under the lock of the key an upload that was cut off is finished.
-
-        Args:
-            stage: Stage name.
-            key: Cache key.
-            damaged: Called with what is wrong when there is an artifact that cannot be used.
-            fresh: Look at every file again, whatever was found before.
+        One that was found whole is not looked at again while its manifest is the same file, but for ``fresh``.  Of the
+        mirror only the manifest and a listing are read.  Under the lock of the key an upload that was cut off is
+        finished.  ``damaged`` hears what is wrong with an artifact that cannot be used.
 
         Raises:
             EnvironmentFailure: the mirror cannot be read.
@@ -222,19 +224,11 @@ class Store:
     def _open(self, stage: str, key: str) -> Artifact:
         path = self.path(stage, key)
         stamp, manifest = _stamp(path / MANIFEST), self.manifest(stage, key)
-        for name, entry in manifest["content"]["files"].items():
-            _check_size(path / name, entry["size"])
+        files = manifest["content"]["files"]
+        if damage := find_damage(path, files, _sizes(path, files)):
+            raise DamagedFileError(next(iter(damage.values())))
         self._whole[stage, key] = (stamp, Artifact(stage, key, path, manifest))
         return self._whole[stage, key][1]
-
-    def _mirrored_manifest(self, mirror: Mirror, stage: str, key: str) -> dict[str, Any] | None:
-        if (manifest := mirror.read_manifest(f"{stage}/{key}")) is None:
-            return None
-        where = f"{mirror.url}/{stage}/{key}/{MANIFEST}"
-        self._check_manifest(manifest, stage, key, where)
-        if outside := [name for name in manifest["content"]["files"] if not is_inside(name)]:
-            raise DamagedFileError(f"{where} names a file outside of its artifact: {outside[0]}")
-        return manifest
 
     def manifest(self, stage: str, key: str) -> dict[str, Any]:
         """The manifest, checked to be one of this schema and of this artifact; the files are not looked at.
@@ -243,20 +237,13 @@ class Store:
             DamagedFileError: there is none, or it is another's.
         """
         path = self.path(stage, key) / MANIFEST
-        return self._check_manifest(read_json(path), stage, key, str(path))
+        return _check_manifest(read_json(path), stage, key, str(path))
 
-    @staticmethod
-    def _check_manifest(manifest: Any, stage: str, key: str, path: str) -> dict[str, Any]:  # noqa: ANN401 - JSON is any
-        try:
-            content = manifest["content"]
-            is_ours = [content["schema"], content["stage"], content["key"]] == [SCHEMA, stage, key]
-            is_ours &= isinstance(content["mask_supervision"], list) and isinstance(manifest["run"], dict)
-            is_ours &= all({"size", "sha256"} <= entry.keys() for entry in content["files"].values())
-        except (KeyError, TypeError, AttributeError):
-            is_ours = False
-        if not is_ours:
-            raise DamagedFileError(f"{path} does not describe {stage} {key}")
-        return manifest
+    def _mirrored_manifest(self, mirror: Mirror, stage: str, key: str) -> dict[str, Any] | None:
+        name = f"{stage}/{key}"
+        if (manifest := mirror.read_manifest(name)) is None:
+            return None
+        return _check_manifest(manifest, stage, key, f"{mirror.url}/{name}/{MANIFEST}")
 
     def newest_manifests(self, stage: str) -> Iterator[dict[str, Any]]:
         """The manifests of a stage's artifacts, the newest first; damaged ones are left out."""
@@ -288,11 +275,8 @@ class Store:
     ) -> ArtifactLock:
         """The lock that whoever builds, replaces or removes this artifact holds; see ``on_lost`` too.
 
-        Args:
-            stage: Stage name.
-            key: Cache key.
-            part: Name of a part of the work, such as ``3of8``, to lock that alone.
-            waiting: Called once with a description of the holder when another holds it.
+        ``part``, such as ``3of8``, locks that part of the work alone; ``waiting`` is called once with a description of
+        the holder when another holds it.
         """
         name = f"{stage}-{key}.{part}" if part else f"{stage}-{key}"
         lock = ArtifactLock(self.root / ".locks" / name, waiting=waiting, lost=self.on_lost)
@@ -309,8 +293,7 @@ class Store:
         return self._work_copy(self._mirror, stage, key) if self._mirror else contextlib.nullcontext()
 
     def _work_copy(self, mirror: Mirror, stage: str, key: str) -> WorkCopy:
-        note = self.root / stage / f".mirror-{key}.json"
-        return WorkCopy(mirror, f"{stage}/.work-{key}", self.work_path(stage, key), note)
+        return WorkCopy(mirror, f"{stage}/.work-{key}", self.work_path(stage, key))
 
     def share(self, path: Path) -> None:
         """Put a file under ``root`` that is no artifact (a run's record) into the mirror too, or remove it there."""
@@ -331,12 +314,9 @@ class Store:
         return is_here or (self._mirror is not None and self._work_copy(self._mirror, stage, key).exists())
 
     def work_dir(self, stage: str, key: str, *, fresh: bool = False) -> tuple[Path, bool]:
-        """The folder to build in, and whether it holds earlier work, of another machine too.  Needs the lock.
+        """The folder to build in, and whether it holds earlier work, of another machine too; none if ``fresh``.
 
-        Args:
-            stage: Stage name.
-            key: Cache key.
-            fresh: Throw earlier work away.
+        Needs the lock.
 
         Raises:
             EnvironmentFailure: the mirror cannot be read and written.
@@ -360,35 +340,14 @@ class Store:
             self._mirror.remove(f"{stage}/{key}/{MANIFEST}")
             if not self.path(stage, key).exists():
                 return f"{self._mirror.url}/{stage}/.damaged-{key}.json"
-        number = 0
-        while (target := self.root / stage / f".damaged-{key}-{number}").exists():
-            number += 1
-        self.path(stage, key).rename(target)
-        return target
-
-    def remove(self, stage: str, key: str) -> None:
-        """Remove an artifact and the unfinished work of its key, if they are there.  Needs the lock."""
-        self._whole.pop((stage, key), None)
-        if self._mirror:
-            self._mirror.remove_folder(f"{stage}/{key}")
-            self._work_copy(self._mirror, stage, key).drop()
-            self._unsent(stage, key).unlink(missing_ok=True)
-        for folder in (self.path(stage, key), self.work_path(stage, key)):
-            if folder.is_dir():
-                # out of sight first: a removal that is interrupted must not leave half an artifact under its name
-                doomed = folder.with_name(f".replaced-{key}-{os.getpid()}")
-                shutil.rmtree(doomed, ignore_errors=True)
-                folder.rename(doomed)
-                shutil.rmtree(doomed)
+        targets = (self.root / stage / f".damaged-{key}-{number}" for number in itertools.count())
+        return self.path(stage, key).rename(next(target for target in targets if not target.exists()))
 
     def publish(self, stage: str, key: str, *, content: Mapping[str, Any], run: Mapping[str, Any]) -> Artifact:
         """Turn the work folder into the artifact in one rename, replacing an older one, and mirror it.  Needs the lock.
 
-        Args:
-            stage: Stage name.
-            key: Cache key.
-            content: Version, config, inputs and mask_supervision; schema, stage, key and files are added here.
-            run: Times, host, packages, revision, metrics and warnings.
+        ``content`` has version, config, inputs and mask_supervision, to which schema, stage, key and files are added;
+        ``run`` has times, host, packages, revision, metrics and warnings.
 
         Raises:
             EnvironmentFailure: the lock was lost meanwhile, or the mirror failed; then the artifact is whole here, and
@@ -402,8 +361,11 @@ class Store:
         for file in _files(work):
             if file.name.startswith(_TEMPORARY):
                 file.unlink()  # half of an atomic write whose process was killed
-            else:
-                files[file.relative_to(work).as_posix()] = _describe_and_sync(file)
+                continue
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                os.fsync(stream.fileno())
+            files[file.relative_to(work).as_posix()] = {"size": file.stat().st_size, "sha256": digest}
         for folder in [*(path for path in work.rglob("*") if path.is_dir()), work]:
             _sync_folder(folder)
         content = {**content, "schema": SCHEMA, "stage": stage, "key": key, "files": files}
@@ -442,26 +404,18 @@ class Store:
 
     def verify(self, stage: str, key: str) -> list[str]:
         """Read every file of an artifact, here and in the mirror, and compare it with the manifest; what is wrong."""
-        problems = []
+        problems, mirrored, path = [], None, self.path(stage, key)
         try:
             if self._mirror and (mirrored := self._mirrored_manifest(self._mirror, stage, key)):
                 self.root.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=self.root, prefix=".verify-") as scratch:
                     problems += self._mirror.fetch(f"{stage}/{key}", mirrored["content"]["files"], Path(scratch))
-                if not self.path(stage, key).exists():
-                    return problems
-            manifest = self.manifest(stage, key)
+            if not mirrored or path.exists():
+                files = self.manifest(stage, key)["content"]["files"]
+                found = find_damage(path, files, _sizes(path, files))
+                problems += sorted((found | find_changes(path, files, files.keys() - found.keys(), path)).values())
         except DamagedFileError as error:
-            return [*problems, error.message]
-        for name, entry in manifest["content"]["files"].items():
-            file = self.path(stage, key) / name
-            try:
-                _check_size(file, entry["size"])
-            except DamagedFileError as error:
-                problems.append(error.message)
-            else:
-                if not is_whole(file, entry):
-                    problems.append(f"{file}: the content differs from the manifest's sha256")
+            problems.append(error.message)
         return problems
 
 
@@ -485,35 +439,43 @@ def open_store(location: str | Path) -> Store:
     return Store(root)
 
 
-def _check_size(file: Path, size: int) -> None:
+def _check_manifest(manifest: Any, stage: str, key: str, where: str) -> dict[str, Any]:  # noqa: ANN401 - JSON is any
+    outside: list[str] = []
     try:
-        found = file.stat().st_size
-    except OSError:
-        raise DamagedFileError(f"{file} is missing") from None
-    if found != size:
-        raise DamagedFileError(f"{file} has {found} bytes instead of {size}")
+        content = manifest["content"]
+        is_ours = [content["schema"], content["stage"], content["key"]] == [SCHEMA, stage, key]
+        is_ours &= isinstance(content["mask_supervision"], list) and isinstance(manifest["run"], dict)
+        is_ours &= all({"size", "sha256"} <= entry.keys() for entry in content["files"].values())
+        outside = [name for name in content["files"] if not is_inside(name)]
+    except (KeyError, TypeError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise DamagedFileError(f"{where} does not describe {stage} {key}")
+    if outside:
+        raise DamagedFileError(f"{where} names a file outside of its artifact: {outside[0]}")
+    return manifest
+
+
+def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """Sizes of the files of ``folder``, of those that are there."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(OSError):
+            found[name] = (folder / name).stat().st_size
+    return found
 
 
 def _stamp(file: Path) -> _Stamp:
     """When ``file`` was written, and its inode; zeros for one that another process has removed meanwhile."""
-    try:
+    with contextlib.suppress(OSError):
         found = file.stat()
-    except OSError:
-        return 0, 0
-    return found.st_mtime_ns, found.st_ino
+        return found.st_mtime_ns, found.st_ino
+    return 0, 0
 
 
 def _files(folder: Path) -> list[Path]:
     """The regular files under ``folder``, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-
-
-def _describe_and_sync(file: Path) -> dict[str, Any]:
-    """Size and digest of ``file``, which is on the disk afterwards."""
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        os.fsync(stream.fileno())
-    return {"size": file.stat().st_size, "sha256": digest}
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _sync_folder(folder: Path) -> None:

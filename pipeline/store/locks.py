@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from filelock import FileLock, LeaseSettingsMismatch, SoftFileLease, Timeout
@@ -32,14 +31,12 @@ LEASE_S = 15.0
 HEARTBEAT_S = 3.0
 """Seconds between two renewals."""
 
+_POLL_S = 0.2
 _NO_FLOCK = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
 
 class ArtifactLock:
     """Exclusive right to build, replace or remove one artifact, from ``with`` to its end or the process's death."""
-
-    poll_s = 0.2
-    """Seconds between two tries while waiting."""
 
     def __init__(
         self,
@@ -48,12 +45,10 @@ class ArtifactLock:
         waiting: Callable[[str], None] | None = None,
         lost: Callable[[EnvironmentFailure], None] | None = None,
     ) -> None:
-        """Prepare a lock.
+        """Prepare a lock on ``path``, a file that is made when missing and never removed.
 
-        Args:
-            path: The lock file; made when missing, never removed.
-            waiting: Called once with a description of the holder when the lock is held elsewhere.
-            lost: Called once, from another thread, when a lease was lost; the work under it must stop then.
+        ``waiting`` is called once with a description of the holder when the lock is held elsewhere; ``lost`` once, from
+        another thread, when a lease was lost: the work under it must stop then.
         """
         self.path = path
         self._waiting = waiting
@@ -74,25 +69,19 @@ class ArtifactLock:
 
     def __enter__(self) -> Self:
         """Wait until the lock is ours."""
-        is_told = False
         while not self.try_acquire():
-            if not is_told and self._waiting is not None:
+            if self._waiting is not None:
                 self._waiting(self.holder())
-            is_told = True
-            time.sleep(self.poll_s)
+                self._waiting = None
+            time.sleep(_POLL_S)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Release."""
         self.release()
 
     def try_acquire(self, *, patience_s: float = 0.0) -> bool:
-        """Take the lock now or not at all.
-
-        Args:
-            patience_s: How long to watch a lease for a sign of life before taking its holder for alive.
+        """Take the lock now or not at all; a lease is watched ``patience_s`` for a sign of life of its holder.
 
         Raises:
             EnvironmentFailure: the lock cannot be written or read, or both kinds of locks are in use.
@@ -138,7 +127,7 @@ class ArtifactLock:
         seen = self._renewed_ns()
         try:
             self._lease.acquire(
-                timeout=patience_s, poll_interval=self.poll_s, cancel_check=lambda: self._renewed_ns() != seen
+                timeout=patience_s, poll_interval=_POLL_S, cancel_check=lambda: self._renewed_ns() != seen
             )
         except Timeout:
             now = time.monotonic()
@@ -159,9 +148,7 @@ class ArtifactLock:
     def holder(self) -> str:
         """Who holds the lock, in words."""
         with contextlib.suppress(OSError, ValueError):
-            words = self.path.read_text(encoding="utf-8").strip()
-            if words.startswith("process "):
-                return words
+            return self.path.read_text(encoding="utf-8").strip() or "another process"
         return "another process"
 
     @property
@@ -177,18 +164,17 @@ class ArtifactLock:
         """
         if not self.is_held:
             raise EnvironmentFailure(f"{self.path}: this process does not hold the lock")
-        if self._flock.is_locked:
-            if self._uses_leases:
-                raise EnvironmentFailure(
-                    f"{self.path}: held by flock, but {USE_LEASES} was made beside it meanwhile, so another worker "
-                    "may be at the same artifact; nothing was published. Run the same command again"
-                )
-            return
-        owner = self._lease.owner
-        if owner is None or owner.token != self._lease.token or self._lease.compromise is not None:
-            raise self._loss()
-        with contextlib.suppress(OSError):
-            os.utime(self._lease.lock_file)  # the full LEASE_S from now, also after standing still
+        if self._flock.is_locked and self._uses_leases:
+            raise EnvironmentFailure(
+                f"{self.path}: held by flock, but {USE_LEASES} was made beside it meanwhile, so another worker may be "
+                "at the same artifact; nothing was published. Run the same command again"
+            )
+        if self._lease.is_locked:
+            owner = self._lease.owner
+            if owner is None or owner.token != self._lease.token or self._lease.compromise is not None:
+                raise self._loss()
+            with contextlib.suppress(OSError):
+                os.utime(self._lease.lock_file)  # the full LEASE_S from now, also after standing still
 
     def release(self) -> None:
         """Give the lock back; harmless when it is not held, was lost, or is a parent process's."""

@@ -20,10 +20,9 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from stages.contracts import read_json, write_json
@@ -32,8 +31,8 @@ from stages.errors import DamagedFileError, EnvironmentFailure, InputError
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-DRIVERS = {"s3": "'wsss-pipeline[s3]'", "s3a": "'wsss-pipeline[s3]'", "gs": "gcsfs", "gcs": "gcsfs"}
-DRIVERS |= {"abfs": "adlfs", "az": "adlfs", "memory": "fsspec"}
+_S3 = "'wsss-pipeline[s3]'"
+DRIVERS = {"s3": _S3, "s3a": _S3, "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 """Protocol → what pip installs for it."""
 
 MIRROR_EVERY_S = 180.0
@@ -73,7 +72,7 @@ class Mirror:
         """
         protocol, _, rest = url.partition("://")
         if protocol not in DRIVERS:
-            known = ", ".join(f"{name}://" for name in DRIVERS if name != "memory")
+            known = ", ".join(f"{name}://" for name in DRIVERS)
             raise InputError(
                 f"{protocol}:// cannot hold artifacts; use one of {known}, or mount it and give the folder"
             )
@@ -90,14 +89,18 @@ class Mirror:
         return url_to_fs(self.url, use_listings_cache=False)
 
     @contextlib.contextmanager
-    def _objects(self, name: str, *, passing: bool = False) -> Iterator[tuple[Any, str]]:
-        """The file system and the path of ``name``; a missing object is passed on where the caller expects it."""
+    def _objects(self, name: str, *, missing_ok: bool = False) -> Iterator[tuple[Any, str]]:
+        """The file system and the path of ``name``; ``missing_ok`` ends ``with`` quietly where that is not there."""
         try:
             system, root = self._access
             yield system, f"{root}/{name}".rstrip("/")
         except Exception as error:
-            if isinstance(error, FileNotFoundError) and passing and "bucket does not exist" not in str(error).lower():
-                raise
+            if (
+                isinstance(error, FileNotFoundError)
+                and missing_ok
+                and "bucket does not exist" not in str(error).lower()
+            ):
+                return
             if isinstance(error, OSError) and str(error.filename or "").startswith("/"):
                 raise  # about a file of this machine; the drivers' own errors carry no such name
             raise EnvironmentFailure(f"{self.url}/{name}".rstrip("/") + f": {self._explain(error)}") from error
@@ -135,11 +138,9 @@ class Mirror:
 
     def names(self, folder: str = "") -> list[str]:
         """Names directly under ``folder``, without what is below them, sorted."""
-        try:
-            with self._objects(folder, passing=True) as (system, path):
-                return sorted(found.rstrip("/").rpartition("/")[2] for found in system.ls(path, detail=False))
-        except FileNotFoundError:
-            return []
+        with self._objects(folder, missing_ok=True) as (system, path):
+            return sorted(found.rstrip("/").rpartition("/")[2] for found in system.ls(path, detail=False))
+        return []
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Size in bytes of every object under ``folder``, by its name relative to that."""
@@ -149,11 +150,9 @@ class Mirror:
 
     def read(self, name: str) -> bytes | None:
         """What is in an object; None when there is none."""
-        try:
-            with self._objects(name, passing=True) as (system, path):
-                return system.cat_file(path)
-        except FileNotFoundError:
-            return None
+        with self._objects(name, missing_ok=True) as (system, path):
+            return system.cat_file(path)
+        return None
 
     def write(self, name: str, data: bytes) -> None:
         """Make or replace an object."""
@@ -174,14 +173,14 @@ class Mirror:
 
     def remove(self, name: str) -> None:
         """Remove an object; harmless when it is not there."""
-        with self._objects(name) as (system, path), contextlib.suppress(FileNotFoundError):
+        with self._objects(name, missing_ok=True) as (system, path):
             system.rm_file(path)
 
-    def remove_folder(self, folder: str, *, first: str = MANIFEST) -> None:
+    def remove_folder(self, folder: str, *, first: str) -> None:
         """Remove every object under ``folder``, and ``first`` before the others."""
         self.remove(f"{folder}/{first}")
         if names := self.sizes(folder):
-            with self._objects(folder) as (system, path), contextlib.suppress(FileNotFoundError):
+            with self._objects(folder, missing_ok=True) as (system, path):
                 system.rm([f"{path}/{name}" for name in names])
 
     # -- artifacts ----------------------------------------------------------------------------------------------------
@@ -207,19 +206,13 @@ class Mirror:
         with contextlib.suppress(DamagedFileError):
             found = self.read_manifest(folder)
             if found is not None and not (isinstance(found, dict) and found.get("content") == content):
-                self.remove_folder(folder)  # until the end there is no artifact
+                self.remove_folder(folder, first=MANIFEST)  # until the end there is no artifact
         self.put(folder, list(content["files"]), path)
         self.put(folder, [MANIFEST], path)
 
     def find_damage(self, folder: str, files: Mapping[str, Any]) -> dict[str, str]:
-        """What a listing tells of an artifact's files: name of each missing or cut one → what is wrong."""
-        sizes, problems = self.sizes(folder), {}
-        for name, entry in files.items():
-            if name not in sizes:
-                problems[name] = f"{self.url}/{folder}/{name} is missing"
-            elif sizes[name] != entry["size"]:
-                problems[name] = f"{self.url}/{folder}/{name} has {sizes[name]} bytes instead of {entry['size']}"
-        return problems
+        """What a listing tells of an artifact's files; see the function of this name."""
+        return find_damage(f"{self.url}/{folder}", files, self.sizes(folder))
 
     def fetch(self, folder: str, files: Mapping[str, Any], into: Path) -> list[str]:
         """Bring an artifact's files into a folder; what an earlier call brought whole is kept.
@@ -228,13 +221,12 @@ class Mirror:
             What is wrong with the files in the store, one line each; those are not kept here.
         """
         problems = self.find_damage(folder, files)
-        wanted = [name for name in files if name not in problems and not is_whole(into / name, files[name])]
+        wanted = [name for name in files if name not in problems and not _is_whole(into / name, files[name])]
         self.get(folder, wanted, into)
-        for name in wanted:
-            if not is_whole(into / name, files[name]):
-                (into / name).unlink()
-                problems[name] = f"{self.url}/{folder}/{name}: the content differs from the manifest's sha256"
-        return sorted(problems.values())
+        changed = find_changes(f"{self.url}/{folder}", files, wanted, into)
+        for name in changed:
+            (into / name).unlink()
+        return sorted((problems | changed).values())
 
 
 class WorkCopy:
@@ -245,16 +237,11 @@ class WorkCopy:
     again by the next one: losing the mirror is no reason to lose the work.
     """
 
-    def __init__(self, mirror: Mirror, folder: str, work: Path, note: Path) -> None:
-        """Copy nothing yet.
-
-        Args:
-            mirror: Where the copy is.
-            folder: Name of its folder there.
-            work: The work folder.
-            note: Local file with the id of the copy that ``work`` is level with, or ahead of.
-        """
-        self._mirror, self._folder, self._work, self._note = mirror, folder, work, note
+    def __init__(self, mirror: Mirror, folder: str, work: Path) -> None:
+        """Copy nothing yet; ``folder`` is where the copy of ``work`` is in the mirror."""
+        self._mirror, self._folder, self._work = mirror, folder, work
+        self._note = work.with_name(f".mirror{work.name}.json")
+        """Has the id of the copy that ``work`` is level with, or ahead of."""
         self._copier = secrets.token_hex(8)
         self._sent: dict[str, tuple[int, int]] = {}
         self._stop = threading.Event()
@@ -265,9 +252,7 @@ class WorkCopy:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         """Stop; work that succeeded is published whole anyway."""
         self._stop.set()
         self._thread.join()
@@ -286,7 +271,7 @@ class WorkCopy:
         Raises:
             EnvironmentFailure: the store failed.
         """
-        found = _whole_files(self._work)
+        found = self._whole_files()
         changed = [name for name, stamp in found.items() if self._sent.get(name) != stamp]
         gone = self._sent.keys() - found.keys()
         if not changed and not gone:
@@ -304,6 +289,15 @@ class WorkCopy:
             self._mirror.remove(f"{self._folder}/{self._copier}/{name}")
             del self._sent[name]
 
+    def _whole_files(self) -> dict[str, tuple[int, int]]:
+        """The whole files of the work: name → size in bytes and time of the last change in ns."""
+        found: dict[str, tuple[int, int]] = {}
+        for path in self._work.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file() and not path.name.startswith(".tmp-") and path.suffix != ".part":
+                    found[path.relative_to(self._work).as_posix()] = (path.stat().st_size, path.stat().st_mtime_ns)
+        return found
+
     def exists(self) -> bool:
         """Whether there is a copy that can be used."""
         return bool(self._index())
@@ -316,7 +310,7 @@ class WorkCopy:
         """
         index = self._index()
         with contextlib.suppress(DamagedFileError, TypeError, KeyError):
-            if _whole_files(self._work) and index.get("id") == read_json(self._note)["id"]:
+            if self._whole_files() and index.get("id") == read_json(self._note)["id"]:
                 return
         if not index:
             return
@@ -347,21 +341,25 @@ def is_inside(name: object) -> bool:
     return isinstance(name, str) and not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
 
 
-def is_whole(file: Path, expected: Mapping[str, Any]) -> bool:
-    """Whether a file is there with the size and the sha256 of its manifest."""
+def find_damage(where: Path | str, files: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, str]:
+    """What the sizes of an artifact's files tell: name of each missing or cut one → what is wrong."""
+    problems = {}
+    for name, entry in files.items():
+        if name not in sizes:
+            problems[name] = f"{where}/{name} is missing"
+        elif sizes[name] != entry["size"]:
+            problems[name] = f"{where}/{name} has {sizes[name]} bytes instead of {entry['size']}"
+    return problems
+
+
+def find_changes(where: Path | str, files: Mapping[str, Any], names: Iterable[str], folder: Path) -> dict[str, str]:
+    """Those of the ``names`` that are not in ``folder`` as the manifest has them → what is wrong."""
+    changed = [name for name in names if not _is_whole(folder / name, files[name])]
+    return {name: f"{where}/{name}: the content differs from the manifest's sha256" for name in changed}
+
+
+def _is_whole(file: Path, expected: Mapping[str, Any]) -> bool:
     if not file.is_file() or file.stat().st_size != expected["size"]:
         return False
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() == expected["sha256"]
-
-
-def _whole_files(work: Path) -> dict[str, tuple[int, int]]:
-    """The whole files under ``work``: name → size in bytes and time of the last change in ns."""
-    found: dict[str, tuple[int, int]] = {}
-    for path in work.rglob("*"):
-        if path.name.startswith(".tmp-") or path.name.endswith(".part"):
-            continue
-        with contextlib.suppress(FileNotFoundError):
-            if path.is_file():
-                found[path.relative_to(work).as_posix()] = (path.stat().st_size, path.stat().st_mtime_ns)
-    return found

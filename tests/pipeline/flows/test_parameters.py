@@ -1,16 +1,18 @@
 """What the parameters of a flow mean."""
 
+from typing import get_args
+
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config.run_config import RunConfig, find_config, load_config, shipped_configs
 from pipeline.engine.stage_table import STAGES
-from pipeline.flows.parameters import STAGE_NAMES, Config, FlowCall, Part
+from pipeline.flows.parameters import Config, FlowCall, Part, StageName
 from stages.errors import ConfigError
 
 
 def test_the_forms_menu_has_the_stages_of_the_table():
-    assert STAGE_NAMES == STAGES
+    assert get_args(StageName) == STAGES
 
 
 def test_the_forms_menu_has_the_shipped_configs_beside_a_path_and_a_whole_config():
@@ -39,9 +41,9 @@ def test_the_store_is_where_the_worker_says(monkeypatch: pytest.MonkeyPatch):
 def test_splits_and_parts_are_overrides():
     call = FlowCall.of("demo", ["make_masks.threshold=0.2"], "artifacts", splits=["val", "test"], parts=8)
     run = call.load()
-    assert (run.make_masks.threshold, run.evaluate.splits, run.runtime.shards) == (0.2, ("val", "test"), 8)
+    assert (run.make_masks.threshold, run.evaluate.splits, run.runtime.parts) == (0.2, ("val", "test"), 8)
     assert call.invocation == (
-        "demo --set make_masks.threshold=0.2 --set 'evaluate.splits=[val, test]' --set runtime.shards=8"
+        "demo --set make_masks.threshold=0.2 --set 'evaluate.splits=[val, test]' --set runtime.parts=8"
     )
 
 

@@ -86,18 +86,18 @@ def test_supervisord_keeps_what_its_file_names_and_reports_it(tmp_path: Path):
     command = "env CUDA_VISIBLE_DEVICES=1 prefect version"
     keeper.write({"box-gpu1": command}, api_url=UP, workers={"box-gpu1": "1"})
     assert keeper.state == {"api_url": UP, "workers": {"box-gpu1": "1"}, "programs": {"box-gpu1": command}}
-    keeper.run("supervisord", "-c", str(keeper.file))
+    keeper.run("supervisord")
     try:
         (process,) = keeper.processes().values()
         assert (process["name"], process["stdout_logfile"]) == ("box-gpu1", str(home / "logs" / "box-gpu1.log"))
     finally:
-        keeper.run("supervisorctl", "-c", str(keeper.file), "shutdown")
+        keeper.run("supervisorctl", "shutdown")
     assert said[0] == f"$ supervisord -c '{home}/supervisord.conf'"
 
 
 def test_a_command_that_fails_shows_its_words(tmp_path: Path):
-    with pytest.raises(EnvironmentFailure, match=r"supervisord -c .*none.conf failed") as caught:
-        Keeper(tmp_path, lambda text: None).run("supervisord", "-c", str(tmp_path / "none.conf"))
+    with pytest.raises(EnvironmentFailure, match=r"supervisord -c .*supervisord.conf failed") as caught:
+        Keeper(tmp_path, lambda text: None).run("supervisord")
     assert any("could not find config file" in line for line in caught.value.problems)
 
 

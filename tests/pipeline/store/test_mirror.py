@@ -209,15 +209,6 @@ def test_shared_file_is_seen_and_its_end_too(first: Store, mirror: Mirror) -> No
     assert mirror.read("runs/demo-1.json") is None
 
 
-def test_remove_takes_everything_of_a_key_with_it(first: Store, second: Store, mirror: Mirror) -> None:
-    build(first)
-    second.require(STAGE, KEY)
-    second.remove(STAGE, KEY)
-    assert mirror.sizes(STAGE) == {}
-    assert second.lookup(STAGE, KEY) is None
-    assert not second.path(STAGE, KEY).exists()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Damage
 # ---------------------------------------------------------------------------------------------------------------------

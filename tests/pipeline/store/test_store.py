@@ -161,5 +161,5 @@ def test_whole_artifact_is_looked_at_once_until_it_is_another_or_a_fresh_look_is
     assert store.lookup(STAGE, KEY).metrics == {"m": 1.0}
     build(other, metrics={"m": 2.0})
     assert store.lookup(STAGE, KEY).metrics == {"m": 2.0}
-    other.remove(STAGE, KEY)
+    other.set_aside(STAGE, KEY)
     assert store.lookup(STAGE, KEY) is None

@@ -321,7 +321,9 @@ def _set_up(call: UpCall, keeper: Keeper) -> dict[str, Any]:
         names = {"automations": {"name": {"any_": ["wsss: zombies"]}}}
         has_automations = bool(client.request("POST", "/automations/filter", json=names).json())
     if pool is None:
-        keeper.run("prefect", "work-pool", "create", call.pool, "--type", "process")
+        # a worker creates its pool; `prefect work-pool create` would make the server ask GitHub for all types of pools
+        words = ("--pool", call.pool, "--type", "process", "--name", "setup", "--install-policy", "never", "--run-once")
+        keeper.run("prefect", "worker", "start", *words)
     elif pool.type != "process":
         raise InputError(
             f"work pool {call.pool!r} is of type {pool.type}, wsss up runs workers of type process: choose another "

@@ -153,7 +153,7 @@ class Run:
             WsssError: the stage failed.
         """
         wanted, count = parse_part(part), self.count_parts(stage)
-        if self.table.spec(stage).num_units is None or not self.table.spec(stage).in_parts(self.config):
+        if not self.table.spec(stage).has_parts(self.config):
             possible = ", ".join(spec.name for spec in self.table.specs if spec.num_units is not None)
             raise ConfigError(f"{stage} has no parts; --part goes with {possible}")
         if wanted is None and count == 1:
@@ -270,8 +270,8 @@ class Run:
 
     def count_parts(self, stage: str) -> int:
         """How many parts a stage is built in: ``runtime.parts``, or some for each of several devices; 1 for none."""
-        spec, runtime = self.table.spec(stage), getattr(self.config, "runtime", None)
-        if spec.num_units is None or runtime is None or not spec.in_parts(self.config):
+        runtime = getattr(self.config, "runtime", None)
+        if runtime is None or not self.table.spec(stage).has_parts(self.config):
             return 1
         devices = self._part_devices(stage)
         return runtime.parts if runtime.parts > 1 or len(devices) <= 1 else PARTS_PER_DEVICE * len(devices)
@@ -279,7 +279,7 @@ class Run:
     def _part_devices(self, stage: str) -> list[str]:
         """The devices of this machine that take parts of ``stage``, a process each; at most one: as without parts."""
         spec, runtime = self.table.spec(stage), getattr(self.config, "runtime", None)
-        is_spread = spec.num_units is not None and spec.in_parts(self.config) and spec.on_devices(self.config)
+        is_spread = spec.has_parts(self.config) and spec.on_devices(self.config)
         if not is_spread or runtime is None or runtime.devices == 1 or runtime.device not in ("auto", "cpu", "cuda"):
             return []
         num = len(find_gpus()) if runtime.device != "cpu" else 0

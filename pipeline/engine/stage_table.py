@@ -77,6 +77,10 @@ class StageSpec:
     on_devices: Callable[[Any], bool] = lambda run: False
     """Run config to whether several devices of a machine would take parts: the stage computes on them."""
 
+    def has_parts(self, run: Any) -> bool:  # noqa: ANN401 - a run of this table's type
+        """Whether the stage can be built in parts."""
+        return self.num_units is not None and self.in_parts(run)
+
     @property
     def version(self) -> int:
         """The stage module's VERSION."""

@@ -238,8 +238,3 @@ def test_a_whole_image_is_looked_at_as_it_was_trained_on():
     assert AugmentConfig(crop_px=321, scale=(1.0, 1.0), resize="squash").seen_short_side_px == 321
     assert AugmentConfig(crop_px=321, short_side_px=256).seen_short_side_px == 256
     assert AugmentConfig().seen_short_side_px is None
-
-
-def test_resize_is_written_only_where_it_is_not_a_crop():
-    assert "resize" not in AugmentConfig().model_dump()
-    assert AugmentConfig(scale=(1.0, 1.0), resize="squash").model_dump()["resize"] == "squash"

@@ -90,7 +90,11 @@ class TestHalfResolution:
 
     def test_kernels_keep_their_width_on_the_image(self, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = []
-        classes = {"torch": "torch_backend.TorchCrf", "pydensecrf": "native.PydenseCrf", "numba": "numba_backend.NumbaCrf"}
+        classes = {
+            "torch": "torch_backend.TorchCrf",
+            "pydensecrf": "native.PydenseCrf",
+            "numba": "numba_backend.NumbaCrf",
+        }
         monkeypatch.setattr(f"stages.ops.crf.{classes[backend]}", lambda *arguments, **_: seen.extend(arguments))
         open_crf(_scene()[0], 3, CrfConfig(preset="sec", backend=backend, resolution="half"))
         assert seen[0][0].shape == (31, 42, 3)

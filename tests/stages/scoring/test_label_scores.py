@@ -18,10 +18,10 @@ class Recorder(SilentProgress):
 
     def __init__(self):
         super().__init__()
-        self.begun, self.lines = [], []
+        self.steps, self.lines = [], []
 
-    def begin(self, task, *, total, done=0, unit="images"):
-        self.begun.append((task, total, done, unit))
+    def step(self, task, done, total, *, unit="images", **values):
+        self.steps.append((task, done, total, unit))
 
     def info(self, text):
         self.lines.append(text)
@@ -32,7 +32,8 @@ def test_accuracy_and_precision_by_hand(tmp_path):
     classifier, _ = load_classifier(write_tiny_classifier(tmp_path / "classifier"), torch.device("cpu"))
     progress = Recorder()
     metrics = score_classifier(classifier, image_set, "val", None, progress, RUNTIME)
-    assert progress.begun == [("classifier on val", 2, 0, "images")]
+    assert progress.steps[0] == ("classifier on val", 0, 2, "images")
+    assert progress.steps[-1] == ("classifier on val", 2, 2, "images")
     logits = predict_logits(classifier, image_set, image_set.index.split("val"), None, SilentProgress(), RUNTIME)
     truth = np.array([[False, True, False], [True, False, True]])
     assert metrics["classifier.label_accuracy"] == pytest.approx(((logits > 0) == truth).mean())

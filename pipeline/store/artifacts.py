@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -200,12 +201,6 @@ class Store:
         stage, key, files = artifact.stage, artifact.key, artifact.content["files"]
         part = artifact.path.with_name(f".fetch-{key}")
         part.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(part).free
-        if free < artifact.size_bytes:
-            raise EnvironmentFailure(
-                f"{part.parent}: {free / 2**20:.0f} MB free, {artifact.size_bytes / 2**20:.0f} MB are needed; remove "
-                "old folders of the cache, or set WSSS_CACHE to a folder on another disk"
-            )
         for stranger in {file.relative_to(part).as_posix() for file in _files(part)} - files.keys():
             (part / stranger).unlink()
         problems = mirror.fetch(f"{stage}/{key}", files, part)
@@ -240,10 +235,13 @@ class Store:
         return _check_manifest(read_json(path), stage, key, str(path))
 
     def _mirrored_manifest(self, mirror: Mirror, stage: str, key: str) -> dict[str, Any] | None:
-        name = f"{stage}/{key}"
-        if (manifest := mirror.read_manifest(name)) is None:
+        if (data := mirror.read(f"{stage}/{key}/{MANIFEST}")) is None:
             return None
-        return _check_manifest(manifest, stage, key, f"{mirror.url}/{name}/{MANIFEST}")
+        where = f"{mirror.url}/{stage}/{key}/{MANIFEST}"
+        try:
+            return _check_manifest(json.loads(data), stage, key, where)
+        except ValueError as error:
+            raise DamagedFileError(f"{where} is not readable JSON ({error})") from error
 
     def newest_manifests(self, stage: str) -> Iterator[dict[str, Any]]:
         """The manifests of a stage's artifacts, the newest first; damaged ones are left out."""
@@ -395,7 +393,12 @@ class Store:
         """Put an artifact that is whole here into the mirror, in the place of its unfinished work there."""
         artifact = self._open(stage, key)
         del self._whole[stage, key]  # until it is there
-        mirror.publish(f"{stage}/{key}", artifact.path, artifact.content)
+        with contextlib.suppress(DamagedFileError):
+            there = self._mirrored_manifest(mirror, stage, key)
+            if there is not None and there["content"] != artifact.content:
+                mirror.remove_folder(f"{stage}/{key}", first=MANIFEST)  # until the end there is no artifact
+        mirror.put(f"{stage}/{key}", list(artifact.content["files"]), artifact.path)
+        mirror.put(f"{stage}/{key}", [MANIFEST], artifact.path)
         self._unsent(stage, key).unlink(missing_ok=True)
         self._work_copy(mirror, stage, key).drop()
         return self._open(stage, key)

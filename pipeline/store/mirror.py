@@ -95,11 +95,8 @@ class Mirror:
             system, root = self._access
             yield system, f"{root}/{name}".rstrip("/")
         except Exception as error:
-            if (
-                isinstance(error, FileNotFoundError)
-                and missing_ok
-                and "bucket does not exist" not in str(error).lower()
-            ):
+            has_bucket = "bucket does not exist" not in str(error).lower()
+            if missing_ok and has_bucket and isinstance(error, FileNotFoundError):
                 return
             if isinstance(error, OSError) and str(error.filename or "").startswith("/"):
                 raise  # about a file of this machine; the drivers' own errors carry no such name
@@ -184,31 +181,6 @@ class Mirror:
                 system.rm([f"{path}/{name}" for name in names])
 
     # -- artifacts ----------------------------------------------------------------------------------------------------
-
-    def read_manifest(self, folder: str) -> Any:  # noqa: ANN401 - JSON is any
-        """The manifest of an artifact, as it is; None where there is none.
-
-        Raises:
-            DamagedFileError: it does not read back.
-        """
-        data = self.read(f"{folder}/{MANIFEST}")
-        try:
-            return None if data is None else json.loads(data)
-        except ValueError as error:
-            raise DamagedFileError(f"{self.url}/{folder}/{MANIFEST} is not readable JSON ({error})") from error
-
-    def publish(self, folder: str, path: Path, content: Mapping[str, Any]) -> None:
-        """Send an artifact up, its manifest last; whatever is there is replaced, since it may be damaged.
-
-        Raises:
-            EnvironmentFailure: the store failed; without a manifest there is no artifact there.
-        """
-        with contextlib.suppress(DamagedFileError):
-            found = self.read_manifest(folder)
-            if found is not None and not (isinstance(found, dict) and found.get("content") == content):
-                self.remove_folder(folder, first=MANIFEST)  # until the end there is no artifact
-        self.put(folder, list(content["files"]), path)
-        self.put(folder, [MANIFEST], path)
 
     def find_damage(self, folder: str, files: Mapping[str, Any]) -> dict[str, str]:
         """What a listing tells of an artifact's files; see the function of this name."""

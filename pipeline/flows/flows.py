@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, cast
@@ -176,10 +175,8 @@ def _open(call: FlowCall, last: str | None = None) -> Run:
     """The run, planned, each of whose stages is a task run."""
     run = _given.get() or Run(call.load(), open_store(call.artifacts), invocation=call.invocation)
     plan = plan_run(run.config, run.store.digest_cache, last=last) if _given.get() is None else run.plan
-
-    def helpers(stage: str, num_parts: int) -> AbstractContextManager[None]:
-        return helped(call, stage, num_parts, plan.keys[stage])
-
+    # the folder of a bucket's store is one machine's own
+    helpers = None if run.store.is_mirrored else partial(helped, call, plan.keys)
     return Run(
         run.config,
         run.store,
@@ -187,7 +184,7 @@ def _open(call: FlowCall, last: str | None = None) -> Run:
         invocation=run.invocation,
         plan=plan,
         around=run_as_task,
-        helpers=None if run.store.is_mirrored else helpers,  # the folder of a bucket's store is one machine's own
+        helpers=helpers,
     )
 
 
@@ -235,11 +232,11 @@ def _show_result(name: str, title: str, page: str) -> None:
 
 
 @contextlib.contextmanager
-def helped(call: FlowCall, stage: str, num_parts: int, key: str) -> Iterator[None]:
+def helped(call: FlowCall, keys: Mapping[str, str], stage: str, num_parts: int) -> Iterator[None]:
     """Ask the idle workers of this run's pool for help with a stage, and withdraw what has not started at the end.
 
     The run that asks builds parts itself meanwhile, so no slot only waits.  Outside of a deployment nobody is asked; a
-    server that refuses costs the help, not the run.  A worker with other code or another config has another ``key``.
+    server that refuses costs the help, not the run.  A worker with other code or another config has other ``keys``.
     """
     asked: list[UUID] = []
     config = call.config
@@ -248,7 +245,7 @@ def helped(call: FlowCall, stage: str, num_parts: int, key: str) -> Iterator[Non
         "overrides": [*call.overrides, f"runtime.parts={num_parts}"],
         "artifacts": call.artifacts,
         "part": "any",
-        "key": key,
+        "key": keys[stage],
     }
     try:
         for _ in range(min(_count_idle_workers(), num_parts - 1)):

@@ -132,10 +132,9 @@ def up(call: UpCall, say: Say) -> dict[str, Any]:
         after = keeper.processes()
 
     def describe(name: str) -> dict[str, Any]:
-        pid = after[name]["pid"]
-        state = "already up" if name in before and before[name]["pid"] == pid else "started"
-        if not pid:
-            state = after[name]["statename"].lower()
+        pid, state = after[name]["pid"], after[name]["statename"].lower()
+        if pid:
+            state = "already up" if name in before and before[name]["pid"] == pid else "started"
         return {"name": name, "state": state, "pid": pid, "log": after[name]["stdout_logfile"]}
 
     return {

@@ -136,8 +136,6 @@ class Store:
         """Where digests of the data sets' files are kept, so that unchanged files are not read again."""
         return self.root / ".digests.json"
 
-    # -- finding ------------------------------------------------------------------------------------------------------
-
     def path(self, stage: str, key: str) -> Path:
         """Where the artifact stands once it is published."""
         return self.root / stage / key
@@ -168,7 +166,8 @@ class Store:
             problem = error.message
         try:
             if self._mirror and (manifest := self._mirrored_manifest(self._mirror, stage, key)):
-                damage = self._mirror.find_damage(f"{stage}/{key}", manifest["content"]["files"])
+                name, files = f"{stage}/{key}", manifest["content"]["files"]
+                damage = find_damage(f"{self._mirror.url}/{name}", files, self._mirror.sizes(name))
                 if not damage:
                     return Artifact(stage, key, self.path(stage, key), manifest)
                 problem = next(iter(damage.values()))
@@ -186,8 +185,7 @@ class Store:
             DamagedFileError: a file in the mirror is damaged; it is set aside, so that the next run builds it again.
             EnvironmentFailure: the mirror cannot be read, or the cache not written.
         """
-        artifact = self.lookup(stage, key)
-        if artifact is None:
+        if (artifact := self.lookup(stage, key)) is None:
             place = f"{self.location}/{stage}/{key}"
             raise MissingArtifactError(f"{place} is missing or damaged; run the stage {stage} again")
         if not self._mirror or (stage, key) in self._whole:
@@ -262,11 +260,8 @@ class Store:
     def artifacts(self) -> Iterator[Artifact]:
         """All whole artifacts, by stage and key."""
         for stage, key in self.folders():
-            artifact = self.lookup(stage, key)
-            if artifact is not None:
+            if artifact := self.lookup(stage, key):
                 yield artifact
-
-    # -- building -----------------------------------------------------------------------------------------------------
 
     def lock(
         self, stage: str, key: str, *, part: str = "", waiting: Callable[[str], None] | None = None
@@ -276,8 +271,8 @@ class Store:
         ``part``, such as ``3of8``, locks that part of the work alone; ``waiting`` is called once with a description of
         the holder when another holds it.
         """
-        name = f"{stage}-{key}.{part}" if part else f"{stage}-{key}"
-        lock = ArtifactLock(self.root / ".locks" / name, waiting=waiting, lost=self.on_lost)
+        path = self.root / ".locks" / (f"{stage}-{key}.{part}" if part else f"{stage}-{key}")
+        lock = ArtifactLock(path, waiting=waiting, lost=self.on_lost)
         if not part and not self._holds(stage, key):
             self._locks[stage, key] = lock
         return lock
@@ -309,7 +304,7 @@ class Store:
     def has_work(self, stage: str, key: str) -> bool:
         """Whether there is unfinished work, here or in the mirror, that a build would continue."""
         is_here = any(not file.name.startswith(_TEMPORARY) for file in _files(self.work_path(stage, key)))
-        return is_here or (self._mirror is not None and self._work_copy(self._mirror, stage, key).exists())
+        return is_here or (self._mirror is not None and bool(self._work_copy(self._mirror, stage, key).index()))
 
     def work_dir(self, stage: str, key: str, *, fresh: bool = False) -> tuple[Path, bool]:
         """The folder to build in, and whether it holds earlier work, of another machine too; none if ``fresh``.
@@ -403,8 +398,6 @@ class Store:
         self._work_copy(mirror, stage, key).drop()
         return self._open(stage, key)
 
-    # -- upkeep -------------------------------------------------------------------------------------------------------
-
     def verify(self, stage: str, key: str) -> list[str]:
         """Read every file of an artifact, here and in the mirror, and compare it with the manifest; what is wrong."""
         problems, mirrored, path = [], None, self.path(stage, key)
@@ -423,10 +416,7 @@ class Store:
 
 
 def open_store(location: str | Path) -> Store:
-    """The store at a folder or a URL; nothing is asked of it yet.
-
-    Args:
-        location: A folder, ``file://`` and a folder, or ``s3://bucket/folder`` and the like.
+    """The store at a folder, with ``file://`` or without, or at ``s3://bucket/folder`` and the like.
 
     Raises:
         InputError: a URL that cannot be a store.

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, cast
@@ -31,7 +30,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from pipeline.engine.failures import InternalFailure
 from pipeline.engine.outcomes import RunOutcome
-from pipeline.engine.plan import Plan, plan_run
+from pipeline.engine.plan import plan_run
 from pipeline.engine.run import Run
 from pipeline.flows.pages import headline, write_page
 from pipeline.flows.parameters import Config, FlowCall, Part, Parts, Split, StageName
@@ -120,8 +119,7 @@ def run_flow(
         EnvironmentFailure: the configured Prefect API does not answer.
     """
     with get_client(sync_client=True) as client:
-        error = client.api_healthcheck()
-        if error is not None:
+        if error := client.api_healthcheck():
             raise EnvironmentFailure(
                 f"the Prefect API {client.api_url} does not answer ({error}); start it (wsss up), correct "
                 "PREFECT_API_URL, or run without it: --engine local"
@@ -152,9 +150,7 @@ def _wait_until_recorded(flow_run_id: UUID) -> None:
             time.sleep(0.1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bodies
-# ---------------------------------------------------------------------------------------------------------------------
+# -- bodies -----------------------------------------------------------------------------------------------------------
 
 
 def _ended(body: Callable[[], RunOutcome | int]) -> State[Any]:
@@ -175,33 +171,30 @@ def _ended(body: Callable[[], RunOutcome | int]) -> State[Any]:
     return Completed(message=message, data=result)
 
 
-def _open(call: FlowCall, last: str | None = None) -> tuple[Run, Plan]:
-    """The run, each of whose stages is a task run, with its plan."""
+def _open(call: FlowCall, last: str | None = None) -> Run:
+    """The run, planned, each of whose stages is a task run."""
     run = _given.get() or Run(call.load(), open_store(call.artifacts), invocation=call.invocation)
     plan = plan_run(run.config, run.store.digest_cache, last=last) if _given.get() is None else run.plan
-
-    def helpers(stage: str, num_parts: int) -> AbstractContextManager[None]:
-        return helped(call, stage, num_parts, plan.keys[stage])
-
-    watched = Run(
+    # the folder of a bucket's store is one machine's own
+    helpers = None if run.store.is_mirrored else partial(helped, call, plan.keys)
+    return Run(
         run.config,
         run.store,
         listener=PrefectListener(run.listener),
         invocation=run.invocation,
         plan=plan,
         around=run_as_task,
-        helpers=None if run.store.is_mirrored else helpers,  # the folder of a bucket's store is one machine's own
+        helpers=helpers,
     )
-    return watched, plan
 
 
 def _run_all(call: FlowCall, from_stage: str | None, until: str | None, force: Sequence[str]) -> RunOutcome:
-    run, plan = _open(call)
-    title = run_name(run.config, plan)
+    run = _open(call)
+    title = run_name(run.config, run.plan)
     _name_run(title)
     outcome = run.run_pipeline(from_=from_stage, until=until, force=force)
-    report = ensure_report(run.config, plan, run.store, outcome)
-    picture = ensure_picture(report, run.config, plan, run.store) if report is not None else None
+    report = ensure_report(run.config, run.plan, run.store, outcome)
+    picture = ensure_picture(report, run.config, run.plan, run.store) if report is not None else None
     page = write_page(title, f"wsss run {run.invocation}", outcome.stages, report, picture)
     _show_result(run.config.name, title, page)
     return outcome
@@ -209,8 +202,8 @@ def _run_all(call: FlowCall, from_stage: str | None, until: str | None, force: S
 
 def _run_one(call: FlowCall, stage: str, force: bool, part: str | None, key: str | None) -> RunOutcome | int:
     open_store(call.artifacts).check_visible()
-    run, plan = _open(call, last=stage)
-    title = f"{run.config.name}-{stage}-{plan.keys[stage][:8]}"
+    run = _open(call, last=stage)
+    title = f"{run.config.name}-{stage}-{run.plan.keys[stage][:8]}"
     _name_run(title if part is None else f"{title}-help")
     if part is not None:
         return run.help_with(stage, part, key=key)
@@ -235,17 +228,15 @@ def _show_result(name: str, title: str, page: str) -> None:
         get_run_logger().warning("the page of results could not be sent to the server: %s", error)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts
-# ---------------------------------------------------------------------------------------------------------------------
+# -- parts ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def helped(call: FlowCall, stage: str, num_parts: int, key: str) -> Iterator[None]:
+def helped(call: FlowCall, keys: Mapping[str, str], stage: str, num_parts: int) -> Iterator[None]:
     """Ask the idle workers of this run's pool for help with a stage, and withdraw what has not started at the end.
 
     The run that asks builds parts itself meanwhile, so no slot only waits.  Outside of a deployment nobody is asked; a
-    server that refuses costs the help, not the run.  A worker with other code or another config has another ``key``.
+    server that refuses costs the help, not the run.  A worker with other code or another config has other ``keys``.
     """
     asked: list[UUID] = []
     config = call.config
@@ -254,7 +245,7 @@ def helped(call: FlowCall, stage: str, num_parts: int, key: str) -> Iterator[Non
         "overrides": [*call.overrides, f"runtime.parts={num_parts}"],
         "artifacts": call.artifacts,
         "part": "any",
-        "key": key,
+        "key": keys[stage],
     }
     try:
         for _ in range(min(_count_idle_workers(), num_parts - 1)):

@@ -50,9 +50,9 @@ SETTINGS = {
 CONFIG = """\
 ; written by wsss up; look with: supervisorctl -c {file} status
 [supervisord]
-logfile={logs}/supervisord.log
-pidfile={pid_file}
-childlogdir={logs}
+logfile=%(here)s/logs/supervisord.log
+pidfile=%(here)s/supervisord.pid
+childlogdir=%(here)s/logs
 [unix_http_server]
 file={socket}
 chmod=0700
@@ -70,7 +70,7 @@ startretries=1000
 stopwaitsecs=40
 killasgroup=true
 redirect_stderr=true
-stdout_logfile={logs}/{name}.log
+stdout_logfile=%(here)s/logs/{name}.log
 """
 """Each retry of supervisord's waits a second longer than the one before."""
 
@@ -132,10 +132,9 @@ def up(call: UpCall, say: Say) -> dict[str, Any]:
         after = keeper.processes()
 
     def describe(name: str) -> dict[str, Any]:
-        pid = after[name]["pid"]
-        state = "already up" if name in before and before[name]["pid"] == pid else "started"
-        if not pid:
-            state = after[name]["statename"].lower()
+        pid, state = after[name]["pid"], after[name]["statename"].lower()
+        if pid:
+            state = "already up" if name in before and before[name]["pid"] == pid else "started"
         return {"name": name, "state": state, "pid": pid, "log": after[name]["stdout_logfile"]}
 
     return {
@@ -167,8 +166,8 @@ def down(home: Path, say: Say) -> dict[str, Any]:
     return {"ended": sorted(name for name, process in running.items() if process["pid"]), "home": home}
 
 
-def _wait(condition: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
-    end = time.monotonic() + timeout_s
+def _wait(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30.0
     while not condition() and time.monotonic() < end:
         time.sleep(0.1)
 
@@ -203,11 +202,9 @@ class Keeper:
     def write(self, programs: Mapping[str, str], **state: Any) -> None:  # noqa: ANN401 - JSON is any
         """Write the file with these programs, name to command, and what else to remember."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        text = f"; {json.dumps({**state, 'programs': programs})}\n"
-        text += CONFIG.format(logs=self.logs, file=self.file, socket=self._socket, pid_file=self.pid_file)
+        text = f"; {json.dumps({**state, 'programs': programs})}\n" + CONFIG.format(file=self.file, socket=self._socket)
         for name, command in programs.items():
-            command = command.replace("prefect", shlex.quote(_program("prefect")), 1)
-            text += PROGRAM.format(name=name, command=command, logs=self.logs)
+            text += PROGRAM.format(name=name, command=command.replace("prefect", shlex.quote(_program("prefect")), 1))
         self.file.write_text(text, encoding="utf-8")
 
     def run(self, *words: str) -> None:
@@ -286,9 +283,8 @@ def _wait_for_server(url: str, keeper: Keeper | None) -> None:
     end = time.monotonic() + STARTUP_TIMEOUT_S
     while True:
         with get_client(sync_client=True) as client:
-            problem = client.api_healthcheck()
-        if problem is None:
-            return
+            if (problem := client.api_healthcheck()) is None:
+                return
         if keeper is None:
             raise EnvironmentFailure(
                 f"{API_URL} is {url}, and no Prefect server answers there ({problem}); start it, correct the variable, "

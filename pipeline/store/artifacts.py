@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -135,8 +136,6 @@ class Store:
         """Where digests of the data sets' files are kept, so that unchanged files are not read again."""
         return self.root / ".digests.json"
 
-    # -- finding ------------------------------------------------------------------------------------------------------
-
     def path(self, stage: str, key: str) -> Path:
         """Where the artifact stands once it is published."""
         return self.root / stage / key
@@ -167,7 +166,8 @@ class Store:
             problem = error.message
         try:
             if self._mirror and (manifest := self._mirrored_manifest(self._mirror, stage, key)):
-                damage = self._mirror.find_damage(f"{stage}/{key}", manifest["content"]["files"])
+                name, files = f"{stage}/{key}", manifest["content"]["files"]
+                damage = find_damage(f"{self._mirror.url}/{name}", files, self._mirror.sizes(name))
                 if not damage:
                     return Artifact(stage, key, self.path(stage, key), manifest)
                 problem = next(iter(damage.values()))
@@ -185,8 +185,7 @@ class Store:
             DamagedFileError: a file in the mirror is damaged; it is set aside, so that the next run builds it again.
             EnvironmentFailure: the mirror cannot be read, or the cache not written.
         """
-        artifact = self.lookup(stage, key)
-        if artifact is None:
+        if (artifact := self.lookup(stage, key)) is None:
             place = f"{self.location}/{stage}/{key}"
             raise MissingArtifactError(f"{place} is missing or damaged; run the stage {stage} again")
         if not self._mirror or (stage, key) in self._whole:
@@ -200,12 +199,6 @@ class Store:
         stage, key, files = artifact.stage, artifact.key, artifact.content["files"]
         part = artifact.path.with_name(f".fetch-{key}")
         part.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(part).free
-        if free < artifact.size_bytes:
-            raise EnvironmentFailure(
-                f"{part.parent}: {free / 2**20:.0f} MB free, {artifact.size_bytes / 2**20:.0f} MB are needed; remove "
-                "old folders of the cache, or set WSSS_CACHE to a folder on another disk"
-            )
         for stranger in {file.relative_to(part).as_posix() for file in _files(part)} - files.keys():
             (part / stranger).unlink()
         problems = mirror.fetch(f"{stage}/{key}", files, part)
@@ -240,10 +233,13 @@ class Store:
         return _check_manifest(read_json(path), stage, key, str(path))
 
     def _mirrored_manifest(self, mirror: Mirror, stage: str, key: str) -> dict[str, Any] | None:
-        name = f"{stage}/{key}"
-        if (manifest := mirror.read_manifest(name)) is None:
+        if (data := mirror.read(f"{stage}/{key}/{MANIFEST}")) is None:
             return None
-        return _check_manifest(manifest, stage, key, f"{mirror.url}/{name}/{MANIFEST}")
+        where = f"{mirror.url}/{stage}/{key}/{MANIFEST}"
+        try:
+            return _check_manifest(json.loads(data), stage, key, where)
+        except ValueError as error:
+            raise DamagedFileError(f"{where} is not readable JSON ({error})") from error
 
     def newest_manifests(self, stage: str) -> Iterator[dict[str, Any]]:
         """The manifests of a stage's artifacts, the newest first; damaged ones are left out."""
@@ -264,11 +260,8 @@ class Store:
     def artifacts(self) -> Iterator[Artifact]:
         """All whole artifacts, by stage and key."""
         for stage, key in self.folders():
-            artifact = self.lookup(stage, key)
-            if artifact is not None:
+            if artifact := self.lookup(stage, key):
                 yield artifact
-
-    # -- building -----------------------------------------------------------------------------------------------------
 
     def lock(
         self, stage: str, key: str, *, part: str = "", waiting: Callable[[str], None] | None = None
@@ -278,8 +271,8 @@ class Store:
         ``part``, such as ``3of8``, locks that part of the work alone; ``waiting`` is called once with a description of
         the holder when another holds it.
         """
-        name = f"{stage}-{key}.{part}" if part else f"{stage}-{key}"
-        lock = ArtifactLock(self.root / ".locks" / name, waiting=waiting, lost=self.on_lost)
+        path = self.root / ".locks" / (f"{stage}-{key}.{part}" if part else f"{stage}-{key}")
+        lock = ArtifactLock(path, waiting=waiting, lost=self.on_lost)
         if not part and not self._holds(stage, key):
             self._locks[stage, key] = lock
         return lock
@@ -311,7 +304,7 @@ class Store:
     def has_work(self, stage: str, key: str) -> bool:
         """Whether there is unfinished work, here or in the mirror, that a build would continue."""
         is_here = any(not file.name.startswith(_TEMPORARY) for file in _files(self.work_path(stage, key)))
-        return is_here or (self._mirror is not None and self._work_copy(self._mirror, stage, key).exists())
+        return is_here or (self._mirror is not None and bool(self._work_copy(self._mirror, stage, key).index()))
 
     def work_dir(self, stage: str, key: str, *, fresh: bool = False) -> tuple[Path, bool]:
         """The folder to build in, and whether it holds earlier work, of another machine too; none if ``fresh``.
@@ -395,12 +388,15 @@ class Store:
         """Put an artifact that is whole here into the mirror, in the place of its unfinished work there."""
         artifact = self._open(stage, key)
         del self._whole[stage, key]  # until it is there
-        mirror.publish(f"{stage}/{key}", artifact.path, artifact.content)
+        with contextlib.suppress(DamagedFileError):
+            there = self._mirrored_manifest(mirror, stage, key)
+            if there is not None and there["content"] != artifact.content:
+                mirror.remove_folder(f"{stage}/{key}", first=MANIFEST)  # until the end there is no artifact
+        mirror.put(f"{stage}/{key}", list(artifact.content["files"]), artifact.path)
+        mirror.put(f"{stage}/{key}", [MANIFEST], artifact.path)
         self._unsent(stage, key).unlink(missing_ok=True)
         self._work_copy(mirror, stage, key).drop()
         return self._open(stage, key)
-
-    # -- upkeep -------------------------------------------------------------------------------------------------------
 
     def verify(self, stage: str, key: str) -> list[str]:
         """Read every file of an artifact, here and in the mirror, and compare it with the manifest; what is wrong."""
@@ -420,10 +416,7 @@ class Store:
 
 
 def open_store(location: str | Path) -> Store:
-    """The store at a folder or a URL; nothing is asked of it yet.
-
-    Args:
-        location: A folder, ``file://`` and a folder, or ``s3://bucket/folder`` and the like.
+    """The store at a folder, with ``file://`` or without, or at ``s3://bucket/folder`` and the like.
 
     Raises:
         InputError: a URL that cannot be a store.

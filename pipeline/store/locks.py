@@ -140,16 +140,16 @@ class ArtifactLock:
         return True
 
     def _renewed_ns(self) -> int | None:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             return os.lstat(self._lease.lock_file).st_mtime_ns
-        except FileNotFoundError:
-            return None
+        return None
 
     def holder(self) -> str:
         """Who holds the lock, in words."""
+        words = ""
         with contextlib.suppress(OSError, ValueError):
-            return self.path.read_text(encoding="utf-8").strip() or "another process"
-        return "another process"
+            words = self.path.read_text(encoding="utf-8").strip()
+        return words or "another process"
 
     @property
     def is_held(self) -> bool:

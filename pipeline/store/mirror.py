@@ -95,11 +95,8 @@ class Mirror:
             system, root = self._access
             yield system, f"{root}/{name}".rstrip("/")
         except Exception as error:
-            if (
-                isinstance(error, FileNotFoundError)
-                and missing_ok
-                and "bucket does not exist" not in str(error).lower()
-            ):
+            has_bucket = "bucket does not exist" not in str(error).lower()
+            if missing_ok and has_bucket and isinstance(error, FileNotFoundError):
                 return
             if isinstance(error, OSError) and str(error.filename or "").startswith("/"):
                 raise  # about a file of this machine; the drivers' own errors carry no such name
@@ -123,8 +120,6 @@ class Mirror:
             remedy = "check the network and the endpoint (AWS_ENDPOINT_URL), then run the same command again"
             return f"the store does not answer ({words}); {remedy}"
         return f"the store failed ({kind}: {words}); run the same command again"
-
-    # -- objects ------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Make sure, before any work, that objects can be listed, written and deleted here.
@@ -183,44 +178,13 @@ class Mirror:
             with self._objects(folder, missing_ok=True) as (system, path):
                 system.rm([f"{path}/{name}" for name in names])
 
-    # -- artifacts ----------------------------------------------------------------------------------------------------
-
-    def read_manifest(self, folder: str) -> Any:  # noqa: ANN401 - JSON is any
-        """The manifest of an artifact, as it is; None where there is none.
-
-        Raises:
-            DamagedFileError: it does not read back.
-        """
-        data = self.read(f"{folder}/{MANIFEST}")
-        try:
-            return None if data is None else json.loads(data)
-        except ValueError as error:
-            raise DamagedFileError(f"{self.url}/{folder}/{MANIFEST} is not readable JSON ({error})") from error
-
-    def publish(self, folder: str, path: Path, content: Mapping[str, Any]) -> None:
-        """Send an artifact up, its manifest last; whatever is there is replaced, since it may be damaged.
-
-        Raises:
-            EnvironmentFailure: the store failed; without a manifest there is no artifact there.
-        """
-        with contextlib.suppress(DamagedFileError):
-            found = self.read_manifest(folder)
-            if found is not None and not (isinstance(found, dict) and found.get("content") == content):
-                self.remove_folder(folder, first=MANIFEST)  # until the end there is no artifact
-        self.put(folder, list(content["files"]), path)
-        self.put(folder, [MANIFEST], path)
-
-    def find_damage(self, folder: str, files: Mapping[str, Any]) -> dict[str, str]:
-        """What a listing tells of an artifact's files; see the function of this name."""
-        return find_damage(f"{self.url}/{folder}", files, self.sizes(folder))
-
     def fetch(self, folder: str, files: Mapping[str, Any], into: Path) -> list[str]:
         """Bring an artifact's files into a folder; what an earlier call brought whole is kept.
 
         Returns:
             What is wrong with the files in the store, one line each; those are not kept here.
         """
-        problems = self.find_damage(folder, files)
+        problems = find_damage(f"{self.url}/{folder}", files, self.sizes(folder))
         wanted = [name for name in files if name not in problems and not _is_whole(into / name, files[name])]
         self.get(folder, wanted, into)
         changed = find_changes(f"{self.url}/{folder}", files, wanted, into)
@@ -266,15 +230,14 @@ class WorkCopy:
                 self.copy()
 
     def copy(self) -> None:
-        """Copy what changed since the last copy, the oldest first, then the index; remove what is gone.
+        """Copy what changed since the last copy, the oldest first, then the index, without what is gone.
 
         Raises:
             EnvironmentFailure: the store failed.
         """
         found = self._whole_files()
         changed = [name for name, stamp in found.items() if self._sent.get(name) != stamp]
-        gone = self._sent.keys() - found.keys()
-        if not changed and not gone:
+        if not changed and self._sent.keys() <= found.keys():
             return
         for name in sorted(changed, key=lambda name: found[name][1]):
             if self._stop.is_set() and threading.current_thread() is self._thread:
@@ -282,12 +245,10 @@ class WorkCopy:
             with contextlib.suppress(FileNotFoundError):  # replaced or removed since: the next copy sees to it
                 self._mirror.put(f"{self._folder}/{self._copier}", [name], self._work)
                 self._sent[name] = found[name]
-        index = {"id": secrets.token_hex(8), "copier": self._copier, "files": sorted(self._sent.keys() - gone)}
+        self._sent = {name: stamp for name, stamp in self._sent.items() if name in found}
+        index = {"id": secrets.token_hex(8), "copier": self._copier, "files": sorted(self._sent)}
         self._mirror.write(f"{self._folder}/{_INDEX}", json.dumps(index).encode())
         write_json(self._note, {"id": index["id"]})
-        for name in gone:
-            self._mirror.remove(f"{self._folder}/{self._copier}/{name}")
-            del self._sent[name]
 
     def _whole_files(self) -> dict[str, tuple[int, int]]:
         """The whole files of the work: name → size in bytes and time of the last change in ns."""
@@ -298,22 +259,16 @@ class WorkCopy:
                     found[path.relative_to(self._work).as_posix()] = (path.stat().st_size, path.stat().st_mtime_ns)
         return found
 
-    def exists(self) -> bool:
-        """Whether there is a copy that can be used."""
-        return bool(self._index())
-
     def fetch(self) -> None:
         """Bring the copy here, unless the work that lies here is level with it or ahead of it.
 
         Raises:
             EnvironmentFailure: the store failed.
         """
-        index = self._index()
+        index = self.index()
         with contextlib.suppress(DamagedFileError, TypeError, KeyError):
-            if self._whole_files() and index.get("id") == read_json(self._note)["id"]:
+            if not index or (self._whole_files() and index["id"] == read_json(self._note)["id"]):
                 return
-        if not index:
-            return
         part = self._work.with_name(f".fetch{self._work.name}")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -327,8 +282,8 @@ class WorkCopy:
         self._mirror.remove_folder(self._folder, first=_INDEX)
         self._note.unlink(missing_ok=True)
 
-    def _index(self) -> dict[str, Any]:
-        """The index; empty where there is none that can be used."""
+    def index(self) -> dict[str, Any]:
+        """What the copy consists of; empty where there is none that can be used."""
         with contextlib.suppress(ValueError, KeyError, TypeError):
             index = json.loads(self._mirror.read(f"{self._folder}/{_INDEX}") or b"{}")
             if index["id"] and all(map(is_inside, [index["copier"], *index["files"]])):

@@ -47,7 +47,6 @@ SCHEMA = 1
 """Version of the manifest's layout; another one is no hit."""
 
 _TEMPORARY = ".tmp-"
-_Stamp = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Store:
         the locks that are made after it is set; without it a build goes on, and is refused when it publishes."""
         self._mirror = mirror
         self._locks: dict[tuple[str, str], ArtifactLock] = {}
-        self._whole: dict[tuple[str, str], tuple[_Stamp, Artifact]] = {}
+        self._whole: dict[tuple[str, str], tuple[tuple[int, int], Artifact]] = {}
         """Artifacts whose files were found here; they are not looked at again until the manifest is another."""
 
     @property
@@ -156,7 +155,7 @@ class Store:
         if not fresh and known is not None and known[0] == _stamp(self.path(stage, key) / MANIFEST):
             self._whole[stage, key] = known
             return known[1]
-        problem = None
+        problem = ""
         try:
             if self.path(stage, key).is_dir():
                 if not (self._mirror and self._unsent(stage, key).exists()):
@@ -173,7 +172,7 @@ class Store:
                 problem = next(iter(damage.values()))
         except DamagedFileError as error:
             problem = error.message
-        if problem is not None and damaged is not None:
+        if problem and damaged is not None:
             damaged(problem)
         return None
 
@@ -458,7 +457,7 @@ def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def _stamp(file: Path) -> _Stamp:
+def _stamp(file: Path) -> tuple[int, int]:
     """When ``file`` was written, and its inode; zeros for one that another process has removed meanwhile."""
     with contextlib.suppress(OSError):
         found = file.stat()

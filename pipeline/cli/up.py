@@ -12,10 +12,7 @@ from pipeline.cli.options import JsonOption
 from pipeline.cli.output import get_output
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 
-Home = Annotated[
-    Path,
-    typer.Option(metavar="DIR", envvar="PREFECT_HOME", help="Prefect's files and our logs."),
-]
+Home = Annotated[Path, typer.Option(metavar="DIR", envvar="PREFECT_HOME", help="Prefect's files and our logs.")]
 DEFAULT_HOME = Path(".prefect")
 
 
@@ -25,8 +22,8 @@ def up(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the server.")] = 4200,
     pool: Annotated[str, typer.Option(help="Work pool, of type process.")] = "wsss",
     workers: Annotated[
-        str, typer.Option(metavar="auto|N", help="auto: one per visible GPU, or one on the CPU.")
-    ] = "auto",
+        int | None, typer.Option(min=0, metavar="N", help="By default one per visible GPU, or one on the CPU.")
+    ] = None,
     home: Home = DEFAULT_HOME,
     artifacts: Annotated[
         str, typer.Option(metavar="DIR", envvar="WSSS_ARTIFACTS", help="Root of the artifact store.")
@@ -39,11 +36,8 @@ def up(
     """Start server, deployments and workers by the commands that it prints; what is up already stays."""
     from pipeline.flows import up as flows_up
 
-    if workers != "auto" and not workers.isdigit():
-        raise typer.BadParameter(f"expected auto or a number, got {workers!r}", param_hint="--workers")
     output, home = get_output(context), home.absolute()
-    number = None if workers == "auto" else int(workers)
-    output.document = found = flows_up.up(flows_up.UpCall(home, host, port, pool, number, artifacts), output.say)
+    output.document = found = flows_up.up(flows_up.UpCall(home, host, port, pool, workers, artifacts), output.say)
     rows = [("UI", found["ui_url"]), ("API", found["api_url"]), ("pool", found["pool"]["name"])]
     for process in (found["server"], *found["workers"]):
         where = f"GPU {process['gpu']}" if process.get("gpu") else "CPU" if "gpu" in process else ""

@@ -124,11 +124,11 @@ def run_flow(
                 f"the Prefect API {client.api_url} does not answer ({error}); start it (wsss up), correct "
                 "PREFECT_API_URL, or run without it: --engine local"
             )
+    # the flow checks its parameters itself
+    stages: dict[str, Any] = {"from_stage": from_, "until": until, "force": list(force)}
     token = _given.set(run)
     try:
-        stages: dict[str, Any] = {"from_stage": from_, "until": until, "force": list(force)}
-        # the flow checks its parameters itself
-        state = wsss(config, list(overrides), **stages, artifacts=str(run.store.location), return_state=True)
+        state = wsss(config, list(overrides), **stages, artifacts=run.store.location, return_state=True)
     finally:
         _given.reset(token)
     if is_server_ending:
@@ -148,9 +148,6 @@ def _wait_until_recorded(flow_run_id: UUID) -> None:
             if all(task_run.state is not None and task_run.state.is_final() for task_run in task_runs):
                 return
             time.sleep(0.1)
-
-
-# -- bodies -----------------------------------------------------------------------------------------------------------
 
 
 def _ended(body: Callable[[], RunOutcome | int]) -> State[Any]:
@@ -226,9 +223,6 @@ def _show_result(name: str, title: str, page: str) -> None:
         create_markdown_artifact(page, key=key, description=f"{title}: stages, numbers, IoU of every class")
     except Exception as error:
         get_run_logger().warning("the page of results could not be sent to the server: %s", error)
-
-
-# -- parts ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

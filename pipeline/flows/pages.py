@@ -13,8 +13,6 @@ from typing import Any
 from pipeline.engine.outcomes import StageOutcome
 from pipeline.report.tables import STEP_HEAD, format_seconds, format_value, metric_rows, step_rows
 
-FILES_URL = "WSSS_FILES_URL"
-"""Variable with the URL under which a web server of yours has the store's ``reports`` folder."""
 HEADLINE = ("attention.miou", "masks.miou", "segmenter.miou", "segmenter.miou_ms", "localization.top1_loc")
 
 
@@ -33,9 +31,9 @@ def write_page(
     report: Path | None = None,
     picture: Path | None = None,
 ) -> str:
-    """The page as Markdown; a file is a link where WSSS_FILES_URL is set, else the report's path."""
+    """The page as Markdown; the report is a link where WSSS_FILES_URL says where a web server has ``reports``."""
     metrics = {name: value for stage in stages for name, value in stage.metrics.items()}
-    base = os.environ.get(FILES_URL, "").rstrip("/")
+    base = os.environ.get("WSSS_FILES_URL", "").rstrip("/")
     link = report is not None and (f"[{base}/{report.name}]({base}/{report.name})" if base else f"`{report}`")
     alt = "image, attention, pseudo-mask, prediction, truth"
     warnings = "".join(f"- **{stage.stage}**: {_escape(text)}\n" for stage in stages for text in stage.warnings)

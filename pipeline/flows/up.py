@@ -307,8 +307,8 @@ def _set_up(call: UpCall, keeper: Keeper) -> dict[str, Any]:
     from prefect.exceptions import ObjectNotFound
 
     package = Path(__file__).parents[1]
-    installed, checkout = package / "_deploy", package.parent / "deploy"
-    files = installed if installed.is_dir() else checkout
+    # installed, or a checkout
+    files = next(folder for folder in (package / "_deploy", package.parent / "deploy") if folder.is_dir())
     with get_client(sync_client=True) as client:
         try:
             pool = client.read_work_pool(call.pool)

@@ -30,24 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.store.locks import ArtifactLock
-from pipeline.store.mirror import (
-    MANIFEST,
-    Mirror,
-    WorkCopy,
-    cache_folder,
-    find_changes,
-    find_damage,
-    is_inside,
-    is_url,
-)
+from pipeline.store.mirror import DRIVERS, MANIFEST, Mirror, WorkCopy, find_changes, find_damage, is_inside
 from stages.contracts import read_json, write_json
-from stages.errors import DamagedFileError, EnvironmentFailure, MissingArtifactError
+from stages.errors import DamagedFileError, EnvironmentFailure, InputError, MissingArtifactError
 
 SCHEMA = 1
 """Version of the manifest's layout; another one is no hit."""
 
 _TEMPORARY = ".tmp-"
-_Stamp = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -100,11 +90,10 @@ class Store:
         """Use ``root``; it is made when the first artifact is built."""
         self.root = root
         self.on_lost: Callable[[EnvironmentFailure], None] | None = None
-        """Called from another thread when a lock that only a heartbeat keeps was lost: the work must stop.  Holds for
-        the locks that are made after it is set; without it a build goes on, and is refused when it publishes."""
+        """Called from another thread when a lease was lost that was asked for later: the work under it must stop."""
         self._mirror = mirror
         self._locks: dict[tuple[str, str], ArtifactLock] = {}
-        self._whole: dict[tuple[str, str], tuple[_Stamp, Artifact]] = {}
+        self._whole: dict[tuple[str, str], tuple[tuple[int, int], Artifact]] = {}
         """Artifacts whose files were found here; they are not looked at again until the manifest is another."""
 
     @property
@@ -156,7 +145,7 @@ class Store:
         if not fresh and known is not None and known[0] == _stamp(self.path(stage, key) / MANIFEST):
             self._whole[stage, key] = known
             return known[1]
-        problem = None
+        problem = ""
         try:
             if self.path(stage, key).is_dir():
                 if not (self._mirror and self._unsent(stage, key).exists()):
@@ -173,7 +162,7 @@ class Store:
                 problem = next(iter(damage.values()))
         except DamagedFileError as error:
             problem = error.message
-        if problem is not None and damaged is not None:
+        if problem and damaged is not None:
             damaged(problem)
         return None
 
@@ -359,11 +348,10 @@ class Store:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
                 os.fsync(stream.fileno())
             files[file.relative_to(work).as_posix()] = {"size": file.stat().st_size, "sha256": digest}
-        for folder in [*(path for path in work.rglob("*") if path.is_dir()), work]:
-            _sync_folder(folder)
         content = {**content, "schema": SCHEMA, "stage": stage, "key": key, "files": files}
         write_json(work / MANIFEST, {"content": content, "run": dict(run)})
-        _sync_folder(work)
+        for folder in [*(path for path in work.rglob("*") if path.is_dir()), work]:
+            _sync_folder(folder)
         if self._mirror:
             self._unsent(stage, key).touch()
         artifact = self._put_in_place(work, stage, key)
@@ -423,9 +411,14 @@ def open_store(location: str | Path) -> Store:
         EnvironmentFailure: a file stands where the folder should be.
     """
     location = str(location).removeprefix("file://")
-    if is_url(location):
-        mirror = Mirror(location)
-        return Store(cache_folder(mirror.url), mirror)
+    if re.match(rf"({'|'.join(DRIVERS)}):/[^/]", location):
+        raise InputError(f"{location} looks like a URL that lost a slash; write {location.replace(':/', '://', 1)}")
+    if "://" in location:
+        url = Mirror(location).url
+        base = os.environ.get("WSSS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wsss"
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2])[:40].strip("-.")
+        digest = hashlib.sha256(url.encode()).hexdigest()[:12]
+        return Store(Path(base) / "artifacts" / f"{name}-{digest}", Mirror(url))
     root = Path(location)
     if root.exists() and not root.is_dir():
         raise EnvironmentFailure(f"{root} is no folder; choose another one with --artifacts DIR")
@@ -458,7 +451,7 @@ def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def _stamp(file: Path) -> _Stamp:
+def _stamp(file: Path) -> tuple[int, int]:
     """When ``file`` was written, and its inode; zeros for one that another process has removed meanwhile."""
     with contextlib.suppress(OSError):
         found = file.stat()

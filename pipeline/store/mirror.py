@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -41,24 +40,6 @@ MIRROR_EVERY_S = 180.0
 MANIFEST = "manifest.json"
 _NUM_TRANSFERS = 8
 _INDEX = "index.json"
-
-
-def is_url(location: str) -> bool:
-    """Whether ``location`` names a store by a URL and not a folder.
-
-    Raises:
-        InputError: it was a URL and lost a slash on its way through a path.
-    """
-    if re.match(rf"({'|'.join(DRIVERS)}):/[^/]", location):
-        raise InputError(f"{location} looks like a URL that lost a slash; write {location.replace(':/', '://', 1)}")
-    return "://" in location
-
-
-def cache_folder(url: str) -> Path:
-    """Where the store at ``url`` lies on this machine: under WSSS_CACHE, or the user's cache folder."""
-    base = os.environ.get("WSSS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wsss"
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2])[:40].strip("-.")
-    return Path(base) / "artifacts" / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 
 class Mirror:

@@ -110,7 +110,8 @@ def build(job: Job, store: Store, progress: KeepingProgress, *, force: bool = Fa
             if job.num_parts > 1:
                 _Parts(job, store, work, progress, is_helper=False).build_all()
                 held.enter_context(_without_helpers(job, store, progress))
-                _tell_once(progress, _warnings_of_parts(work))
+                texts = _warnings_of_parts(work)  # also of those that others built, in the order of the parts
+                progress.warnings[:] = [*(text for text in progress.warnings if text not in texts), *texts]
             result = job.call(work, progress, None)
         run = {
             "started": begun,
@@ -192,7 +193,8 @@ class _Parts:
                 continue
             still = next((part for part in missing if not _mark(self._work, part).exists()), None)
             if still is not None and not is_told:
-                self._progress.info(f"waiting: {self._lock(still).holder()} builds {_name(still)}")
+                where = f"part {still.index + 1} of {still.count}"
+                self._progress.info(f"waiting: {self._lock(still).holder()} builds {where}")
                 is_told = True
             time.sleep(POLL_S)
 
@@ -253,10 +255,6 @@ def _mark(work: Path, part: Part) -> Path:
     return work / _MARKS.format(count=part.count).replace("*", str(part.index + 1))
 
 
-def _name(part: Part) -> str:
-    return f"part {part.index + 1} of {part.count}"
-
-
 def _read_mark(path: Path) -> dict[str, Any]:
     try:
         found = read_json(path)
@@ -268,12 +266,6 @@ def _read_mark(path: Path) -> dict[str, Any]:
 def _warnings_of_parts(work: Path) -> list[str]:
     marks = sorted(work.glob(_MARKS.format(count="*")), key=lambda path: int(re.findall(r"\d+", path.name)[0]))
     return [text for mark in marks for text in _read_mark(mark)["warnings"]]
-
-
-def _tell_once(progress: KeepingProgress, texts: Sequence[str]) -> None:
-    """Let the manifest have the warnings of parts that others built, in the order of the parts."""
-    own = list(progress.warnings)
-    progress.warnings[:] = dict.fromkeys([*(text for text in own if text not in texts), *texts])
 
 
 def _is_wanted(job: Job, store: Store) -> bool:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,7 +57,7 @@ class Run:
             plan: The keys, when the caller has them already.
             around: Called in place of each stage with its name and what brings it into being; returns what that does.
             helpers: Called around the building of a stage in parts, to ask others for help.
-            table: The stages.
+            table: The stages; tests bring their own.
         """
         self.config, self.store, self.table, self.invocation = config, store, table, invocation
         self.listener: Listener = listener or SilentListener()
@@ -64,11 +65,7 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        """The keys of the stages that the run needs; planned at first use.
-
-        Raises:
-            InputError: config, data or weights cannot give a result; all problems at once.
-        """
+        """The keys of the stages that the run needs; planned, and the inputs checked, at first use (InputError)."""
         return self._plan_for(None)
 
     def _plan_for(self, last: str | None) -> Plan:
@@ -112,15 +109,13 @@ class Run:
                 self.listener.info("checking that the networks can be built and their weights fit")
                 request = {"table": self.table.location, "run": self.config.model_dump(mode="json"), "check": True}
                 run_child(request, self.listener, threads=self._threads)
-            outcomes = tuple(self._around_stage(name, force=again) for name, again in is_forced.items())
+            outcomes = tuple(
+                self._around(name, partial(self.ensure, name, force=again)) for name, again in is_forced.items()
+            )
         return RunOutcome(record.run_id, outcomes, record.path)
 
     def run_stage(self, stage: str, *, force: bool = False) -> RunOutcome:
-        """Run one stage from cached inputs, also one that the whole run would skip.
-
-        Args:
-            stage: Stage name.
-            force: Build it even if it is there.
+        """Run one stage from cached inputs, also one that the whole run would skip; ``force`` builds it again.
 
         Raises:
             MissingArtifactError: an input is not in the store; the command that makes it is in the message.
@@ -128,11 +123,11 @@ class Run:
             EnvironmentFailure: the disk is nearly full; nothing was built.
         """
         plan = self._plan_for(self.table.spec(stage).name)
-        self._require(stage, self.missing_inputs(stage))
+        self._require(stage, [name for name in plan.inputs(stage) if self._is_missing(name)])
         if force or self._is_missing(stage):
             check_space(self.store)
         with _terminate_as_interrupt(), RunRecord.open(self.store, plan) as record:
-            outcome = self._around_stage(stage, force=force)
+            outcome = self._around(stage, partial(self.ensure, stage, force=force))
         return RunOutcome(record.run_id, (outcome,), record.path)
 
     def help_with(self, stage: str, part: str = "any", *, key: str | None = None) -> int:
@@ -167,7 +162,7 @@ class Run:
                 f"{stage}: the run that asks for help builds {key}, config and code here give {plan.keys[stage]}; "
                 "bring both to the same config and version of wsss"
             )
-        self._require(stage, self.missing_inputs(stage))
+        self._require(stage, [name for name in plan.inputs(stage) if self._is_missing(name)])
         check_space(self.store)
         request = self._request(stage) | {"num_parts": wanted.count if wanted else count, "part": part}
         with _terminate_as_interrupt(), RunRecord.open(self.store, plan):
@@ -176,11 +171,9 @@ class Run:
     # -- one stage ---------------------------------------------------------------------------------------------------
 
     def ensure(self, stage: str, *, force: bool = False) -> StageOutcome:
-        """Make sure that the artifact of ``stage`` is in the store; the artifacts it reads must be there.
+        """Make sure that the artifact of ``stage`` is in the store, or with ``force`` build it again.
 
-        Args:
-            stage: Stage name.
-            force: Build it even if it is there.
+        The artifacts that it reads must be there.
 
         Raises:
             WsssError: the stage failed; the listener has heard of it.
@@ -207,9 +200,6 @@ class Run:
         outcome = StageOutcome(stage, key, path, state, time.monotonic() - started, metrics, warnings)
         self.listener.stage_finished(outcome)
         return outcome
-
-    def _around_stage(self, stage: str, *, force: bool) -> StageOutcome:
-        return self._around(stage, lambda: self.ensure(stage, force=force))
 
     def _build(self, stage: str, *, force: bool) -> dict[str, Any]:
         """Let a child build the stage: alone, or in parts with helpers on other devices and whoever else is asked."""
@@ -288,10 +278,6 @@ class Run:
         return ["cpu"] * num if runtime.device == "cpu" else [f"cuda:{index}" for index in range(num)]
 
     # -- what the store holds ----------------------------------------------------------------------------------------
-
-    def missing_inputs(self, stage: str) -> tuple[str, ...]:
-        """The stages that ``stage`` reads and whose artifacts are not in the store."""
-        return tuple(name for name in self._plan_for(stage).inputs(stage) if self._is_missing(name))
 
     def _is_missing(self, stage: str) -> bool:
         """Whether the run needs ``stage`` and the store does not have it."""

@@ -76,7 +76,9 @@ def embedded_server(home: Path) -> Iterator[Callable[[], None]]:
             stderr=output,
             pass_fds=[listener.fileno()],
             start_new_session=True,  # Ctrl-C is for the run, which still has to tell the server
-            env=find_our_code() | _SERVER_ENVIRONMENT,
+            env=find_our_code()
+            | _SERVER_ENVIRONMENT
+            | {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": url.removesuffix("/api")},
         )
 
         def wait() -> None:
@@ -99,6 +101,13 @@ def embedded_server(home: Path) -> Iterator[Callable[[], None]]:
         try:
             yield wait
         finally:
+            # what Prefect sends in the background must go before its server does, or the process waits for it at its end
+            for module, sender in (
+                ("prefect.logging.handlers", "APILogWorker"),
+                ("prefect.events.worker", "EventsWorker"),
+            ):
+                if module in sys.modules:
+                    getattr(sys.modules[module], sender).drain_all(timeout=5.0)
             os.environ.pop(API_URL, None)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=_STOP_TIMEOUT_S)  # closes its stdin

@@ -101,13 +101,10 @@ def embedded_server(home: Path) -> Iterator[Callable[[], None]]:
         try:
             yield wait
         finally:
-            # what Prefect sends in the background must go before its server does, or the process waits for it at its end
-            for module, sender in (
-                ("prefect.logging.handlers", "APILogWorker"),
-                ("prefect.events.worker", "EventsWorker"),
-            ):
-                if module in sys.modules:
-                    getattr(sys.modules[module], sender).drain_all(timeout=5.0)
+            # what Prefect sends in the background must go before its server does: else this process waits for it
+            senders = {"prefect.logging.handlers": "APILogWorker", "prefect.events.worker": "EventsWorker"}
+            for module in senders.keys() & sys.modules.keys():
+                getattr(sys.modules[module], senders[module]).drain_all(timeout=5.0)
             os.environ.pop(API_URL, None)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=_STOP_TIMEOUT_S)  # closes its stdin

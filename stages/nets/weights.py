@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from stages.contracts import Progress, write_atomic
 from stages.errors import DamagedFileError, WeightsError
 from stages.nets.backbones.config import BackboneConfig
-from stages.nets.downloads import digest_file, download_weights, public_source
+from stages.nets.backbones.spec import PackageFile
+from stages.nets.downloads import PUBLIC_WEIGHTS, digest_file, download_weights, package_file, public_source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,8 +51,8 @@ def weights_problems(name: str, weights: Mapping[str, Path]) -> list[str]:
     try:
         if name in weights:
             _given_file(name, weights[name])
-        else:
-            public_source(name)
+        elif isinstance(source := public_source(name), PackageFile):
+            package_file(source, name)
     except WeightsError as error:
         return [error.message]
     return []
@@ -119,7 +120,13 @@ def load_pretrained(
         WeightsError: no file, not readable, or it does not fit; every tensor that differs in shape is named.
     """
     file = fetch_weights(name, path, cache_dir=cache_dir, progress=progress)
-    return load_tensors(module, read_tensors(file), source=f"{name} from {file.name}")
+    tensors, public = read_tensors(file), PUBLIC_WEIGHTS.get(name)
+    if isinstance(public, PackageFile) and public.tensor_names and not tensors.keys() & module.state_dict().keys():
+        names = public.tensor_names()
+        if len(names) != len(tensors):
+            raise WeightsError(f"{file}: expected {len(names)} tensors, found {len(tensors)}: it is of another net")
+        tensors = dict(zip(names, tensors.values(), strict=True))
+    return load_tensors(module, tensors, source=f"{name} from {file.name}")
 
 
 def build_backbone(config: BackboneConfig, weights: Mapping[str, Path], progress: Progress | None = None) -> Backbone:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import model_validator
 
 from stages.contracts import StageConfig
+from stages.nets.backbones.efficientnet_lite import EFFICIENTNET_LITE0, EFFICIENTNET_LITE2
 from stages.nets.backbones.inception_v3 import INCEPTION_V3
 from stages.nets.backbones.mobilenet_v2 import MOBILENET_V2
 from stages.nets.backbones.resnet import RESNET50, RESNET101
@@ -38,6 +39,8 @@ BACKBONES: dict[str, BackboneSpec] = {
         MOBILENET_V2,
         SERESNET50,
         MOBILENETV1_100,
+        EFFICIENTNET_LITE0,
+        EFFICIENTNET_LITE2,
     )
 }
 """The backbones by name."""
@@ -60,7 +63,7 @@ class BackboneConfig(StageConfig):
     output_stride: Literal[4, 8, 16, 32] = 8
     """Pixels of the image per cell of the feature map; ``small`` has only 4, which is then the default."""
     pretrained: bool = True
-    """Start from ImageNet weights (``weights.<name>: FILE``, else the public download); ``small`` has none."""
+    """Start from ImageNet weights (``weights.<name>: FILE``, else the public ones); ``small`` has none."""
     freeze_bn: bool = False
     """Keep the running statistics of BatchNorm as they were loaded (batches too small to measure them)."""
 

@@ -30,6 +30,25 @@ class PublicWeights:
         return f"{repository.rsplit('/', 1)[-1]}-{name}" if rest else name
 
 
+@dataclass(frozen=True)
+class PackageFile:
+    """A file of weights in an installed package, such as the extra ``weights`` brings."""
+
+    package: str
+    """The package's module."""
+    path: str
+    """The file inside of it."""
+    sha_prefix: str
+    """First hex digits of the file's sha256."""
+    tensor_names: Callable[[], list[str]] | None = None
+    """The network's names of the file's tensors, in the file's order, where it calls them otherwise."""
+
+    @property
+    def file_name(self) -> str:
+        """Name in cache keys; unique by content."""
+        return self.path.rsplit("/", 1)[-1]
+
+
 def torchvision_file(name: str) -> PublicWeights:
     """A file of torchvision's server, which writes the first digits of the sha256 into the file's name."""
     sha_prefix = name.removesuffix(".pth").rsplit("-", 1)[-1]
@@ -47,7 +66,7 @@ class BackboneSpec:
     build: Callable[[int], Backbone]
     """The network at an output stride and a random start; torch is imported inside.  Its ``state_dict()`` has the plain
     torchvision or timm network's keys, so that public weights load directly."""
-    public: PublicWeights | None = None
+    public: PublicWeights | PackageFile | None = None
     """ImageNet weights; None where there are none and it trains from scratch."""
     coco: PublicWeights | None = None
     """A segmentation network trained on COCO whose backbone is this one."""

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from stages.nets.backbones.network import Backbone
 
 
-def _build(output_stride: int, *, name: str, num_channels: int, half_normalised: bool = False) -> Backbone:
+def build_timm(output_stride: int, *, name: str, num_channels: int, half_normalised: bool = False) -> Backbone:
+    """A network of timm whose feature part is a chain of its children."""
     import timm
 
     from stages.nets.backbones.network import Backbone
@@ -23,7 +24,7 @@ def _build(output_stride: int, *, name: str, num_channels: int, half_normalised:
 SERESNET50 = BackboneSpec(
     "seresnet50",
     (8, 16, 32),
-    partial(_build, name="seresnet50", num_channels=2048),
+    partial(build_timm, name="seresnet50", num_channels=2048),
     public=PublicWeights(
         "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-rsb-weights/"
         "seresnet50_a1_0-ffa00869.pth",
@@ -33,7 +34,7 @@ SERESNET50 = BackboneSpec(
 MOBILENETV1_100 = BackboneSpec(
     "mobilenetv1_100",
     (8, 16, 32),
-    partial(_build, name="mobilenetv1_100", num_channels=1024, half_normalised=True),
+    partial(build_timm, name="mobilenetv1_100", num_channels=1024, half_normalised=True),
     public=PublicWeights(
         "https://huggingface.co/timm/mobilenetv1_100.ra4_e3600_r224_in1k/resolve/main/model.safetensors", None
     ),

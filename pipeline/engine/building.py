@@ -96,6 +96,7 @@ def build(job: Job, store: Store, progress: KeepingProgress, *, force: bool = Fa
         artifact = store.lookup(*job.place, damaged=damage.append, fresh=True)
         if artifact is not None and not force:
             return Built(artifact, "cached")
+        _closing(job, store).unlink(missing_ok=True)  # of a process that died
         if damage:
             aside = store.set_aside(*job.place)
             progress.warn(f"damaged artifact: {damage[0]}; set aside as {aside}, building it again")
@@ -129,7 +130,9 @@ def build(job: Job, store: Store, progress: KeepingProgress, *, force: bool = Fa
     return Built(artifact, "resumed" if is_resumed else "built")
 
 
-def help_build(job: Job, store: Store, progress: KeepingProgress, part: Part | None = None) -> int:
+def help_build(
+    job: Job, store: Store, progress: KeepingProgress, part: Part | None = None, *, follows: bool = False
+) -> int:
     """Build parts that nobody holds, wait for nobody, and publish nothing.
 
     Args:
@@ -137,23 +140,33 @@ def help_build(job: Job, store: Store, progress: KeepingProgress, part: Part | N
         store: Where they build it.
         progress: Hears of everything.
         part: Only this part, of however many; None goes through all parts of the job.
+        follows: Wait for whoever holds the stage's lock to begin, and then until all parts are there: for a process
+            that is ended with that one.
 
     Returns:
         How many parts were built here.
     """
     if part is not None:
         job = replace(job, num_parts=part.count)
+    work = store.work_path(*job.place)
+    while follows and not (work.exists() and _is_held(store.lock(*job.place))):
+        time.sleep(POLL_S)
     if not _is_wanted(job, store):
         return 0
-    work, _ = store.work_dir(*job.place)
+    if store.is_mirrored and not work.exists():
+        return 0  # whoever holds the stage's lock brings what the mirror has of the work
     try:
         # from the last to the first: whoever holds the stage's lock comes from the other end
         parts = _Parts(job, store, work, progress, is_helper=True)
-        return parts.build_free([part] if part else job.parts[::-1])
+        num_built = parts.build_free([part] if part else job.parts[::-1])
+        while follows and work.exists() and parts.missing():
+            time.sleep(POLL_S)
+            num_built += parts.build_free(job.parts[::-1])
     except OSError:
         if store.lookup(*job.place, fresh=True) is None or work.exists():
             raise
         return 0  # another process has published, and the work folder is the artifact now
+    return num_built
 
 
 def parse_part(text: str) -> Part | None:
@@ -187,7 +200,7 @@ class _Parts:
     def build_all(self) -> None:
         """Return when every part is there, whoever built it; take over those of a process that died."""
         is_told = False
-        while missing := [part for part in self._job.parts if not _mark(self._work, part).exists()]:
+        while missing := self.missing():
             if self.build_free(missing):
                 is_told = False
                 continue
@@ -197,6 +210,10 @@ class _Parts:
                 self._progress.info(f"waiting: {self._lock(still).holder()} builds {where}")
                 is_told = True
             time.sleep(POLL_S)
+
+    def missing(self) -> list[Part]:
+        """The parts that are not finished."""
+        return [part for part in self._job.parts if not _mark(self._work, part).exists()]
 
     def build_free(self, parts: Sequence[Part]) -> int:
         """Build each of ``parts`` that is missing and that nobody holds; how many were."""
@@ -208,6 +225,7 @@ class _Parts:
             try:
                 if self._is_helper and not _is_wanted(self._job, self._store):
                     break
+                self._work.mkdir(parents=True, exist_ok=True)  # under the part's lock: nobody publishes meanwhile
                 if not _mark(self._work, part).exists():
                     self._build(part)
                     num_built += 1
@@ -270,9 +288,13 @@ def _warnings_of_parts(work: Path) -> list[str]:
 
 def _is_wanted(job: Job, store: Store) -> bool:
     """Whether a part that a helper builds now can still enter the artifact."""
-    if not _is_held(store.lock(*job.place)):  # nobody is at it yet, or whoever was has died
-        _closing(job, store).unlink(missing_ok=True)
-        return store.lookup(*job.place, fresh=True) is None
+    stage = store.lock(*job.place)
+    if stage.try_acquire():  # nobody is at it yet, or whoever was has died
+        try:
+            _closing(job, store).unlink(missing_ok=True)
+            return store.lookup(*job.place, fresh=True) is None
+        finally:
+            stage.release()
     if _closing(job, store).exists():
         return False
     is_rebuilt = store.work_path(*job.place).exists()
@@ -302,7 +324,7 @@ def _without_helpers(job: Job, store: Store, progress: Progress) -> Iterator[Non
     locks = []
     try:
         for path in sorted(closing.parent.glob(f"{job.stage}-{job.key}.*of*")):
-            found = re.match(r"(\d+of\d+)", path.name.removeprefix(f"{job.stage}-{job.key}."))
+            found = re.fullmatch(r"(\d+of\d+)", path.name.removeprefix(f"{job.stage}-{job.key}."))
             if found is None:
                 continue
 

@@ -82,7 +82,7 @@ def answer_stage(request: Request, progress: ChildProgress) -> dict[str, Any]:
         num_units=lambda: _count_units(request, store),
     )
     if request.part is not None:
-        return {"num_parts": help_build(job, store, progress, parse_part(request.part))}
+        return {"num_parts": help_build(job, store, progress, parse_part(request.part), follows=request.follows)}
     built = build(job, store, progress, force=request.force)
     return {
         "state": built.state,

@@ -54,6 +54,8 @@ class Request(BaseModel):
     num_parts: int = 1
     part: str | None = None
     """Help another process: build ``3/8``, or ``any`` part that nobody holds, and publish nothing."""
+    follows: bool = False
+    """Help from the beginning to the end of that process's build, which then ends this one."""
 
 
 class Events:
@@ -143,10 +145,15 @@ def prepare_call(request: Request, store: Store) -> tuple[StageSpec, Any, StageC
     table = load_table(request.table)
     run = table.run_type.model_validate(request.run)
     spec = table.spec(request.stage)
-    artifacts = {name: store.require(name, key) for name, key in request.upstream.items()}
+    inputs = spec.inputs(run)
+    # of what lies further back the manifest is enough: whose masks were used
+    artifacts = {
+        name: (None if name in inputs else store.lookup(name, key)) or store.require(name, key)
+        for name, key in request.upstream.items()
+    }
     call = StageCall(
         run=run,
-        inputs={name: artifacts[name].path for name in spec.inputs(run)},
+        inputs={name: artifacts[name].path for name in inputs},
         data_root=request.data_root,
         exclude=frozenset().union(*(artifact.mask_supervision for artifact in artifacts.values())),
     )

@@ -211,7 +211,9 @@ class Run:
         requests = [_on_device(request, device, len(devices)) for device in devices]
         with ExitStack() as stack:
             for device, other in zip(devices[1:], requests[1:], strict=True):
-                stack.enter_context(self._helping_child(device, other | {"force": False, "part": "any"}))
+                stack.enter_context(
+                    self._helping_child(device, other | {"force": False, "part": "any", "follows": True})
+                )
             if self._helpers is not None:
                 stack.enter_context(self._helpers(stage, count))
             return run_child(requests[0], self.listener, threads=self._threads)

@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from pipeline.engine.gpus import VARIABLE, find_gpus, short_name
 from pipeline.engine.spawn import find_our_code
 from pipeline.flows.environment import API_URL, HOST, LOOPBACK, STARTUP_TIMEOUT_S, bypass_proxy, set_private
+from stages.contracts import write_atomic
 from stages.errors import EnvironmentFailure, InputError
 
 Say = Callable[[str], None]
@@ -205,7 +206,8 @@ class Keeper:
         text = f"; {json.dumps({**state, 'programs': programs})}\n" + CONFIG.format(file=self.file, socket=self._socket)
         for name, command in programs.items():
             text += PROGRAM.format(name=name, command=command.replace("prefect", shlex.quote(_program("prefect")), 1))
-        self.file.write_text(text, encoding="utf-8")
+        write_atomic(self.file, text.encode())
+        self.file.chmod(0o600)
 
     def run(self, *words: str) -> None:
         """Print a command and run it; one of supervisord's gets our file.
@@ -244,6 +246,10 @@ def _one_command(home: Path) -> Iterator[None]:
 def find_server(call: UpCall, standing: str) -> str:
     """URL of the server that is meant; ``standing`` is that of what is up already."""
     configured = os.environ.get(API_URL, "").rstrip("/").replace("//localhost:", "//127.0.0.1:")
+    if "@" in configured.partition("://")[2].partition("/")[0]:
+        raise InputError(
+            f"{API_URL} holds credentials, which would be printed; set PREFECT_API_AUTH_STRING=user:password"
+        )
     wanted = configured or (call.own_url if call.port != UpCall.port or not standing else standing)
     if standing and wanted != standing:
         raise InputError(f"what is up works with the server at {standing}, not at {wanted}: wsss down first")

@@ -1,17 +1,14 @@
 """Public weights (ImageNet, COCO): where they are, and their download; torch-free.
 
-Reads the network, only when asked for; writes into a cache folder, under a file's name only once it is whole.
+Reads the network, only when asked for (and only then imports what that takes); writes into a cache folder, under a file's name only once it is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import importlib.util
 import os
 import tempfile
-import urllib.error
-import urllib.request
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -149,6 +146,9 @@ def _is_whole(path: Path, source: PublicWeights | PackageFile) -> bool:
 
 def _fetch(url: str, target: Path, source: PublicWeights, name: str, progress: Progress | None) -> None:
     """Download ``url`` beside ``target``, verify, rename."""
+    import http.client
+    import urllib.error
+
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -171,6 +171,8 @@ def _fetch(url: str, target: Path, source: PublicWeights, name: str, progress: P
 
 def _copy(url: str, file: BinaryIO, name: str, progress: Progress | None) -> str:
     """Stream ``url`` into an open file; returns the sha256 of what came."""
+    import urllib.request
+
     digest = hashlib.sha256()
     received = 0
     with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:

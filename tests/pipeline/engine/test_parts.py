@@ -289,11 +289,62 @@ def test_nothing_is_published_while_a_helper_with_other_parts_is_at_work(store: 
     assert contents(store) == contents(whole)
 
 
+def closing_sign(store: Store) -> Path:
+    """What stands while parts are put together."""
+    path = store.root / ".locks" / f"{STAGE}-{key_of(store)}.closing"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def held_stage(store: Store) -> Iterator[None]:
+    """As if another process built the stage."""
+    lock = store.lock(STAGE, key_of(store))
+    assert lock.try_acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def test_a_sign_that_a_dead_process_left_keeps_nobody_out(store: Store, whole: Store) -> None:
-    (store.root / ".locks").mkdir(parents=True)
-    (store.root / ".locks" / f"{STAGE}-{key_of(store)}.closing").touch()
+    closing_sign(store).touch()
     assert help_(store, fake(4)) == 4
     make(store, fake(4))
+    assert contents(store) == contents(whole)
+
+
+def test_a_build_takes_the_sign_of_a_dead_process_away_when_it_begins(store: Store, whole: Store) -> None:
+    closing_sign(store).touch()
+    done: list[Any] = []
+    thread = threading.Thread(target=lambda: done.append(make(Store(store.root), fake(2, item_s=0.3))))
+    thread.start()
+    wait_until(lambda: work_files(store))
+    assert not closing_sign(store).exists()
+    assert help_(Store(store.root), fake(2, item_s=0.01)) == 1
+    thread.join(30)
+    assert contents(store) == contents(whole)
+
+
+def test_a_helper_that_comes_too_late_leaves_no_folder(store: Store) -> None:
+    make(store, fake(4))
+    assert help_(store, fake(4)) == 0
+    closing_sign(store).touch()
+    with held_stage(store):
+        assert help_(Store(store.root), fake(4), "2/4") == 0
+    assert not store.work_path(STAGE, key_of(store)).exists()
+
+
+def test_leases_of_helpers_are_waited_for_once(store: Store, whole: Store) -> None:
+    """Beside the file of a part's lock lies that of its lease; both are one lock."""
+    closing_sign(store).with_name("use-leases").touch()
+    pipe, done = Pipe(), []
+    with held(store, 3, 5):
+        thread = threading.Thread(target=lambda: done.append(make(Store(store.root), fake(4), pipe)))
+        thread.start()
+        wait_until(lambda: any(text.endswith("builds part 3 of 5") for text in pipe.texts()))
+    thread.join(60)
+    assert done[0]["state"] == "built", "it waited for a lock of its own"
     assert contents(store) == contents(whole)
 
 
@@ -381,6 +432,16 @@ def test_two_devices_take_parts_in_a_process_each(store: Store, whole: Store, tm
     assert notes.steps[-1] == ("collect", ITEMS, ITEMS)
     artifact = store.require(STAGE, key_of(store))
     assert (artifact.run["parts"], artifact.run["runtime"]["devices"]) == (8, 1)
+
+
+def test_a_forced_build_has_the_help_of_all_devices(store: Store, whole: Store, tmp_path: Path) -> None:
+    make(store, fake(1))
+    diary = tmp_path / "diary"
+    config = fake(4, diary=str(diary), item_s=0.5, devices=2, device="cpu")
+    assert open_run(Store(store.root), config).run_stage(STAGE, force=True).stages[0].state == "built"
+    assert made(diary) == list(range(ITEMS))
+    assert len(Counter(line.split()[0] for line in diary.read_text().splitlines())) == 2
+    assert contents(store) == contents(whole)
 
 
 def test_a_helping_process_that_fails_is_a_warning(store: Store, whole: Store, tmp_path: Path) -> None:

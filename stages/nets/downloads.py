@@ -1,7 +1,7 @@
 """Public weights (ImageNet, COCO): where they are, and their download; torch-free.
 
-Reads the network, only when asked for, and only then imports what that takes; writes into a cache folder, under a file's
-name only once it is whole.
+Reads the network, only when asked for, and only then imports what that takes; writes into a cache folder, under a
+file's name only once it is whole.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from pipeline.engine.countdown import Pace
+from pipeline.engine.outcomes import Pace
 from pipeline.report.tables import STEP_HEAD, describe_value, format_seconds, metric_rows, step_rows
 
 if TYPE_CHECKING:

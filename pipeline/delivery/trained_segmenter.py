@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.invocation import write_invocation
+from pipeline.engine.outcomes import write_invocation
 from stages.contracts import open_image_set
 from stages.errors import ConfigError, DataError, MissingArtifactError
 

@@ -76,11 +76,7 @@ class Built:
 def build(job: Job, store: Store, progress: KeepingProgress, *, force: bool = False) -> Built:
     """Build the artifact under its lock, or find that another process has built it meanwhile.
 
-    Args:
-        job: What to build.
-        store: Where to.
-        progress: Hears of everything; its warnings go into the manifest.
-        force: Build it again, from the beginning, even if it is there.
+    With ``force`` it is built again from the beginning.  The warnings of ``progress`` go into the manifest.
 
     Raises:
         EnvironmentFailure: the lock was taken over by another process meanwhile.
@@ -143,8 +139,7 @@ def help_build(
         follows: Wait for whoever holds the stage's lock to begin, and then until all parts are there: for a process
             that is ended with that one.
 
-    Returns:
-        How many parts were built here.
+    How many parts were built here is returned.
     """
     if part is not None:
         job = replace(job, num_parts=part.count)

@@ -35,11 +35,7 @@ def check_space(store: Store) -> None:
 def last_time(store: Store, stage: str, device: str | None = None, *, host: str = "") -> float | None:
     """Seconds that ``stage`` took when this machine last built it in one go; None where it never did.
 
-    Args:
-        store: Where its artifacts are.
-        stage: Stage name.
-        device: Count builds with this ``runtime.device`` only; None counts all.
-        host: Name of this machine; by default what the system says.
+    ``device`` counts builds with this ``runtime.device`` only, None all; ``host`` is by default this machine's name.
     """
     host = host or socket.gethostname()
     for manifest in store.newest_manifests(stage):

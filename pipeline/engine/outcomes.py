@@ -1,11 +1,12 @@
-"""What is said of a run while it goes on and when it has ended.
+"""What is said of a run: how it is written on a command line, while it goes on, and when it has ended.
 
-Records and protocols only.
+Reads and writes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,3 +93,44 @@ class StageStatus:
     size_bytes: int = 0
     built_at: str | None = None
     """ISO time at which the build began."""
+
+
+class Pace:
+    """The seconds left of whatever task is under way; another task, or one that began anew, starts the clock again.
+
+    The clock starts with the first units that are finished: before them a task loads, compiles and starts processes.
+    """
+
+    def __init__(self) -> None:
+        """Begin before any task."""
+        self._task: tuple[str, int] | None = None
+        self._done = self._first = 0
+        self._start: float | None = None
+
+    def left_s(self, task: str, total: int, done: int, now: float) -> float | None:
+        """Seconds to the end of ``task``, of which ``done`` of ``total`` units are done; None where nothing tells.
+
+        The first call that finds units finished starts the clock, and the next that finds more of them reads it.
+        """
+        if self._task != (task, total) or done < self._done:
+            self._task, self._start = (task, total), None
+        elif self._start is None and done > self._done:
+            self._first, self._start = done, now
+        self._done = done
+        if self._start is None or done <= self._first or now <= self._start:
+            return None
+        return (total - done) * (now - self._start) / (done - self._first)
+
+
+DEFAULT_ARTIFACTS = "artifacts"
+"""Root of the store where nobody says otherwise."""
+
+
+def write_invocation(config: str, overrides: Sequence[str] | None, artifacts: str | Path) -> str:
+    """Config and options as a user would write them behind ``wsss run``."""
+    words = [config]
+    for override in overrides or ():
+        words += ["--set", override]
+    if str(artifacts) != DEFAULT_ARTIFACTS:
+        words += ["--artifacts", str(artifacts)]
+    return shlex.join(words)

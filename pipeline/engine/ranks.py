@@ -34,11 +34,7 @@ SHUTDOWN_S = 5
 
 
 def count_ranks(config: object, runtime: Runtime | None) -> int:
-    """Processes that a stage has to be called in; 1: this one.
-
-    Args:
-        config: The stage's; one that can be spread over devices has ``max_devices``.
-        runtime: Asks for devices.
+    """Processes that a stage has to be called in; 1: this one.  One that can be spread has ``config.max_devices``.
 
     Raises:
         ConfigError: more devices than ``max_devices``, or one device is named where several are asked for.
@@ -51,16 +47,7 @@ def count_ranks(config: object, runtime: Runtime | None) -> int:
 
 
 def run_on_ranks(request: Request, num: int, work: Path, progress: ChildProgress) -> StageResult:
-    """Call the stage of ``request`` in ``num`` processes at once and wait for them.
-
-    Args:
-        request: What the child was asked.
-        num: Processes, a device each.
-        work: Folder that the stage writes to.
-        progress: The child's.
-
-    Returns:
-        The main rank's.
+    """Call the stage of ``request`` in ``num`` processes at once, a device each; the main rank's result.
 
     Raises:
         WsssError: what the stage raised on any of the ranks.
@@ -151,10 +138,7 @@ def find_cause(failures: Mapping[int, Any], stage: str) -> WsssError:
     """What went wrong first: the ranks that wait for a failed one fail in turn, with a lost connection.
 
     A deliberate error is the cause, else a signal that did not come from the agent, else the earliest error.
-
-    Args:
-        failures: torch's ``ProcessFailure`` by rank: ``exitcode``, ``message``, ``timestamp``.
-        stage: For the message.
+    ``failures`` has torch's ``ProcessFailure`` by rank: ``exitcode``, ``message``, ``timestamp``.
     """
     errors, silent = [], []
     for rank, failure in failures.items():

@@ -85,9 +85,6 @@ class Run:
             until: Last stage to run.
             force: Stages to rebuild, each with all after it.
 
-        Returns:
-            One outcome per stage up to ``until``.
-
         Raises:
             WsssError: the first failure; the listener has heard the outcomes before it and a ``failed`` one.
             EnvironmentFailure: the disk is nearly full; nothing was built.
@@ -138,8 +135,7 @@ class Run:
             part: ``3/8`` for that part, ``any`` for each part that nobody holds.
             key: The key that the other run builds, where it said so.
 
-        Returns:
-            How many parts were built; 0 where the artifact is there already.
+        Returns how many parts were built; 0 where the artifact is there already.
 
         Raises:
             ConfigError: this stage has no parts, or there is no such part.

@@ -17,8 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from pipeline.engine.countdown import Pace
-from pipeline.engine.outcomes import Listener, StageOutcome
+from pipeline.engine.outcomes import Listener, Pace, StageOutcome
 from pipeline.report.tables import describe_value, format_seconds
 from stages.errors import WsssError
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 from xmlrpc.client import ServerProxy
 
+import jinja2
 from filelock import FileLock, Timeout
 
 from pipeline.engine.gpus import VARIABLE, find_gpus, short_name
@@ -48,32 +49,6 @@ SETTINGS = {
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
 }
-CONFIG = """\
-; written by wsss up; look with: supervisorctl -c {file} status
-[supervisord]
-logfile=%(here)s/logs/supervisord.log
-pidfile=%(here)s/supervisord.pid
-childlogdir=%(here)s/logs
-[unix_http_server]
-file={socket}
-chmod=0700
-[supervisorctl]
-serverurl=unix://{socket}
-[rpcinterface:supervisor]
-supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
-"""
-PROGRAM = """\
-[program:{name}]
-command={command}
-autorestart=true
-startsecs=5
-startretries=1000
-stopwaitsecs=40
-killasgroup=true
-redirect_stderr=true
-stdout_logfile=%(here)s/logs/{name}.log
-"""
-"""Each retry of supervisord's waits a second longer than the one before."""
 
 
 @dataclass(frozen=True)
@@ -203,9 +178,11 @@ class Keeper:
     def write(self, programs: Mapping[str, str], **state: Any) -> None:  # noqa: ANN401 - JSON is any
         """Write the file with these programs, name to command, and what else to remember."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        text = f"; {json.dumps({**state, 'programs': programs})}\n" + CONFIG.format(file=self.file, socket=self._socket)
-        for name, command in programs.items():
-            text += PROGRAM.format(name=name, command=command.replace("prefect", shlex.quote(_program("prefect")), 1))
+        prefect = shlex.quote(_program("prefect"))
+        commands = {name: command.replace("prefect", prefect, 1) for name, command in programs.items()}
+        template = jinja2.Template((_deploy_folder() / "supervisord.conf").read_text(), keep_trailing_newline=True)
+        known = json.dumps({**state, "programs": programs})
+        text = template.render(state=known, file=self.file, socket=self._socket, commands=commands)
         write_atomic(self.file, text.encode())
         self.file.chmod(0o600)
 
@@ -223,6 +200,12 @@ class Keeper:
         if done.returncode:
             lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
             raise EnvironmentFailure(f"{shlex.join(words)} failed; see below, then run it again", lines[-8:])
+
+
+def _deploy_folder() -> Path:
+    """The files beside this code: of the installed package, or of a checkout."""
+    package = Path(__file__).parents[1]
+    return next(folder for folder in (package / "_deploy", package.parent / "deploy") if folder.is_dir())
 
 
 def _program(name: str) -> str:
@@ -312,9 +295,7 @@ def _set_up(call: UpCall, keeper: Keeper) -> dict[str, Any]:
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
-    package = Path(__file__).parents[1]
-    # installed, or a checkout
-    files = next(folder for folder in (package / "_deploy", package.parent / "deploy") if folder.is_dir())
+    files = _deploy_folder()
     with get_client(sync_client=True) as client:
         try:
             pool = client.read_work_pool(call.pool)

@@ -13,7 +13,7 @@ from pipeline.cli.console import (
     print_metrics,
     print_plan,
 )
-from pipeline.engine.countdown import Pace
+from pipeline.engine.outcomes import Pace
 from pipeline.engine.run import StageOutcome, StageStatus
 from pipeline.report.tables import describe_value
 

@@ -16,6 +16,7 @@ import typer
 from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
 from pipeline.cli.output import get_output, load_run, run_document
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
+from stages.errors import MissingArtifactError
 
 
 class EngineName(enum.StrEnum):
@@ -169,7 +170,6 @@ def report(
     from pipeline.engine.run import Run
     from pipeline.report.page import report_path, write_report
     from pipeline.store.artifacts import open_store
-    from stages.errors import MissingArtifactError
 
     store = open_store(artifacts)
     finished = Run(run_config, store)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,10 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from pipeline.engine.countdown import Pace
+from pipeline.engine.outcomes import StageOutcome, StageStatus
 from pipeline.report.tables import STEP_HEAD, describe_value, format_seconds, metric_rows, step_rows
-
-if TYPE_CHECKING:
-    from pipeline.engine.outcomes import StageOutcome, StageStatus
 
 PLAIN_LINE_EVERY_S = 10.0
 """Least time between two progress lines where there is no terminal."""

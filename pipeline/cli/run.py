@@ -79,8 +79,7 @@ def run(
     output.document = run_document(config, outcome.run_id, outcome.stages, page)
     print_metrics(console, outcome.metrics)
     print_end(console, [(stage.stage, text) for stage in outcome.stages for text in stage.warnings], page)
-    archive = archive_command(run_config, invocation)
-    if page is not None and archive is not None:
+    if page is not None and (archive := archive_command(run_config, invocation)) is not None:
         console.print(f"archive: {archive}", markup=False, soft_wrap=True)
 
 

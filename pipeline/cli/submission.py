@@ -16,7 +16,6 @@ from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
     from pipeline.store.artifacts import Store
-    from stages.scoring.submission.reference import Expected
 
 
 class CompetitionName(enum.StrEnum):
@@ -61,14 +60,9 @@ def submission(
     else:
         _refuse({} if predictions else files, "it belongs to --check or --predictions; CONFIG knows its own")
 
-    from pipeline.delivery.submission import (
-        check_submission,
-        expected_of_files,
-        expected_of_run,
-        make_submission,
-        submit_run,
-    )
+    from pipeline.delivery.submission import check_submission, expected_of_run, make_submission, submit_run
     from pipeline.store.artifacts import open_store
+    from stages.scoring.submission.reference import Expected, ImageFolder, read_test_list
 
     def open_run() -> tuple[RunConfig, Store, str]:
         invocation = write_invocation(str(config), overrides, artifacts)
@@ -76,7 +70,8 @@ def submission(
 
     def expected() -> Expected:
         if config is None or image_list is not None or images is not None:
-            return expected_of_files(image_list, images)
+            ids = None if image_list is None else read_test_list(image_list)
+            return Expected(ids=ids, size_of=None if images is None else ImageFolder(images).size_of)
         return expected_of_run(*open_run())
 
     output = get_output(context)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +23,12 @@ from pipeline.engine.plan import plan_run
 from pipeline.engine.records import read_runs
 from pipeline.report.page import write_template
 from pipeline.report.tables import METRICS, MetricText, format_value
-from pipeline.store.artifacts import MANIFEST
+from pipeline.store.artifacts import MANIFEST, Store
 from stages.contracts import ImageRecord, open_image_set, read_json
 from stages.errors import ConfigError, DamagedFileError, InputError, MissingArtifactError
 from stages.ops.metrics.bootstrap import Interval, interval, mean_over_classes, resample_iou
 from stages.ops.metrics.confusion import SparseConfusions, read_confusions
 from stages.scoring.intervals import Score, score_of
-
-if TYPE_CHECKING:
-    from pipeline.store.artifacts import Store
 
 STAGE = "evaluate"
 _COUNTS = "confusions.npz"
@@ -184,8 +181,7 @@ def _read_folder(word: str, path: Path) -> ScoredRun:
 
 def _read_files(word: str, title: str, key: str, path: Path, prepared: Path | None) -> ScoredRun:
     counts = read_confusions(path / _COUNTS)
-    if (path / _OUTLINES).is_file():
-        counts |= read_confusions(path / _OUTLINES)
+    counts |= read_confusions(path / _OUTLINES) if (path / _OUTLINES).is_file() else {}
     metrics = read_json(path / "metrics.json")
     if not isinstance(metrics, dict):
         raise DamagedFileError(f"{path / 'metrics.json'} holds no metrics; rebuild {STAGE}")
@@ -345,9 +341,8 @@ def _check_localization(runs: Sequence[ScoredRun]) -> list[str]:
         differs = [image_id for image_id, truth in ours.items() if truth != theirs[image_id]]
         _refuse_truth((first, word), "labels or boxes", "localization", differs)
     unknown = ", ".join(run.word for run in having if run.val is None)
-    if not unknown or len(having) < 2:
-        return []
-    return [f"localisation: on which images {unknown} was scored is not in the store any more; they may be others"]
+    note = f"localisation: on which images {unknown} was scored is not in the store any more; they may be others"
+    return [note] if unknown and len(having) > 1 else []
 
 
 def _check_truth(runs: Sequence[ScoredRun], chosen: Sequence[SparseConfusions], thing: str, num_classes: int) -> None:

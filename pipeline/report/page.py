@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+from pipeline.config.run_config import RunConfig
 from pipeline.delivery.submission import archive_command
+from pipeline.engine.outcomes import RunOutcome
+from pipeline.engine.plan import Plan
 from pipeline.report.charts import Drawing, line_chart, matrix_picture
 from pipeline.report.pictures import colour_css, load_confusions, show_examples, write_picture_grid
 from pipeline.report.tables import class_table, format_seconds, format_time, metric_rows, stage_rows, step_rows
+from pipeline.store.artifacts import Store
 from stages.contracts import IGNORE_INDEX, ImageSet, open_image_set, read_json, write_atomic
 from stages.ops.metrics.confusion import SparseConfusions
-
-if TYPE_CHECKING:
-    from pipeline.config.run_config import RunConfig
-    from pipeline.engine.outcomes import RunOutcome
-    from pipeline.engine.plan import Plan
-    from pipeline.store.artifacts import Store
 
 Manifests = Mapping[str, Mapping[str, Any]]
 """``manifest.json`` by stage."""

@@ -12,6 +12,7 @@ import typer
 from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
 from pipeline.cli.output import get_output, load_run, plain
 from pipeline.engine.outcomes import DEFAULT_ARTIFACTS
+from stages.errors import DamagedFileError, InputError, MissingArtifactError
 
 if TYPE_CHECKING:
     from pipeline.store.artifacts import Artifact, Store
@@ -42,14 +43,10 @@ def list_artifacts(
 
 @artifacts_app.command("show")
 def show_artifact(
-    context: typer.Context,
-    key: StageOrKey,
-    artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
-    as_json: JsonOption = False,
+    context: typer.Context, key: StageOrKey, artifacts: ArtifactsOption = DEFAULT_ARTIFACTS, as_json: JsonOption = False
 ) -> None:
     """The manifest of one artifact."""
     from pipeline.store.artifacts import open_store
-    from stages.errors import MissingArtifactError
 
     output = get_output(context)
     store = open_store(artifacts)
@@ -72,7 +69,6 @@ def verify_artifacts(
 ) -> None:
     """Read every file and compare it with its manifest; exit 4 when one differs."""
     from pipeline.store.artifacts import open_store
-    from stages.errors import DamagedFileError
 
     output = get_output(context)
     store = open_store(artifacts)
@@ -96,7 +92,6 @@ def prune_artifacts(
     from pipeline.engine.records import prune
     from pipeline.report.tables import format_value
     from pipeline.store.artifacts import open_store
-    from stages.errors import InputError
 
     output = get_output(context)
     store = open_store(artifacts)
@@ -126,14 +121,7 @@ def _describe(artifact: Artifact) -> dict[str, Any]:
 
 
 def _find(store: Store, text: str) -> tuple[str, str]:
-    """Stage and key of the artifact that ``text`` means: a key, its first digits, or stage/key.
-
-    Raises:
-        MissingArtifactError: none.
-        InputError: several.
-    """
-    from stages.errors import InputError, MissingArtifactError
-
+    """Stage and key of the one artifact that ``text`` means: a key, its first digits, or stage/key."""
     stage, _, key = text.strip("/").rpartition("/")
     stage = Path(stage).name
     found = [where for where in store.folders() if where[1].startswith(key) and stage in ("", where[0])]

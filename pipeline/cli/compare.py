@@ -11,6 +11,7 @@ import typer
 from pipeline.cli.options import ArtifactsOption, JsonOption
 from pipeline.cli.output import get_output
 from pipeline.engine.outcomes import DEFAULT_ARTIFACTS
+from stages.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +34,6 @@ def compare(
     """Compare finished runs with the first: scores, differences, and 95 % intervals over the images."""
     from pipeline.report.comparison import compare_runs, find_scored_run, write_page
     from pipeline.store.artifacts import open_store
-    from stages.errors import InputError
 
     output = get_output(context)
     output.document = {"runs": list(runs), "metrics": [], "classes": [], "notes": [], "page": None}
@@ -92,15 +92,13 @@ def _show(found: Comparison, *, per_class: bool) -> None:
 
 def _table(found: Comparison, rows: Sequence[ScoreRow]) -> Table:
     from rich.markup import escape
-    from rich.table import Table
 
+    from pipeline.cli.console import make_table
     from pipeline.report.comparison import label_text, table_lines
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(escape(label_text(rows[0])) if rows and rows[0].class_name else "score")
-    table.add_column("images", justify="right")
-    for number, run in enumerate(found.runs, start=1):
-        table.add_column(escape(f"{number} {run.title}"))
+    title = escape(label_text(rows[0])) if rows and rows[0].class_name else "score"
+    runs = [escape(f"{number} {run.title}") for number, run in enumerate(found.runs, start=1)]
+    table = make_table(title, ">images", *runs)
     for line in table_lines(rows):
         cells = ["\n".join(filter(None, (cell["value"], cell["difference"]))) for cell in line["cells"]]
         table.add_row(escape(line["label"]), line["images"], *cells)

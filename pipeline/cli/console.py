@@ -10,18 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from pipeline.engine.outcomes import Pace
+from pipeline.engine.outcomes import Pace, StageOutcome, StageStatus
 from pipeline.report.tables import STEP_HEAD, describe_value, format_seconds, metric_rows, step_rows
-
-if TYPE_CHECKING:
-    from pipeline.engine.outcomes import StageOutcome, StageStatus
 
 PLAIN_LINE_EVERY_S = 10.0
 """Least time between two progress lines where there is no terminal."""
@@ -127,9 +124,8 @@ class ConsoleListener:
         self._bar = None
 
     def _label(self, stage: str) -> str:
-        if stage not in self._stages:
-            return stage
-        return f"{self._stages.index(stage) + 1}/{len(self._stages)} {stage}"
+        is_numbered = stage in self._stages
+        return f"{self._stages.index(stage) + 1}/{len(self._stages)} {stage}" if is_numbered else stage
 
 
 def print_plan(
@@ -146,9 +142,9 @@ def print_plan(
         title = "to build" if is_forced else _PLAN_TITLES[stage.state]
         text = stage.stage
         if title.startswith("to "):
-            seconds = last_time(stage.stage)
+            seconds = last_time(text)
             known = "not yet built here" if seconds is None else f"last time on this machine: {format_seconds(seconds)}"
-            text = f"{text} ({known})"
+            text += f" ({known})"
         groups.setdefault(title, []).append(text)
     for title, names in groups.items():
         console.print(f"{title + ':':14}{', '.join(names)}")
@@ -160,18 +156,18 @@ def print_metrics(console: Console, metrics: Mapping[str, Any]) -> None:
     rows = metric_rows(metrics)
     if rows:
         has_intervals = any(row.interval for row in rows)
-        tables.append(_table("", "metric", ">value", *([">95 %"] if has_intervals else [])))
+        tables.append(make_table("", "metric", ">value", *([">95 %"] if has_intervals else [])))
         for row, before in zip(rows, ["", *(row.group for row in rows)], strict=False):
             group = row.group if row.group != before else ""
             tables[-1].add_row(group, escape(row.label), row.text, *([row.interval] if row.interval else []))
     steps = step_rows(metrics)
     if steps:
-        tables.append(_table("pseudo-masks after", *(f">{title}" for title in STEP_HEAD[1:])))
+        tables.append(make_table("pseudo-masks after", *(f">{title}" for title in STEP_HEAD[1:])))
         for step in steps:
             tables[-1].add_row(*step.cells)
     for name, values in metrics.items():
         if isinstance(values, Mapping) and values:
-            tables.append(_table(escape(name), ">IoU"))
+            tables.append(make_table(escape(name), ">IoU"))
             # background first, as in every table of the field; JSON has sorted the names
             for label, value in sorted(values.items(), key=lambda item: item[0] != "background"):
                 tables[-1].add_row(escape(label), "–" if value is None else f"{value * 100:.1f} %")
@@ -180,7 +176,7 @@ def print_metrics(console: Console, metrics: Mapping[str, Any]) -> None:
         console.print(table)
 
 
-def _table(*titles: str) -> Table:
+def make_table(*titles: str) -> Table:
     """A plain table; columns whose title begins with ``>`` are aligned to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in titles:

@@ -9,6 +9,7 @@ import typer
 
 from pipeline.cli.options import ConfigArgument, JsonOption, OverridesOption
 from pipeline.cli.output import get_output, load_run
+from stages.errors import ConfigError, DataError
 
 data_app = typer.Typer(help="Make, fetch, convert and check data sets.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -36,10 +37,9 @@ def synthetic(
     from pipeline.config.yaml_models import explain
     from stages.data.adapters.synthetic import SyntheticConfig
     from stages.data.adapters.synthetic_images import generate_synthetic
-    from stages.errors import ConfigError
 
-    options = {name: context.params[name] for name in SyntheticConfig.model_fields if name in context.params}
-    options = {name: value for name, value in options.items() if value is not None}
+    given = {name: context.params.get(name) for name in SyntheticConfig.model_fields}
+    options = {name: value for name, value in given.items() if value is not None}
     try:
         config = SyntheticConfig(**options)
     except ValidationError as error:
@@ -89,7 +89,6 @@ def check(
 ) -> None:
     """Check lists, labels, every image and every mask of a config's data set; all problems at once."""
     from stages.data.check import check_data
-    from stages.errors import DataError
 
     run = load_run(config, overrides)
     output = get_output(context)

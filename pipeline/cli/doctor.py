@@ -160,8 +160,7 @@ def check_store(artifacts: str | Path) -> Check:
     free = shutil.disk_usage(folder).free
     room = f"{free / 1e9:.1f} GB free under {folder}"
     if store.is_mirrored or store.root.exists():
-        lock = store.lock("doctor", "check")
-        if lock.try_acquire():
+        if (lock := store.lock("doctor", "check")).try_acquire():
             lock.check_held()
             lock.release()
         kind = "leases" if (store.root / ".locks" / USE_LEASES).exists() else "flock"

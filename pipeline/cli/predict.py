@@ -11,6 +11,7 @@ import typer
 from pipeline.cli.options import ArtifactsOption, JsonOption, OverridesOption
 from pipeline.cli.output import get_output
 from pipeline.engine.outcomes import DEFAULT_ARTIFACTS
+from stages.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from stages.contracts import Runtime
@@ -48,7 +49,6 @@ def predict(
     from pydantic import ValidationError
 
     from stages.data.pictures import find_pictures
-    from stages.errors import ConfigError, DataError
     from stages.scoring.image_prediction import AREAS_FILE, predict_pictures
 
     output = get_output(context)
@@ -89,7 +89,6 @@ def _find_source(
 ) -> tuple[SegmenterSource, PredictionConfig, Runtime]:
     """The segmenter of an exported model, or else of a config, with how it predicts and how it is run."""
     from stages.contracts import Runtime
-    from stages.errors import ConfigError
     from stages.scoring.exported_model import exported_source, read_export, trained_source
 
     if model is None:
@@ -110,7 +109,6 @@ def _options(
     from pydantic import ValidationError
 
     from pipeline.config.yaml_models import explain
-    from stages.errors import ConfigError
     from stages.scoring.window_prediction import PredictOptions
 
     values = PredictOptions.of(config).model_dump() | {"window_px": window}

@@ -16,6 +16,7 @@ import typer
 from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
 from pipeline.cli.output import get_output, load_run, run_document
 from pipeline.engine.outcomes import DEFAULT_ARTIFACTS, write_invocation
+from stages.errors import MissingArtifactError
 
 
 class EngineName(enum.StrEnum):
@@ -78,8 +79,7 @@ def run(
     output.document = run_document(config, outcome.run_id, outcome.stages, page)
     print_metrics(console, outcome.metrics)
     print_end(console, [(stage.stage, text) for stage in outcome.stages for text in stage.warnings], page)
-    archive = archive_command(run_config, invocation)
-    if page is not None and archive is not None:
+    if page is not None and (archive := archive_command(run_config, invocation)) is not None:
         console.print(f"archive: {archive}", markup=False, soft_wrap=True)
 
 
@@ -169,7 +169,6 @@ def report(
     from pipeline.engine.run import Run
     from pipeline.report.page import report_path, write_report
     from pipeline.store.artifacts import open_store
-    from stages.errors import MissingArtifactError
 
     store = open_store(artifacts)
     finished = Run(run_config, store)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.options import ArtifactsOption, JsonOption, OverridesOption
-from pipeline.cli.output import Output, get_output, load_run
+from pipeline.cli.output import get_output, load_run
 from pipeline.engine.outcomes import DEFAULT_ARTIFACTS, write_invocation
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig
     from pipeline.store.artifacts import Store
-    from stages.scoring.submission.reference import Expected
 
 
 class CompetitionName(enum.StrEnum):
@@ -62,25 +60,34 @@ def submission(
     else:
         _refuse({} if predictions else files, "it belongs to --check or --predictions; CONFIG knows its own")
 
-    def open_run() -> tuple[RunConfig, Store, str]:
-        from pipeline.store.artifacts import open_store
+    from pipeline.delivery.submission import check_submission, expected_of_run, make_submission, submit_run
+    from pipeline.store.artifacts import open_store
+    from stages.scoring.submission.reference import Expected, ImageFolder, read_test_list
 
+    def open_run() -> tuple[RunConfig, Store, str]:
         invocation = write_invocation(str(config), overrides, artifacts)
         return load_run(str(config), overrides), open_store(artifacts), invocation
 
     def expected() -> Expected:
-        from pipeline.delivery.submission import expected_of_files, expected_of_run
-
         if config is None or image_list is not None or images is not None:
-            return expected_of_files(image_list, images)
+            ids = None if image_list is None else read_test_list(image_list)
+            return Expected(ids=ids, size_of=None if images is None else ImageFolder(images).size_of)
         return expected_of_run(*open_run())
 
     output = get_output(context)
     if check is not None:
-        _check(output, check, expected, competition)
+        output.document = {"archive": check, "problems": [], "warnings": []}
+        found = check_submission(check, expected(), None if competition is None else competition.value)
+        output.document |= {
+            "competition": found.competition,
+            "num_masks": len(found.masks),
+            "counts": found.counts,
+            "problems": found.problems(),
+            "warnings": found.warnings,
+        }
+        found.raise_problems(check)
+        output.tell(f"{check} is fine: {len(found.masks):,} masks for {found.competition}")
     elif out is not None:
-        from pipeline.delivery.submission import make_submission, submit_run
-
         output.document = {"config": config, "archive": None}
         run, for_ = open_run(), (competition or CompetitionName.COMP6).value
         if predictions is None:
@@ -89,30 +96,11 @@ def submission(
             made = make_submission(run[0], predictions, expected(), out, competition=for_)
         output.document |= dataclasses.asdict(made)
         output.tell(f"{made.archive}: {made.num_masks:,} masks for {made.competition}, checked\n  masks: {made.masks}")
-        for warning in made.warnings:
-            output.tell(f"  warning: {warning}")
+    for warning in output.document["warnings"]:
+        output.tell(f"  warning: {warning}")
 
 
 def _refuse(options: dict[str, Path | None], why: str) -> None:
     for name, value in options.items():
         if value is not None:
             raise typer.BadParameter(why, param_hint=name)
-
-
-def _check(output: Output, file: Path, expected: Callable[[], Expected], competition: CompetitionName | None) -> None:
-    output.document = {"archive": file, "problems": [], "warnings": []}
-
-    from pipeline.delivery.submission import check_submission
-
-    found = check_submission(file, expected(), None if competition is None else competition.value)
-    output.document |= {
-        "competition": found.competition,
-        "num_masks": len(found.masks),
-        "counts": found.counts,
-        "problems": found.problems(),
-        "warnings": found.warnings,
-    }
-    found.raise_problems(file)
-    output.tell(f"{file} is fine: {len(found.masks):,} masks for {found.competition}")
-    for warning in found.warnings:
-        output.tell(f"  warning: {warning}")

@@ -25,13 +25,13 @@ def config_warnings(run: RunConfig) -> list[str]:
 def _size_warnings(run: RunConfig) -> list[str]:
     """Networks that are used at another size of the images than they were trained at."""
     pairs: list[tuple[str, int | None, str, int | None]] = []
-    trained, is_segmented = run.train_classifier.augment.seen_short_side_px, run.evaluate.segmentation
-    if is_segmented and run.train_segmenter.supervision == "weak":
+    trained = run.train_classifier.augment.seen_short_side_px
+    if run.evaluate.segmentation and run.train_segmenter.supervision == "weak":
         pairs.append(("train_classifier", trained, "make_attention", run.make_attention.short_side_px))
     if run.evaluate.localization is not None:
         used = run.evaluate.localization.short_side_px
         pairs.append(("train_classifier", trained, "evaluate.localization", used))
-    if is_segmented:
+    if run.evaluate.segmentation:
         seen = run.train_segmenter.augment.seen_short_side_px
         pairs.append(("train_segmenter", seen, "evaluate", run.evaluate.short_side_px))
 

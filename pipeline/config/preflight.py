@@ -46,11 +46,9 @@ def preflight(run: RunConfig) -> DataListing:
         listing = list_data(run.data)
     except InputError as error:
         errors.append(error)
-    config_problems = [*_config_problems(run), *(_split_problems(run, listing) if listing else [])]
-    if config_problems:
+    if config_problems := [*_config_problems(run), *(_split_problems(run, listing) if listing else [])]:
         errors.append(ConfigError("the config cannot run as it is", config_problems))
-    weight_problems = list(_weight_problems(run))
-    if weight_problems:
+    if weight_problems := list(_weight_problems(run)):
         errors.append(WeightsError("weights are not usable", weight_problems))
     if listing is not None and not errors:
         return replace(listing, warnings=(*listing.warnings, *config_warnings(run)))
@@ -128,21 +126,18 @@ def _mask_problems(run: RunConfig, listing: DataListing, train: Sequence[ListedI
             yield f"make_masks.thresholds.{name}: the data set has no such class{hint}"
     if run.train_segmenter.loss_weighting == "confidence" and not rule.soft:
         yield "train_segmenter.loss_weighting: make_masks writes confidence only with soft: true; set make_masks.soft"
-    if rule.sweep is not None:
+    if (sweep := rule.sweep) is not None:
         if not run.make_attention.keep_maps:
             yield SWEEP_NEEDS_MAPS
-        sweep = rule.sweep
         yield from _problems_of(lambda: choose_sweep_images(sweep, train), "make_masks")
 
 
 def _weight_problems(run: RunConfig) -> Iterator[str]:
     """Files of weights that this run needs, and names that nothing is called by."""
-    backbone = run.train_classifier.backbone
-    net = run.train_segmenter.net
+    backbone, net = run.train_classifier.backbone, run.train_segmenter.net
     public = backbone.name if backbone.pretrained else None
     start = START if START in run.weights else public  # a trained classifier replaces the public weights
-    is_segmented = run.evaluate.segmentation
-    needed = [start, pretrained_name(net, run.train_segmenter.init) if is_segmented else None]
+    needed = [start, pretrained_name(net, run.train_segmenter.init) if run.evaluate.segmentation else None]
     for name in dict.fromkeys(filter(None, needed)):
         for problem in weights_problems(name, run.weights):
             yield problem if problem.startswith("weights") else f"weights.{name}: {problem}"

@@ -128,12 +128,8 @@ class _Document:
     def parse(self, text: str, source: str) -> object:
         """The plain value of ``text``; the lines of a file's values and what is wrong with its form are kept."""
         try:
-            loader = _Loader(text)
-            try:
-                node = loader.get_single_node()
-                return None if node is None else self._plain(loader, node, (), source)
-            finally:
-                loader.dispose()
+            node = yaml.compose(text, _Loader)
+            return None if node is None else self._plain(_Loader(""), node, (), source)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = source if mark is None else _place(source, mark)
@@ -152,11 +148,11 @@ class _Document:
         lines: dict[str, int] = {}
         for key_node, _ in node.value:
             if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _MERGE_TAG:
-                key, line = key_node.value, key_node.start_mark.line + 1
+                key = key_node.value
                 if key in lines:
                     text = f"{dotted((*path, key))}: written twice, first on line {lines[key]}; keep one"
                     self.problems.append(f"{text}  ({_place(source, key_node.start_mark)})")
-                lines.setdefault(key, line)
+                lines.setdefault(key, key_node.start_mark.line + 1)
         loader.flatten_mapping(node)
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -258,14 +254,13 @@ def _sentence(
         options = [member.model_fields[str(path[-1])] for member in members if str(path[-1]) in member.model_fields]
         texts = [" ".join(option.description.split()) for option in options if option.description]
         return path, "missing", f"; {texts[0] if texts else 'it has no default'}"
-    if kind == "literal_error":
-        allowed = _literals(context["expected"])
+    if kind in {"literal_error", "union_tag_invalid"}:
+        if kind == "union_tag_invalid":
+            path, found = (*path, context["discriminator"].strip("'")), context["tag"]
+        # 'a', 'b' or 'c'
+        texts = context["expected" if kind == "literal_error" else "expected_tags"].replace(" or ", ", ").split(",")
+        allowed = [text.strip().strip("'") for text in texts]
         return path, f"expected {_one_of(allowed)}", f", found {_show(found)}{did_you_mean(found, allowed)}"
-    if kind == "union_tag_invalid":
-        allowed = _literals(context["expected_tags"])
-        tag = context["tag"]
-        path = (*path, context["discriminator"].strip("'"))
-        return path, f"expected {_one_of(allowed)}", f", found {_show(tag)}{did_you_mean(tag, allowed)}"
     if kind == "union_tag_not_found":
         key = context["discriminator"].strip("'")
         members = _models(_annotation_at(model, values, path), None)
@@ -311,11 +306,6 @@ def _show(value: object) -> str:
 
 def _one_of(allowed: Sequence[str]) -> str:
     return "one of " + ", ".join(allowed) if len(allowed) > 1 else "".join(allowed)
-
-
-def _literals(text: str) -> list[str]:
-    """Pydantic's ``'a', 'b' or 'c'`` as a list."""
-    return [part.strip().strip("'") for part in text.replace(" or ", ", ").split(",")]
 
 
 def _members(annotation: Form) -> list[Form]:

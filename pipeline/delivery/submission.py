@@ -10,21 +10,18 @@ import io
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pipeline.config.run_config import RunConfig
+from pipeline.engine.plan import Plan
 from pipeline.engine.run import Run
+from pipeline.store.artifacts import Store
 from stages.contracts import open_image_set, write_atomic
 from stages.data.adapters.voc import VOC_CLASSES, VocConfig
 from stages.data.records import some
 from stages.errors import ConfigError, DamagedFileError, DataError, InputError, MissingArtifactError
 from stages.scoring.submission.archive import Competition, build_archive, voc_values
 from stages.scoring.submission.check import Findings, check_archive, check_stream
-from stages.scoring.submission.reference import Expected, ImageFolder, read_test_list
-
-if TYPE_CHECKING:
-    from pipeline.config.run_config import RunConfig
-    from pipeline.engine.plan import Plan
-    from pipeline.store.artifacts import Store
+from stages.scoring.submission.reference import Expected
 
 SUFFIXES = (".tar.gz", ".tgz")
 
@@ -60,13 +57,11 @@ def submit_run(run: RunConfig, store: Store, invocation: str, out: Path, *, comp
         MissingArtifactError: the test images have not been predicted; the command that does is in the message.
         DamagedFileError: the predictions do not read back; the command that makes them anew is in the message.
     """
-    _check_name(out)
-    _require_test_split(run, _require_voc(run), invocation)
+    _require_test_split(run, _require_voc(run, out), invocation)
     finished = Run(run, store)
     if not {"prepare_data", "evaluate"} <= set(finished.finished_artifacts()):
-        raise MissingArtifactError(
-            f"the test images have not been predicted yet; predict them with: wsss run {invocation}"
-        )
+        command = f"wsss run {invocation}"
+        raise MissingArtifactError(f"the test images have not been predicted yet; predict them with: {command}")
     folder = store.require("evaluate", finished.plan.keys["evaluate"]).path / "predictions"
     try:
         masks = run.evaluate.describe_predictions()
@@ -95,17 +90,14 @@ def make_submission(
     Raises:
         InputError: ``out`` has another ending, the data is not VOC's, or a prediction is missing or wrong.
     """
-    _check_name(out)
-    class_names = _require_voc(run).class_names
+    class_names = _require_voc(run, out).class_names
     if not predictions.is_dir():
         raise DataError(f"expected a folder of predictions, found no folder {predictions}; correct the path")
     there = {file.stem: file for file in sorted(predictions.glob("*.png"))}
     wanted = tuple(there) if expected.ids is None else tuple(expected.ids)
-    missing = [image_id for image_id in wanted if image_id not in there]
-    if missing:
-        raise DataError(
-            f"{predictions} has no prediction of {len(missing):,} of {len(wanted):,} images: {some(missing)}"
-        )
+    if missing := [image_id for image_id in wanted if image_id not in there]:
+        count = f"{len(missing):,} of {len(wanted):,} images"
+        raise DataError(f"{predictions} has no prediction of {count}: {some(missing)}")
     data = build_archive([(image_id, there[image_id]) for image_id in wanted], voc_values(class_names), competition)
     found = check_stream(io.BytesIO(data), out.name, replace(expected, competition=competition))
     found.raise_problems(out, "; it was not written")
@@ -118,8 +110,7 @@ def make_submission(
             "comp5 is for methods trained on VOC's own trainval images alone: ImageNet weights, or trainaug with SBD's "
             "images, make it comp6"
         )
-    digest = hashlib.sha256(data).hexdigest()
-    masks = masks or f"those of {predictions}"
+    masks, digest = masks or f"those of {predictions}", hashlib.sha256(data).hexdigest()
     return Submission(out, competition, masks, len(wanted), len(data), digest, tuple(warnings))
 
 
@@ -150,20 +141,10 @@ def expected_of_run(run: RunConfig, store: Store, invocation: str) -> Expected:
     return _test_images(finished.plan, store)
 
 
-def expected_of_files(image_list: Path | None, images: Path | None) -> Expected:
-    """A list and a folder of images, each where given."""
-    return Expected(
-        ids=None if image_list is None else read_test_list(image_list),
-        size_of=None if images is None else ImageFolder(images).size_of,
-    )
-
-
-def _check_name(out: Path) -> None:
-    if not out.name.endswith(SUFFIXES):
+def _require_voc(run: RunConfig, out: Path | None = None) -> VocConfig:
+    """The data section of ``run``, which must be VOC's; ``out`` must have an archive's name."""
+    if out is not None and not out.name.endswith(SUFFIXES):
         raise InputError(f"--out {out}: expected a name that ends in {' or '.join(SUFFIXES)}; the server takes these")
-
-
-def _require_voc(run: RunConfig) -> VocConfig:
     if not isinstance(run.data, VocConfig):
         raise ConfigError(
             f"data.format is {run.data.format}: the archive is for PASCAL VOC 2012's test server and its 20 classes; "
@@ -177,7 +158,7 @@ def _require_test_split(run: RunConfig, data: VocConfig, invocation: str) -> Non
         raise ConfigError("evaluate.segmentation is false: this run predicts no masks, so there is nothing to send")
     if data.test_list is not None and "test" in run.evaluate.splits:
         return
-    splits = [*run.evaluate.splits, *({"test"} - {*run.evaluate.splits})]
+    splits = dict.fromkeys([*run.evaluate.splits, "test"])
     more = [f"evaluate.splits=[{','.join(splits)}]", *(["data.test_list=test"] if data.test_list is None else [])]
     command = " ".join(["wsss run", invocation, *(f"--set {shlex.quote(override)}" for override in more)])
     costs = "; the list is part of the data, so that all stages are made again" if data.test_list is None else ""

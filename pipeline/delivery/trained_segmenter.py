@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config.run_config import RunConfig, find_config, load_config
 from pipeline.engine.outcomes import write_invocation
+from pipeline.engine.plan import Plan, plan_run
+from pipeline.store.artifacts import Artifact, Store, open_store
 from stages.contracts import open_image_set
 from stages.errors import ConfigError, DataError, MissingArtifactError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from pipeline.config.run_config import RunConfig
-    from pipeline.engine.plan import Plan
-    from pipeline.store.artifacts import Artifact, Store
     from stages.scoring.prediction import PredictionConfig
 
 STAGE = "train_segmenter"
@@ -52,12 +52,11 @@ class FoundSegmenter:
 
     def provenance(self) -> dict[str, Any]:
         """Where the segmenter comes from, as JSON: key, commit, config, labels, initial weights, measured scores."""
-        content, run = self.artifact.content, self.artifact.run
-        keys = self.plan.keys
+        run, keys = self.artifact.run, self.plan.keys
         lineage = [self.store.lookup(name, keys[name]) for name in self.plan.upstream(STAGE)]
         supervised = {image_id for found in (self.artifact, *lineage) if found for image_id in found.mask_supervision}
         evaluation = self.store.lookup("evaluate", keys["evaluate"]) if "evaluate" in keys else None
-        scores = {} if evaluation is None else evaluation.metrics
+        scores = evaluation.metrics if evaluation else {}
         return {
             "run": self.run.name,
             "key": self.artifact.key,
@@ -68,7 +67,7 @@ class FoundSegmenter:
             "supervision": self.run.train_segmenter.supervision,
             "mask_supervision": sorted(supervised),
             "init": self.run.train_segmenter.init,
-            "initial_weights": content.get("weights"),
+            "initial_weights": self.artifact.content.get("weights"),
             "metrics": {name: value for name, value in scores.items() if name.startswith("segmenter.")},
         }
 
@@ -82,10 +81,6 @@ def find_segmenter(config: str, overrides: Sequence[str] | None, artifacts: str,
         ConfigError: the config trains no segmenter.
         MissingArtifactError: it is not in the store; the command that makes it is in the message.
     """
-    from pipeline.config.run_config import find_config, load_config
-    from pipeline.engine.plan import plan_run
-    from pipeline.store.artifacts import open_store
-
     run = load_config(find_config(config), overrides or [])
     if not run.evaluate.segmentation:
         raise ConfigError(f"{config} trains no segmenter (evaluate.segmentation: false); {doing} needs one")
@@ -95,9 +90,6 @@ def find_segmenter(config: str, overrides: Sequence[str] | None, artifacts: str,
     damage: list[str] = []
     if store.lookup(STAGE, key, damaged=damage.append) is None:
         found = f"is damaged ({damage[0]})" if damage else "is not in the store"
-        invocation = write_invocation(config, overrides, artifacts)
-        raise MissingArtifactError(
-            f"{doing} needs the trained segmenter {key}, which {found}; make it with: wsss run {invocation} "
-            f"--until {STAGE}"
-        )
+        command = f"wsss run {write_invocation(config, overrides, artifacts)} --until {STAGE}"
+        raise MissingArtifactError(f"{doing} needs the trained segmenter {key}, which {found}; make it with: {command}")
     return FoundSegmenter(run, plan, store, store.require(STAGE, key))

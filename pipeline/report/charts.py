@@ -66,10 +66,8 @@ def line_chart(
         points = " ".join(f"{to_x(x[i]):.1f},{to_y(line[i] * scale):.1f}" for i in kept)
         return {"name": name, "style": style, "points": points}
 
-    pale = [
-        curve(name, "line-faint", line, y_high / (max(line, default=0.0) or 1.0))
-        for name, line in (faint or {}).items()
-    ]
+    peaks = {name: max(line, default=0.0) or 1.0 for name, line in (faint or {}).items()}
+    pale = [curve(name, "line-faint", line, y_high / peaks[name]) for name, line in (faint or {}).items()]
     strong = [curve(name, f"line-{number % 4}", line) for number, (name, line) in enumerate(lines.items())]
     return {
         "title": title,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +23,12 @@ from pipeline.engine.plan import plan_run
 from pipeline.engine.records import read_runs
 from pipeline.report.page import write_template
 from pipeline.report.tables import METRICS, MetricText, format_value
-from pipeline.store.artifacts import MANIFEST
+from pipeline.store.artifacts import MANIFEST, Store
 from stages.contracts import ImageRecord, open_image_set, read_json
 from stages.errors import ConfigError, DamagedFileError, InputError, MissingArtifactError
 from stages.ops.metrics.bootstrap import Interval, interval, mean_over_classes, resample_iou
 from stages.ops.metrics.confusion import SparseConfusions, read_confusions
 from stages.scoring.intervals import Score, score_of
-
-if TYPE_CHECKING:
-    from pipeline.store.artifacts import Store
 
 STAGE = "evaluate"
 _COUNTS = "confusions.npz"
@@ -184,8 +181,7 @@ def _read_folder(word: str, path: Path) -> ScoredRun:
 
 def _read_files(word: str, title: str, key: str, path: Path, prepared: Path | None) -> ScoredRun:
     counts = read_confusions(path / _COUNTS)
-    if (path / _OUTLINES).is_file():
-        counts |= read_confusions(path / _OUTLINES)
+    counts |= read_confusions(path / _OUTLINES) if (path / _OUTLINES).is_file() else {}
     metrics = read_json(path / "metrics.json")
     if not isinstance(metrics, dict):
         raise DamagedFileError(f"{path / 'metrics.json'} holds no metrics; rebuild {STAGE}")
@@ -210,8 +206,7 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
     class_rows: list[ScoreRow] = []
     apart: set[str] = set()  # groups of scores whose images differ between the runs
     for thing in dict.fromkeys(thing for run in runs for thing in run.counts):
-        score = score_of(thing)
-        if score is None:
+        if (score := score_of(thing)) is None:
             continue
         ids, is_same = _common_ids(runs, thing)
         if not is_same:
@@ -256,9 +251,8 @@ def _compare_counts(
                 differences[place] = Difference(value - found[0], interval(draws), better_ratio)
         return ScoreRow(score.metric, class_name, len(ids), tuple(found), tuple(intervals), tuple(differences))
 
-    # the classes with background; numbered where no run knows their names
-    most = max(counts.num_classes for run in runs for counts in run.counts.values())
-    names = next((run.classes for run in runs if run.classes is not None), [f"class {i}" for i in range(most)])
+    # with background; numbered where no run knows the names
+    names = next((run.classes for run in runs if run.classes is not None), [f"class {i}" for i in range(num_classes)])
     present = [index for index in range(num_classes) if not np.isnan(by_class[:, index]).all()]
     classes = [compare(names[index], by_class[:, index], resampled[:, :, index]) for index in present]
     return ([] if np.isnan(means[0]).all() else [compare(None, *means)]), classes
@@ -296,16 +290,12 @@ def _check_classes(runs: Sequence[ScoredRun]) -> None:
     for word, classes in known[1:]:
         first, ours = known[0]
         if classes != ours:
-            extras = {
-                word: _shorten([name for name in classes if name not in ours]),
-                first: _shorten([name for name in ours if name not in classes]),
-            }
+            extras = {word: [n for n in classes if n not in ours], first: [n for n in ours if n not in classes]}
             alike = "has no class of its own; the order may differ"
-            problems = [f"only {who}: {extra}" if extra else f"{who} {alike}" for who, extra in extras.items()]
             raise InputError(
                 f"{first} and {word} have other classes ({len(ours)} and {len(classes)} with background) and cannot be "
                 "compared; compare runs on one data set",
-                problems,
+                [f"only {who}: {_shorten(more)}" if more else f"{who} {alike}" for who, more in extras.items()],
             )
 
 
@@ -327,17 +317,14 @@ def _common_ids(runs: Sequence[ScoredRun], thing: str) -> tuple[tuple[str, ...],
 def _check_images(thing: str, first: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]]) -> None:
     """Refuse scores on other images: (word, ids) of two runs."""
     (word, ids), (other_word, others) = first, other
-    if set(others) == set(ids):
-        return
-    problems = []
-    for name, mine, theirs in ((word, ids, set(others)), (other_word, others, set(ids))):
-        extra = [image_id for image_id in mine if image_id not in theirs]
-        problems.append(f"only {name}: {_shorten(extra) or 'none'} ({len(extra)} images)")
-    raise InputError(
-        f"{word} and {other_word} were scored on other images ({thing}: {len(ids)} and {len(others)}) and cannot be "
-        "compared; evaluate both on one list",
-        problems,
-    )
+    mine, theirs = set(ids), set(others)
+    if mine != theirs:
+        extras = ((word, [i for i in ids if i not in theirs]), (other_word, [i for i in others if i not in mine]))
+        raise InputError(
+            f"{word} and {other_word} were scored on other images ({thing}: {len(ids)} and {len(others)}) and cannot "
+            "be compared; evaluate both on one list",
+            [f"only {name}: {_shorten(extra) or 'none'} ({len(extra)} images)" for name, extra in extras],
+        )
 
 
 def _check_localization(runs: Sequence[ScoredRun]) -> list[str]:
@@ -354,18 +341,14 @@ def _check_localization(runs: Sequence[ScoredRun]) -> list[str]:
         differs = [image_id for image_id, truth in ours.items() if truth != theirs[image_id]]
         _refuse_truth((first, word), "labels or boxes", "localization", differs)
     unknown = ", ".join(run.word for run in having if run.val is None)
-    if not unknown or len(having) < 2:
-        return []
-    return [f"localisation: on which images {unknown} was scored is not in the store any more; they may be others"]
+    note = f"localisation: on which images {unknown} was scored is not in the store any more; they may be others"
+    return [note] if unknown and len(having) > 1 else []
 
 
 def _check_truth(runs: Sequence[ScoredRun], chosen: Sequence[SparseConfusions], thing: str, num_classes: int) -> None:
-    """Refuse scores against other true masks; counts that drop a run's unsure pixels cannot tell.
-
-    ``chosen`` are the counts of ``runs``, of the same images in the same order and with ``num_classes``.
-    """
+    """Refuse ``chosen`` counts of the same images against other true masks."""
     if thing.endswith("_labelled"):
-        return
+        return  # these drop each run's unsure pixels and cannot tell
     first, *rest = [counts.true_pixels()[:, :num_classes] for counts in chosen]
     for run, pixels in zip(runs[1:], rest, strict=True):
         differs = [i for i, same in zip(chosen[0].ids, (pixels == first).all(axis=1), strict=True) if not same]
@@ -373,7 +356,6 @@ def _check_truth(runs: Sequence[ScoredRun], chosen: Sequence[SparseConfusions], 
 
 
 def _refuse_truth(words: tuple[str, str], truth: str, thing: str, differs: Sequence[str]) -> None:
-    """Refuse two runs whose ``truth`` of some images differs."""
     if differs:
         raise InputError(
             f"{' and '.join(words)} were scored against other {truth} ({thing}: {len(differs)} images, "
@@ -430,11 +412,7 @@ def table_lines(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
 
 
 def write_page(found: Comparison, out: Path) -> Path:
-    """Write ``found`` as one self-contained HTML page that needs no network and no script, atomically.
-
-    Raises:
-        OSError: ``out`` cannot be written.
-    """
+    """Write ``found`` as one self-contained HTML page that needs no network and no script, atomically."""
     classes = {label_text(rows[0]): table_lines(rows) for rows in found.rows_by_metric().values()}
     lines = table_lines(found.rows)
     return write_template("comparison.html", out, runs=found.runs, lines=lines, classes=classes, notes=found.notes)

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+from pipeline.config.run_config import RunConfig
 from pipeline.delivery.submission import archive_command
+from pipeline.engine.outcomes import RunOutcome
+from pipeline.engine.plan import Plan
 from pipeline.report.charts import Drawing, line_chart, matrix_picture
 from pipeline.report.pictures import colour_css, load_confusions, show_examples, write_picture_grid
 from pipeline.report.tables import class_table, format_seconds, format_time, metric_rows, stage_rows, step_rows
+from pipeline.store.artifacts import Store
 from stages.contracts import IGNORE_INDEX, ImageSet, open_image_set, read_json, write_atomic
 from stages.ops.metrics.confusion import SparseConfusions
-
-if TYPE_CHECKING:
-    from pipeline.config.run_config import RunConfig
-    from pipeline.engine.outcomes import RunOutcome
-    from pipeline.engine.plan import Plan
-    from pipeline.store.artifacts import Store
 
 Manifests = Mapping[str, Mapping[str, Any]]
 """``manifest.json`` by stage."""
@@ -106,9 +104,8 @@ def build_report(
     metrics = {name: value for found in runs for name, value in (found.get("metrics") or {}).items()}
     packages = {name: version for found in runs for name, version in (found.get("packages") or {}).items()}
     rows = metric_rows(metrics)
-    legend = (
-        [*enumerate(images.index.classes.names_with_background), (IGNORE_INDEX, "void or unsure")] if images else []
-    )
+    classes = images.index.classes.names_with_background if images else ()
+    legend = [*enumerate(classes), *([(IGNORE_INDEX, "void or unsure")] if images else [])]
     return write_template(
         "report.html",
         out,
@@ -211,11 +208,9 @@ def _loss_charts(artifacts: Mapping[str, Path]) -> list[Drawing]:
     """The losses of both trainings, what their methods watched, and the segmenter on its held-out training images."""
     charts = []
     for stage, title in (("train_classifier", "Classifier"), ("train_segmenter", "Segmenter")):
-        history = _read(artifacts, stage, "history.json")
-        if history:
+        if history := _read(artifacts, stage, "history.json"):
             charts += _history_charts(title, history)
-    found = _read(artifacts, "train_segmenter", "validation.json")
-    if found is not None:
+    if (found := _read(artifacts, "train_segmenter", "validation.json")) is not None:
         curves = {"mIoU": "miou", "pixel accuracy": "pixel_accuracy"}
         chart = line_chart(
             f"Segmenter on {len(found['held_out'])} held-out images, against their {found['compared_with']}",
@@ -241,15 +236,13 @@ def _history_charts(title: str, history: Sequence[Mapping[str, float]]) -> list[
     rates = [entry.get("learning_rate", 0.0) for entry in history]
     charts = [chart(title, "loss", names, {f"learning rate (peak {max(rates):.3g})": rates} if any(rates) else {})]
     for unit in sorted({*WATCHED.values()}):
-        names = [name for name in history[0] if WATCHED.get(name) == unit]
-        if names:
+        if names := [name for name in history[0] if WATCHED.get(name) == unit]:
             charts.append(chart(f"{title}: {', '.join(name.replace('_', ' ') for name in names)}", unit, names, {}))
     return charts
 
 
 def _sweep(artifacts: Mapping[str, Path]) -> dict[str, Any] | None:
-    sweep = _read(artifacts, "evaluate", "sweep.json")
-    if sweep is None:
+    if (sweep := _read(artifacts, "evaluate", "sweep.json")) is None:
         return None
     chosen = {name: sweep[name] for name in ("configured", "oracle") if sweep.get(name) is not None}
     chart = line_chart(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
@@ -99,12 +100,9 @@ def load_training_examples(
     records: Sequence[ImageRecord] = images.index.split("train_score") or images.index.split("train")
     if scores:
         records = sorted((r for r in records if r.id in scores), key=lambda r: (-scores[r.id], r.id))
-    chosen = _spread(records, count)
+    chosen, masks = _spread(records, count), artifacts.get("make_masks")
     attention = find_attention(artifacts.get("make_attention"), [record.id for record in chosen])
-    return [
-        _load(images, record, scores, attention=attention.get(record.id), masks=artifacts.get("make_masks"))
-        for record in chosen
-    ]
+    return [_load(images, r, scores, attention=attention.get(r.id), masks=masks) for r in chosen]
 
 
 def load_scored_examples(
@@ -125,14 +123,10 @@ def load_scored_examples(
 
 def find_attention(folder: Path | None, ids: Collection[str]) -> dict[str, AttentionRecord]:
     """The attention of ``ids`` by id, reading no shard beyond the last one needed; empty where nothing was made."""
-    found: dict[str, AttentionRecord] = {}
-    wanted = set(ids)
-    for record in iter_attention(folder) if folder is not None and wanted else ():
-        if record.id in wanted:
-            found[record.id] = record
-            if len(found) == len(wanted):
-                break
-    return found
+    if folder is None or not ids:
+        return {}
+    wanted = (record for record in iter_attention(folder) if record.id in ids)
+    return {record.id: record for record in itertools.islice(wanted, len(ids))}
 
 
 def _spread(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
@@ -172,42 +166,35 @@ def _load(
     )
 
 
-Section = Mapping[str, Any]
-"""Example pictures as the template wants them, or the sentence that says why there are none."""
-
-
 def show_examples(
     images: ImageSet | None,
     artifacts: Mapping[str, Path],
     confusions: Mapping[str, SparseConfusions],
     predictions: str = "segmenter",
-) -> dict[str, Section]:
+) -> dict[str, Mapping[str, Any]]:
     """The three picture sections; a data root that has moved since the run costs the pictures, not the page.
 
     ``predictions`` is the score of the predictions that are shown (``EvaluateConfig.written_score``).
     """
-    training = _nothing("this run made no attention maps or pseudo-masks.")
-    best, worst = _nothing("this run has not evaluated a segmenter."), _nothing("")
+    missing = {"training": "this run made no attention maps or pseudo-masks."}
+    missing |= {"best": "this run has not evaluated a segmenter.", "worst": ""}
+    shown: dict[str, Mapping[str, Any]] = {}
     try:
         if images and "make_attention" in artifacts:
             scores = score_images(confusions, "masks")
             found = load_training_examples(images, artifacts, scores, NUM_TRAINING_EXAMPLES)
-            training = _show(found, images.index.classes)
+            shown["training"] = _show(found, images.index.classes)
         if images and "evaluate" in artifacts:
             scores = score_images(confusions, predictions)
             good, bad = load_scored_examples(images, artifacts["evaluate"], scores, NUM_SCORED_EXAMPLES)
-            best, worst = _show(good, images.index.classes), _show(bad, images.index.classes)
+            shown |= {"best": _show(good, images.index.classes), "worst": _show(bad, images.index.classes)}
     except (WsssError, zipfile.BadZipFile) as error:
-        training = best = _nothing(f"the pictures could not be read: {error}")
-        worst = _nothing("")
-    return {"training": training, "best": best, "worst": worst}
+        shown, why = {}, f"the pictures could not be read: {error}"
+        missing |= {"training": why, "best": why}
+    return {part: {"examples": (), "scored": False, "missing": why} for part, why in missing.items()} | shown
 
 
-def _nothing(why: str) -> Section:
-    return {"examples": (), "scored": False, "missing": why}
-
-
-def _show(examples: Sequence[Example], classes: ClassList) -> Section:
+def _show(examples: Sequence[Example], classes: ClassList) -> Mapping[str, Any]:
     names, shown = classes.names_with_background, []
     for example in examples:
         pictures = {
@@ -295,8 +282,8 @@ def write_picture_grid(
         sides.append({"image": [e.image for e in found], **columns, "truth": [e.truth for e in found]})
     if "evaluate" in artifacts:
         scores = score_images(confusions, predictions)
-        half = (num_rows + 1) // 2
-        best, worst = load_scored_examples(images, artifacts["evaluate"], scores, half if scores else num_rows)
+        num_best = (num_rows + 1) // 2 if scores else num_rows
+        best, worst = load_scored_examples(images, artifacts["evaluate"], scores, num_best)
         found = [*best, *worst[: num_rows - len(best)]]
         columns = {"prediction": [e.prediction for e in found], "truth": [e.truth for e in found]}
         sides.append({"image": [e.image for e in found], **columns})

@@ -161,17 +161,13 @@ def class_table(confusions: Mapping[str, SparseConfusions], classes: ClassList) 
     """Per-class IoU out of the counts, background first."""
     others = sorted(thing for thing in set(confusions) - set(THINGS) if not thing.endswith("_labelled"))
     things = [thing for thing in THINGS if thing in confusions] + others
-    scores = [
-        [value * 100.0 if math.isfinite(value) else None for value in iou(confusions[thing].total()).tolist()]
-        for thing in things
-    ]
+    ious = [iou(confusions[thing].total()).tolist() for thing in things]
+    scores = [[value * 100.0 if math.isfinite(value) else None for value in column] for column in ious]
     present = [[value for value in column if value is not None] for column in scores]
+    names = enumerate(classes.names_with_background)
     return ClassTable(
         columns=tuple(THINGS.get(thing, thing) for thing in things),
-        rows=tuple(
-            (name, class_index, tuple(column[class_index] for column in scores))
-            for class_index, name in enumerate(classes.names_with_background)
-        ),
+        rows=tuple((name, index, tuple(column[index] for column in scores)) for index, name in names),
         means=tuple(sum(values) / len(values) if values else None for values in present),
         num_images=tuple(len(confusions[thing].ids) for thing in things),
     )

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pipeline.store.artifacts import Artifact, Store
 from pipeline.store.locks import ArtifactLock
@@ -64,13 +64,11 @@ class Job:
         return tuple(Part(index, self.num_parts) for index in range(self.num_parts))
 
 
-@dataclass(frozen=True)
-class Built:
-    """What became of a job."""
+class Built(NamedTuple):
+    """What became of a job: built, resumed, or cached when another process had built it meanwhile."""
 
     artifact: Artifact
     state: str
-    """built, resumed, or cached when another process had built it meanwhile."""
 
 
 def build(job: Job, store: Store, progress: KeepingProgress, *, force: bool = False) -> Built:

@@ -79,7 +79,7 @@ def answer_stage(request: Request, progress: ChildProgress) -> dict[str, Any]:
         upstream=request.upstream,
         call=partial(_call, request, store),
         num_parts=request.num_parts,
-        num_units=lambda: _count_units(request, store),
+        num_units=partial(_count_units, request, store),
     )
     if request.part is not None:
         return {"num_parts": help_build(job, store, progress, parse_part(request.part), follows=request.follows)}

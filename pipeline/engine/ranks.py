@@ -65,7 +65,7 @@ def run_on_ranks(request: Request, num: int, work: Path, progress: ChildProgress
     loopback = "lo0" if sys.platform == "darwin" else "lo"  # else the ranks look the host's name up
     os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback} | dict(os.environ) | threads
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_S)
-    with tempfile.TemporaryDirectory(prefix="wsss-ranks-") as name, _heard_and_held(progress.events.fileno()):
+    with tempfile.TemporaryDirectory(prefix="wsss-ranks-") as name, _heard_and_held(progress.events.descriptor):
         folder = Path(name)
         (folder / _REQUEST).write_text(request.model_dump_json(), encoding="utf-8")
         config = LaunchConfig(

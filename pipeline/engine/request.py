@@ -63,13 +63,9 @@ class Events:
 
     def __init__(self, descriptor: int) -> None:
         """Write to ``descriptor``."""
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self._lock = threading.Lock()
         os.register_at_fork(after_in_child=self._close)
-
-    def fileno(self) -> int:
-        """The descriptor."""
-        return self._descriptor
 
     def send(self, event: str, **fields: object) -> None:
         """Send one line; a parent that is gone is not an error here, its end ends this process anyway."""
@@ -77,13 +73,13 @@ class Events:
         with self._lock:
             while line:
                 try:
-                    line = line[os.write(self._descriptor, line) :]
+                    line = line[os.write(self.descriptor, line) :]
                 except OSError:
                     return
 
     def _close(self) -> None:
         # a forked worker that outlives this process must not keep the parent waiting for more lines
-        descriptor, self._descriptor = self._descriptor, -1
+        descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 

@@ -61,6 +61,7 @@ class Run:
         """
         self.config, self.store, self.table, self.invocation = config, store, table, invocation
         self.listener: Listener = listener or SilentListener()
+        self._threads: int = getattr(getattr(config, "runtime", None), "threads", 0)
         self._plan, self._around, self._helpers = plan, around or (lambda stage, body: body()), helpers
 
     @property
@@ -248,11 +249,6 @@ class Run:
             "data_root": None if plan.data.root is None else str(plan.data.root),
             "artifacts": self.store.location,
         }
-
-    @property
-    def _threads(self) -> int:
-        """Threads of a child's numeric libraries; 0 leaves their defaults."""
-        return getattr(getattr(self.config, "runtime", None), "threads", 0)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 

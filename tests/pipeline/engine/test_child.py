@@ -192,4 +192,4 @@ def test_events_are_whole_lines_and_a_gone_parent_is_no_error() -> None:
     os.close(reader)
     events.send("info", text="nobody hears this")
     os.close(writer)
-    events._descriptor = -1
+    events.descriptor = -1

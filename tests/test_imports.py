@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.machine_speed import slowness
+from tests.machine_speed import cpu_seconds, slowness
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "torchvision", "prefect", "albumentations", "cv2", "scipy.ndimage", "matplotlib", "timm")
@@ -54,14 +54,8 @@ def test_nothing_heavy_is_imported_when(code: str) -> None:
 
 
 def test_checking_a_config_takes_less_than_a_second_of_cpu() -> None:
-    import resource
-
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()
-    code = CHECK.replace("{code}", CASES["a wrong config is refused"])
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = cpu_seconds("-c", CHECK.replace("{code}", CASES["a wrong config is refused"]))
     # CPU time, because the machine that tests may be busy; wall time is only a safety net
     assert seconds < 1.0 * slowness()
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60

@@ -11,7 +11,7 @@ import typer
 
 from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
 from pipeline.cli.output import get_output, load_run, plain
-from pipeline.engine.outcomes import DEFAULT_ARTIFACTS
+from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 from stages.errors import DamagedFileError, InputError, MissingArtifactError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import typer
 
 from pipeline.cli.options import ArtifactsOption, JsonOption
 from pipeline.cli.output import get_output
-from pipeline.engine.outcomes import DEFAULT_ARTIFACTS
+from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 from stages.errors import InputError
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import shutil
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ import typer
 
 from pipeline.cli.options import ArtifactsOption, JsonOption
 from pipeline.cli.output import get_output
-from pipeline.engine.outcomes import DEFAULT_ARTIFACTS
+from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 from stages.errors import EnvironmentFailure, WsssError
 
 if TYPE_CHECKING:
@@ -151,13 +150,9 @@ def check_store(artifacts: str | Path) -> Check:
     store = open_store(artifacts)
     if store.is_mirrored:
         store.check_visible()
-    check_space(store)
-    folder = store.root.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder, free = check_space(store)
     if not os.access(folder, os.W_OK):
         return Check("store", "failed", f"{folder} cannot be written", "choose another folder with --artifacts DIR")
-    free = shutil.disk_usage(folder).free
     room = f"{free / 1e9:.1f} GB free under {folder}"
     if store.is_mirrored or store.root.exists():
         if (lock := store.lock("doctor", "check")).try_acquire():

@@ -9,7 +9,7 @@ import typer
 
 from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
 from pipeline.cli.output import get_output
-from pipeline.engine.outcomes import DEFAULT_ARTIFACTS
+from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 
 
 def export(

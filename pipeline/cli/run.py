@@ -15,7 +15,7 @@ import typer
 
 from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
 from pipeline.cli.output import get_output, load_run, run_document
-from pipeline.engine.outcomes import DEFAULT_ARTIFACTS, write_invocation
+from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
 from stages.errors import MissingArtifactError
 
 

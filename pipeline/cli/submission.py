@@ -11,7 +11,7 @@ import typer
 
 from pipeline.cli.options import ArtifactsOption, JsonOption, OverridesOption
 from pipeline.cli.output import get_output, load_run
-from pipeline.engine.outcomes import DEFAULT_ARTIFACTS, write_invocation
+from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
 
 if TYPE_CHECKING:
     from pipeline.config.run_config import RunConfig

@@ -10,7 +10,7 @@ import typer
 
 from pipeline.cli.options import JsonOption
 from pipeline.cli.output import get_output
-from pipeline.engine.outcomes import DEFAULT_ARTIFACTS
+from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 
 Home = Annotated[Path, typer.Option(metavar="DIR", envvar="PREFECT_HOME", help="Prefect's files and our logs.")]
 DEFAULT_HOME = Path(".prefect")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.run_config import RunConfig, find_config, load_config
-from pipeline.engine.outcomes import write_invocation
+from pipeline.engine.invocation import write_invocation
 from pipeline.engine.plan import Plan, plan_run
 from pipeline.store.artifacts import Artifact, Store, open_store
 from stages.contracts import open_image_set

@@ -127,7 +127,7 @@ def build(job: Job, store: Store, progress: KeepingProgress, *, force: bool = Fa
 def help_build(
     job: Job, store: Store, progress: KeepingProgress, part: Part | None = None, *, follows: bool = False
 ) -> int:
-    """Build parts that nobody holds, wait for nobody, and publish nothing.
+    """Build parts that nobody holds, wait for nobody, publish nothing; how many parts were built.
 
     Args:
         job: What others build, or will.
@@ -136,8 +136,6 @@ def help_build(
         part: Only this part, of however many; None goes through all parts of the job.
         follows: Wait for whoever holds the stage's lock to begin, and then until all parts are there: for a process
             that is ended with that one.
-
-    How many parts were built here is returned.
     """
     if part is not None:
         job = replace(job, num_parts=part.count)

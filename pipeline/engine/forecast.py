@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+from pathlib import Path
 
 from pipeline.store.artifacts import Store
 from stages.errors import EnvironmentFailure
@@ -15,8 +16,10 @@ MIN_FREE_BYTES = 200 * 2**20
 """No run and no stage starts on a disk with less."""
 
 
-def check_space(store: Store) -> None:
-    """Refuse to start on a disk that is nearly full; a store behind a URL builds in its folder on this machine.
+def check_space(store: Store) -> tuple[Path, int]:
+    """Refuse to start on a disk that is nearly full; else a folder of the store's disk, and the bytes that are free.
+
+    A store behind a URL builds in its folder on this machine.
 
     Raises:
         EnvironmentFailure: less than ``MIN_FREE_BYTES`` are free.
@@ -30,6 +33,7 @@ def check_space(store: Store) -> None:
             f"{folder}: {free / 2**20:.0f} MB free, at least {MIN_FREE_BYTES / 2**20:.0f} MB are needed; "
             "free some space (wsss artifacts prune) or choose another disk with --artifacts DIR"
         )
+    return folder, free
 
 
 def last_time(store: Store, stage: str, device: str | None = None, *, host: str = "") -> float | None:

@@ -1,12 +1,11 @@
-"""What is said of a run: how it is written on a command line, while it goes on, and when it has ended.
+"""What is said of a run while it goes on and when it has ended.
 
 Reads and writes nothing.
 """
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,17 +119,3 @@ class Pace:
         if self._start is None or done <= self._first or now <= self._start:
             return None
         return (total - done) * (now - self._start) / (done - self._first)
-
-
-DEFAULT_ARTIFACTS = "artifacts"
-"""Root of the store where nobody says otherwise."""
-
-
-def write_invocation(config: str, overrides: Sequence[str] | None, artifacts: str | Path) -> str:
-    """Config and options as a user would write them behind ``wsss run``."""
-    words = [config]
-    for override in overrides or ():
-        words += ["--set", override]
-    if str(artifacts) != DEFAULT_ARTIFACTS:
-        words += ["--artifacts", str(artifacts)]
-    return shlex.join(words)

@@ -129,14 +129,12 @@ class Run:
         return RunOutcome(record.run_id, (outcome,), record.path)
 
     def help_with(self, stage: str, part: str = "any", *, key: str | None = None) -> int:
-        """Build parts of a stage that another run is at, or will be; wait for nobody and publish nothing.
+        """Build parts of a stage that another run is at, or will be; how many, 0 where the artifact is there already.
 
         Args:
             stage: Stage name.
             part: ``3/8`` for that part, ``any`` for each part that nobody holds.
             key: The key that the other run builds, where it said so.
-
-        Returns how many parts were built; 0 where the artifact is there already.
 
         Raises:
             ConfigError: this stage has no parts, or there is no such part.

@@ -14,7 +14,7 @@ from pydantic import Field, WithJsonSchema
 
 from pipeline.config.run_config import RunConfig, find_config, load_config, shipped_configs
 from pipeline.config.yaml_models import load_values
-from pipeline.engine.outcomes import DEFAULT_ARTIFACTS, write_invocation
+from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
 
 StageName = Literal["prepare_data", "train_classifier", "make_attention", "make_masks", "train_segmenter", "evaluate"]
 """The stages, for the form's menu; a test compares them with the table's."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.run_config import find_config, load_config
-from pipeline.engine.outcomes import write_invocation
+from pipeline.engine.invocation import write_invocation
 from pipeline.engine.plan import plan_run
 from pipeline.engine.records import read_runs
 from pipeline.report.page import write_template

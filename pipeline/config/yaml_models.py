@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from stages.contracts import option_texts
 from stages.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
@@ -251,8 +252,7 @@ def _sentence(
         return path, "unknown key", _unknown_key(path, model, values)
     if kind == "missing":
         members = _models(_annotation_at(model, values, path[:-1]), _value_at(values, path[:-1]))
-        options = [member.model_fields[str(path[-1])] for member in members if str(path[-1]) in member.model_fields]
-        texts = [" ".join(option.description.split()) for option in options if option.description]
+        texts = [" ".join(text.split()) for member in members if (text := option_texts(member).get(str(path[-1])))]
         return path, "missing", f"; {texts[0] if texts else 'it has no default'}"
     if kind in {"literal_error", "union_tag_invalid"}:
         if kind == "union_tag_invalid":

@@ -50,6 +50,7 @@ from stages.contracts.running import (
     SilentProgress,
     StageConfig,
     StageResult,
+    option_texts,
 )
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "encode_index_mask",
     "iter_attention",
     "open_image_set",
+    "option_texts",
     "read_attention_shard",
     "read_index_mask",
     "read_json",

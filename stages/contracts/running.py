@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
+import textwrap
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
 
 
 class StageConfig(BaseModel):
-    """Base of every config class: unknown keys are refused, instances are immutable."""
+    """Base of every config class: unknown keys are refused, instances are immutable.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    The docstrings of the options stand in the JSON schema, and so in forms made of it.  They are read from the source
+    only then (``option_texts``): pydantic's own way costs every command a sixth of a second.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The schema with the options' docstrings as their descriptions."""
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, text in option_texts(cls).items():
+            if name in properties:
+                properties[name].setdefault("description", text)
+        return schema
+
+
+@cache
+def option_texts(config: type[BaseModel]) -> dict[str, str]:
+    """The docstring under each option of a config class and of its bases; none where there is no source to read."""
+    texts: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        if not issubclass(base, StageConfig):
+            continue
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for option, text in itertools.pairwise(getattr(tree, "body", ())):
+            is_option = isinstance(option, ast.AnnAssign) and isinstance(option.target, ast.Name)
+            is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+            if is_option and is_text and isinstance(text.value.value, str):
+                texts[option.target.id] = inspect.cleandoc(text.value.value)
+    return texts
 
 
 class Progress(Protocol):

@@ -110,7 +110,7 @@ def measure(folder: Path, count: int, path: str, processes: int) -> dict[str, An
     if child.returncode:
         raise SystemExit(f"{path} of {count} images failed")
     files = [file for file in (folder / "out").rglob("*") if file.is_file()]
-    masks = sum(file.suffix == ".png" for file in files)
+    masks = sum(file.suffix == ".png" and "steps" not in file.parts for file in files)
     if masks != count:
         raise SystemExit(f"{path}: expected {count} masks, found {masks}")
     return {

@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     with tempfile.TemporaryDirectory(prefix="wsss-orchestration-") as name:
         folder = Path(name)
-        set_private(os.environ, home=folder / "home")
+        os.environ["PREFECT_HOME"] = str(folder / "home")
+        set_private()
         os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{_free_port()}/api"  # Prefect reads it once
         iterations = 10 if options.quick else options.iterations
         (folder / "run.yaml").write_text(CONFIG.format(images=120 if options.quick else 600, iterations=iterations))

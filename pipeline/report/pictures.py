@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import math
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
@@ -122,11 +121,8 @@ def load_scored_examples(
 
 
 def find_attention(folder: Path | None, ids: Collection[str]) -> dict[str, AttentionRecord]:
-    """The attention of ``ids`` by id, reading no shard beyond the last one needed; empty where nothing was made."""
-    if folder is None or not ids:
-        return {}
-    wanted = (record for record in iter_attention(folder) if record.id in ids)
-    return {record.id: record for record in itertools.islice(wanted, len(ids))}
+    """The attention of ``ids`` by id; empty where nothing was made."""
+    return {} if folder is None else {record.id: record for record in iter_attention(folder, ids)}
 
 
 def _spread(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:

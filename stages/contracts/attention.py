@@ -6,7 +6,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,18 @@ def attention_shards(folder: Path) -> list[Path]:
     return sorted((folder / "shards").glob("attention-*.npz"))
 
 
-def iter_attention(folder: Path) -> Iterator[AttentionRecord]:
-    """All records under the output folder of ``make_attention``, shard by shard: memory stays flat."""
-    for path in attention_shards(folder):
-        yield from read_attention_shard(path)
+def iter_attention(folder: Path, ids: Collection[str] | None = None) -> Iterator[AttentionRecord]:
+    """The records under the output folder of ``make_attention``, shard by shard: memory stays flat.
+
+    With ``ids`` only theirs, and no shard is read beyond the last one needed; those without attention are passed over.
+    """
+    left = None if ids is None else set(ids)
+    for path in attention_shards(folder) if left is None or left else ():
+        for record in read_attention_shard(path):
+            if left is None:
+                yield record
+            elif record.id in left:
+                yield record
+                left.remove(record.id)
+                if not left:
+                    return

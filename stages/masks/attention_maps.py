@@ -34,14 +34,9 @@ def find_attention(index: ImageIndex, attention: Path, wanted: Collection[str]) 
         InputError: the maps of an image are not of the labels that it has.
         DamagedFileError: a shard does not read back.
     """
-    left = set(wanted)
-    for record in iter_attention(attention) if left else ():
-        if record.id in left:
-            _require_labels(record, index.record(record.id), attention)
-            yield record
-            left.remove(record.id)
-            if not left:
-                return
+    for record in iter_attention(attention, wanted):
+        _require_labels(record, index.record(record.id), attention)
+        yield record
 
 
 def _require_labels(record: AttentionRecord, image: ImageRecord, attention: Path) -> None:

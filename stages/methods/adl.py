@@ -57,9 +57,16 @@ PRESETS: Mapping[str, AdlPreset] = {
     "mobilenetv1_100": AdlPreset(
         ("blocks.3.0", "blocks.4.0", "blocks.4.1"), 0.95, False, "γ: ADL#12; positions ours, as ResNet50-SE's"
     ),
-    # A block of MobileNetV2 ends without ReLU: the rectified expansions of two blocks without a shortcut are taken.
+    # A block of MobileNetV2 and of EfficientNet-Lite ends without ReLU: the rectified expansions of two blocks without a
+    # shortcut are taken.
     "mobilenet_v2": AdlPreset(
         ("features.7.conv.0", "features.14.conv.0", "features.18"), 0.95, False, "ours; γ as MobileNetV1's"
+    ),
+    "tf_efficientnet_lite0": AdlPreset(
+        ("blocks.3.0.bn1", "blocks.5.0.bn1", "bn2"), 0.95, False, "ours, as MobileNetV2"
+    ),
+    "tf_efficientnet_lite2": AdlPreset(
+        ("blocks.3.0.bn1", "blocks.5.0.bn1", "bn2"), 0.95, False, "ours, as MobileNetV2"
     ),
     "squeezenet1_1": AdlPreset(
         ("features.5", "features.8", "features.12"),

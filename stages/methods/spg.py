@@ -33,6 +33,8 @@ LAYERS: Mapping[str, tuple[str, str]] = {
     "seresnet50": ("layer3.0", "layer3"),  # ours, as resnet50
     "mobilenetv1_100": ("blocks.3.0", "blocks.3"),  # ours, as resnet50: first and last block of stride 16
     "mobilenet_v2": ("features.7", "features.13"),  # ours, as resnet50
+    "tf_efficientnet_lite0": ("blocks.3.0", "blocks.4"),  # ours, as resnet50: first and last block of stride 16
+    "tf_efficientnet_lite2": ("blocks.3.0", "blocks.4"),
     "squeezenet1_1": ("features.8", "features.12"),  # ours, as vgg16: the last pool and the last layer
     "small": ("features.11", "features.17"),  # ours, as vgg16
 }

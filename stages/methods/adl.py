@@ -57,8 +57,8 @@ PRESETS: Mapping[str, AdlPreset] = {
     "mobilenetv1_100": AdlPreset(
         ("blocks.3.0", "blocks.4.0", "blocks.4.1"), 0.95, False, "γ: ADL#12; positions ours, as ResNet50-SE's"
     ),
-    # A block of MobileNetV2 and of EfficientNet-Lite ends without ReLU: the rectified expansions of two blocks without a
-    # shortcut are taken.
+    # A block of MobileNetV2 and of EfficientNet-Lite ends without ReLU: the rectified expansions of two blocks without
+    # a shortcut are taken.
     "mobilenet_v2": AdlPreset(
         ("features.7.conv.0", "features.14.conv.0", "features.18"), 0.95, False, "ours; γ as MobileNetV1's"
     ),

@@ -6,7 +6,7 @@ Columns: mIoU at the method's configured threshold, at the best threshold for th
 images that were not trained on, processor time of a step relative to CAM's.  Mean ± half the range over the seeds.
 
     python benchmarks/attention_methods.py                                    # synthetic, three seeds
-    python benchmarks/attention_methods.py --animals VOC2012 --labels labels.csv --weights squeezenet1_1.pth --seeds 0
+    python benchmarks/attention_methods.py --animals VOC2012 --labels labels.csv --seeds 0
     python benchmarks/attention_methods.py --only cam,gain                    # some rows
     python benchmarks/attention_methods.py --show                             # the table of what is finished
 
@@ -71,8 +71,8 @@ SYNTHETIC = Setting(
 SYNTHETIC_ROWS = (
     Row("CAM", plain("cam"), 0.05),
     Row("Grad-CAM", plain("gradcam"), 0.05),
-    Row("GAIN, shared", plain("gain", mining_gradient="shared"), 0.05),
-    Row("GAIN, mask_only", plain("gain"), 0.05),
+    Row("GAIN", plain("gain", am_warmup_epochs=0), 0.05),
+    Row("GAIN, the paper's", plain("gain", preset="gain_paper", am_warmup_epochs=0), 0.05),
     Row("GAIN_ext, 30 masks", with_pixels(30, pixel_repeat=20), 0.15),
     Row("ADL", plain("adl"), 0.05),
     Row("HaS", plain("has", grid_px=24), 0.05),
@@ -84,8 +84,12 @@ SYNTHETIC_ROWS = (
 ANIMALS_ROWS = (
     Row("CAM", plain("cam"), 0.10),
     Row("Grad-CAM", plain("gradcam"), 0.10),
-    Row("GAIN, shared", plain("gain", mining_gradient="shared"), 0.10),
-    Row("GAIN, mask_only", plain("gain"), 0.10),
+    Row("GAIN", plain("gain", am_warmup_epochs=0), 0.10),
+    Row("GAIN, the paper's", plain("gain", preset="gain_paper", am_warmup_epochs=0), 0.10),
+    Row("… its judge frozen", plain("gain", preset="gain_paper", am_warmup_epochs=0, judge="frozen"), 0.10),
+    Row("… and its mask linear", plain("gain", am_warmup_epochs=0, target="erased"), 0.10),
+    Row("GAIN, sigmoid mask", plain("gain", am_warmup_epochs=0, mask="sigmoid"), 0.10),
+    Row("GAIN, its own judge", plain("gain", am_warmup_epochs=0, judge="self"), 0.10),
     Row("GAIN_ext, 50 masks", with_pixels(50, pixel_repeat=20), 0.20),
     Row("GAIN_ext, 100 masks", with_pixels(100, pixel_repeat=10), 0.20),
     Row("ADL", plain("adl"), 0.10),
@@ -94,10 +98,15 @@ ANIMALS_ROWS = (
 
 def animals(arguments: argparse.Namespace) -> Setting:
     """configs/voc_animals_cam.yaml's classifier as the start, on a fixed subset."""
-    precision = arguments.precision
-    training = TrainingConfig(epochs=16, batch_size=16, learning_rate=0.005, head_lr_factor=10.0, precision=precision)
+    precision, is_lite = arguments.precision, arguments.backbone != "squeezenet1_1"
+    start = TrainingConfig(
+        epochs=5 if is_lite else 16, batch_size=16, learning_rate=0.005, head_lr_factor=10.0, precision=precision
+    )
+    goes_on = (
+        {"epochs": 2, "learning_rate": 0.004} if is_lite else {"epochs": 3, "learning_rate": 0.01, "clip_norm": 1.0}
+    )
     return Setting(
-        name="voc_animals",
+        name=f"voc_animals-{arguments.backbone}",
         data=VocConfig(
             root=arguments.animals,
             labels=arguments.labels,
@@ -107,10 +116,10 @@ def animals(arguments: argparse.Namespace) -> Setting:
             score_list="train",
             val_list="val",
         ),
-        backbone=BackboneConfig(name="squeezenet1_1", output_stride=8, pretrained=True),
+        backbone=BackboneConfig(name=arguments.backbone, output_stride=16 if is_lite else 8, pretrained=True),
         augment=AugmentConfig(crop_px=224, scale=(0.75, 1.5), short_side_px=256),
-        start=training,
-        training=training.model_copy(update={"epochs": 3, "learning_rate": 0.01, "clip_norm": 1.0}),
+        start=start,
+        training=start.model_copy(update=goes_on),
         attention=MakeAttentionConfig(scales=(0.5, 1.0, 1.5), short_side_px=256),
         weights={"squeezenet1_1": arguments.weights} if arguments.weights else {},
         num_train=arguments.images,
@@ -207,10 +216,16 @@ def main() -> None:
         "--animals", type=Path, help="VOC root with the five animal classes; without it the synthetic set"
     )
     parser.add_argument("--labels", type=Path, help="labels.csv of --animals")
-    parser.add_argument("--weights", type=Path, help="ImageNet weights of SqueezeNet 1.1 for --animals")
+    parser.add_argument(
+        "--backbone",
+        choices=["tf_efficientnet_lite0", "tf_efficientnet_lite2", "squeezenet1_1"],
+        default="tf_efficientnet_lite0",
+        help="of --animals; Lite's weights come with the extra 'weights'",
+    )
+    parser.add_argument("--weights", type=Path, help="ImageNet weights of SqueezeNet 1.1, for --backbone squeezenet1_1")
     parser.add_argument("--images", type=int, help="train on so many images of --animals")
     parser.add_argument("--scored", type=int, help="score so many images of --animals")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of --animals")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of --animals")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", help="comma-separated beginnings of row names")
     parser.add_argument("--out", type=Path, default=Path("artifacts/benchmarks"))

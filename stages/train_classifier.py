@@ -34,13 +34,19 @@ from stages.contracts import (
 from stages.data.transforms import AugmentConfig, Augmenter
 from stages.errors import DataError
 from stages.methods import MethodConfigUnion
-from stages.methods.classifier_files import ClassifierDescription, build_classifier, check_head, save_classifier
+from stages.methods.classifier_files import (
+    ClassifierDescription,
+    build_classifier,
+    check_head,
+    check_start,
+    save_classifier,
+)
 from stages.nets.backbones.config import BackboneConfig, HeadName
 from stages.ops.metrics.multilabel import multi_hot
 from stages.training.checkpoints import remove_checkpoint
 from stages.training.config import TrainingConfig
 from stages.training.distributed import is_main
-from stages.training.loop import train
+from stages.training.loop import Remembering, train
 from stages.training.randomness import sample_seed, seed_initial_weights
 
 if TYPE_CHECKING:
@@ -50,7 +56,7 @@ if TYPE_CHECKING:
     from stages.nets.classifier import Classifier
     from stages.ops.step import StepInfo
 
-VERSION = 2
+VERSION = 3
 """Raise when equal inputs give other bytes than before."""
 
 
@@ -76,6 +82,12 @@ class TrainClassifierConfig(StageConfig):
     @model_validator(mode="after")
     def _check(self) -> TrainClassifierConfig:
         check_head(self.head, self.backbone, self.method)
+        warmup, epochs = self.method.warmup_epochs, self.training.epochs
+        if epochs is not None and 0 < epochs <= warmup:
+            raise ValueError(
+                f"the method's warm-up of {warmup} epochs leaves nothing of training.epochs {epochs:g}; train longer, "
+                "or shorten the warm-up"
+            )
         return self
 
 
@@ -110,13 +122,15 @@ def train_classifier(
 
     Raises:
         DataError: a training image has no labels, no image is left to train on, an image cannot be read.
-        ConfigError: the method names a layer that the network does not have.
+        ConfigError: the method names a layer that the network does not have, or needs a trained classifier to start
+            from and has none.
         WeightsError: the weights to start from cannot be had or do not fit.
         InputError: the loss is no longer finite.
     """
     from stages.scoring.label_scores import score_classifier
 
     runtime = runtime or Runtime()
+    check_start(config.method, weights)
     image_set = open_image_set(images, data_root)
     records = _training_records(image_set)
     supervised = frozenset(config.method.pixel_labelled(records))
@@ -136,6 +150,7 @@ def train_classifier(
         progress=progress,
         runtime=runtime,
         task="train classifier",
+        memory=method if isinstance(method, Remembering) else None,
     )
     if not is_main():
         return StageResult()

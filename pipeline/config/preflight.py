@@ -17,7 +17,7 @@ from stages.data.records import DataListing, ListedImage
 from stages.data.subsets import choose_sweep_images, hold_out
 from stages.errors import ConfigError, InputError, WeightsError
 from stages.make_masks import SWEEP_NEEDS_MAPS
-from stages.methods.classifier_files import START
+from stages.methods.classifier_files import START, check_start
 from stages.nets.backbones.config import BACKBONES
 from stages.nets.segmenters.config import DILATABLE_ENCODERS, init_problems, pretrained_name
 from stages.nets.weights import weights_problems
@@ -142,6 +142,7 @@ def _weight_problems(run: RunConfig) -> Iterator[str]:
         for problem in weights_problems(name, run.weights):
             yield problem if problem.startswith("weights") else f"weights.{name}: {problem}"
     known = [*BACKBONES, *DILATABLE_ENCODERS, net.backbone_name, START, *filter(None, needed)]
+    yield from _problems_of(lambda: check_start(run.train_classifier.method, run.weights), "train_classifier")
     for name in run.weights:
         if name not in known:
             yield f"weights.{name}: there is no such backbone{did_you_mean(name, known)}"

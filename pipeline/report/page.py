@@ -30,7 +30,7 @@ Manifests = Mapping[str, Mapping[str, Any]]
 CARDS = ("attention.miou", "masks.miou", "segmenter.miou", "segmenter.miou_ms", "localization.top1_loc")
 HARDWARE = ("host", "machine", "cpu", "cores", "memory", "device")
 """What the ``run`` part of a manifest may say of the machine, in the order of the page."""
-WATCHED = {"peak_logit": "logit", "mined": "share", "recall": "share", "kept": "share"}
+WATCHED = {"peak_logit": "logit", "recall": "share", "kept": "share"}
 """What methods log beside their losses, with its unit: on charts of their own."""
 NOT_CURVES = frozenset({"step", "epoch", "learning_rate", *WATCHED})
 

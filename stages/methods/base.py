@@ -36,6 +36,16 @@ class MethodConfig(StageConfig):
         """Whether the user named layers of the backbone; then the network is built once before the first stage."""
         return False
 
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs of plain classification at the beginning; a training that ends before is refused."""
+        return 0
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether the training must begin at a trained classifier (``weights.classifier``)."""
+        return False
+
     def build(self) -> Method:
         """The method with these options; imports torch at the earliest when a method of it is called."""
         raise NotImplementedError(f"{type(self).__name__} must say which Method it builds")

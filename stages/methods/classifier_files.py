@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError, model_validator
 
 from stages.contracts import ClassList, Progress, StageConfig, read_json, write_json
-from stages.errors import DamagedFileError, WeightsError
+from stages.errors import ConfigError, DamagedFileError, WeightsError
 from stages.methods import MethodConfig, MethodConfigUnion, build_method
 from stages.nets.backbones.config import BackboneConfig, HeadName
 
@@ -67,6 +67,20 @@ def check_head(head: HeadName, backbone: BackboneConfig, method: MethodConfig) -
         raise ValueError("; ".join(problems))
 
 
+def check_start(method: MethodConfig, weights: Mapping[str, Path]) -> None:
+    """Refuse a method that begins at a trained classifier where none is given.
+
+    Raises:
+        ConfigError: naming the two ways out.
+    """
+    if method.needs_start and START not in weights:
+        raise ConfigError(
+            "method.judge: frozen is a copy of a trained classifier, and there is none to copy: am_warmup_epochs is 0 "
+            f"and no weights.{START} is given; set method.am_warmup_epochs (half of the training, say), or "
+            f"weights.{START} to the {WEIGHTS_FILE} of a run"
+        )
+
+
 def build_classifier(
     description: ClassifierDescription, weights: Mapping[str, Path], progress: Progress | None = None
 ) -> tuple[Classifier, Method]:
@@ -88,6 +102,7 @@ def build_classifier(
     method = build_method(description.method)
     method.prepare(classifier)
     if START in weights:
+        _check_classes(weights[START], description.classes)
         report = load_start(classifier, weights, has_own_head=description.method.has_own_head)
         if progress is not None:
             progress.info(report.describe())
@@ -122,6 +137,18 @@ def _weight_file(name: str, weights: Mapping[str, Path], progress: Progress | No
     if problems:
         raise WeightsError(problems[0])
     return weights[name] if name in weights else download_weights(name, progress=progress)
+
+
+def _check_classes(start: Path, classes: ClassList) -> None:
+    """Refuse to go on from a classifier of other classes, which the description beside its weights names."""
+    if not start.with_name(DESCRIPTION_FILE).exists():
+        return
+    found = read_description(start.parent).classes
+    if found.names != classes.names:
+        raise WeightsError(
+            f"weights.{START}: {start} is a classifier of {', '.join(found.names)}, and the data set's classes are "
+            f"{', '.join(classes.names)}; give one that was trained on these, in this order"
+        )
 
 
 def load_start(classifier: Classifier, weights: Mapping[str, Path], *, has_own_head: bool = False) -> WeightsReport:

@@ -1,17 +1,22 @@
 """GAIN and GAIN_ext: a classifier whose attention is mined until what it leaves of the image no longer tells the class.
 
-Two streams share the network.  The first classifies.  The second looks at each image with the attention of one of its
-classes erased: the class score there is driven down, so the attention must cover the whole object.  GAIN_ext has a
-third: on a few images with true masks the attention is compared with the mask.
+Two streams.  The first classifies.  In the second a judge looks at each image with the attention of one of its classes
+erased, and should not find the class any more, so the attention must cover the whole object.  GAIN's judge is the
+network itself; by default it is a frozen copy, which sees an attention that covers the other classes too (OC-CSE).
+GAIN_ext has a third stream: on a few images with true masks the attention is compared with the mask.
 
 Shapes: B images, K foreground classes, P (image, class) pairs, H W pixels, h w cells.
 Source: Li, Wu, Peng, Ernst and Fu, "Tell Me Where to Look: Guided Attention Inference Network", CVPR 2018
-(arXiv 1802.10171).  What the paper leaves open is a field below, with where its default comes from.
+(arXiv 1802.10171); Kweon et al., "Unlocking the Potential of Ordinary Classifier", ICCV 2021 (OC-CSE).  What GAIN
+leaves open is a field below, with where its default comes from.  GAIN's published segmentation (docs/results.md) rests
+on background cues of a saliency network too, not on its attention alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,53 +35,62 @@ if TYPE_CHECKING:
 _PIXEL_LIST = "method.pixel_list"
 
 GAIN_PAPER: dict[str, Any] = {
-    "mining_gradient": "shared",
+    "judge": "self",
+    "mask": "sigmoid",
+    "target": "erased",
     "alpha": 1.0,
     "mask_sigma": 0.5,
     "mask_omega": 10.0,
     "attention_norm": "minmax",
     "norm_gradient": "detached",
-    "am_score": "logit",
+    "am_score": "sigmoid",
     "am_mode": "per_class",
-    "am_warmup_epochs": 0,
-    "am_min_probability": 0.0,
+    "am_warmup_epochs": 5,
     "second_order": False,
 }
-"""The preset ``gain_paper``: what the paper says (eq. 1-6, α = 1), and where it says nothing the public VOC
-re-implementation's choice (ilyak93 d67855b: min-max with detached denominators, σ 0.5, ω 10)."""
+"""The preset ``gain_paper``: what the paper says (eq. 1-6, α = 1), and where it says nothing a choice that works.
+
+Its "prediction score" is read as a probability (ilyak93 d67855b takes a softmax's, alokwhitewolf cd1cb0a a sigmoid's):
+a raw score has no lower bound, and driving it down unlearns the class.  Mining begins after five epochs (ilyak93), the
+maps are brought to [0, 1] by min-max, σ is 0.5 and ω is 10 (ilyak93)."""
 
 
 class GainOptions(GradCamOptions):
     """What GAIN and GAIN_ext have in common; the defaults are the recipe that measured best (docs/gain.md)."""
 
     preset: Literal["gain", "gain_paper"] = "gain"
-    """gain: our measured defaults; gain_paper: the paper to the letter.  A field that is written beats its preset."""
-    mining_gradient: Literal["shared", "mask_only"] = "mask_only"
-    """Where the mining loss may reach: shared, the weights of both passes and the mask (the paper); mask_only, through
-    the mask alone, so that the net cannot satisfy it by leaning harder on the most telling spot.
-    Source: ours; ilyak93's README found that with shared gradients the maps hardly change."""
-    alpha: float = Field(default=0.3, ge=0, le=100)
-    """Weight of the mining loss.  Source: eq. 6, α = 1."""
+    """gain: our measured defaults; gain_paper: the paper as it can be read.  A field that is written beats its
+    preset."""
+    judge: Literal["self", "frozen"] = "frozen"
+    """Who classifies the erased image.  self: the classifier itself, whose weights learn from it (the paper).  frozen:
+    a copy of it, taken when the warm-up ends and kept in evaluation mode, so that only the mask can change the answer.
+    Source: frozen, OC-CSE (ICCV 2021), whose judge is a classifier that was trained before."""
+    mask: Literal["sigmoid", "linear"] = "linear"
+    """What is erased of a pixel with attention A in [0, 1].  sigmoid: T(A) (eq. 4); linear: A itself.
+    Source: linear, OC-CSE."""
+    target: Literal["erased", "others"] = "others"
+    """What the judge is to say.  erased: as little as possible of the erased class (eq. 5); others: the image's labels
+    without it, so that erasing another class with it costs as much.  Source: others, OC-CSE."""
+    alpha: float = Field(default=1.0, ge=0, le=100)
+    """Weight of the mining loss, which is a mean over the K classes as L_cl is.  Source: eq. 6, α = 1."""
     mask_sigma: float = Field(default=0.5, gt=0, lt=1)
     """σ of T(A) = sigmoid(ω (A - σ)): the attention above which a pixel is erased.
     Source: no number in the paper; re-implementations use 0.25 to 0.6."""
     mask_omega: float = Field(default=10.0, gt=0, le=1000)
     """ω of T(A): how sharp the border is.  Source: no number in the paper; re-implementations use 8 to 100."""
     attention_norm: Literal["max", "minmax"] = "max"
-    """How a map is brought to [0, 1] before T.  Source: not in the paper."""
+    """How a map is brought to [0, 1] before it erases.  Source: not in the paper."""
     norm_gradient: Literal["detached", "full"] = "detached"
     """Whether the mining loss differentiates through the normalisation.  Source: detached, alokwhitewolf cd1cb0a."""
     am_score: Literal["logit", "sigmoid"] = "sigmoid"
-    """What of the erased image's class is driven down.  Source: the paper's s^c is read as the raw score, which has no
-    lower bound; alokwhitewolf takes the sigmoid."""
-    am_mode: Literal["per_class", "joint", "random_class"] = "per_class"
+    """With ``target: erased``, what of the class is driven down.  Source: the paper's "prediction score" is either;
+    the raw score has no lower bound; alokwhitewolf takes the sigmoid."""
+    am_mode: Literal["per_class", "joint", "random_class"] = "random_class"
     """per_class: one erased image for each class of the image (eq. 3-5); joint: one, with the attention of all its
     classes erased (ilyak93); random_class: one, with a class drawn at random (alokwhitewolf)."""
-    am_warmup_epochs: int = Field(default=0, ge=0, le=10_000)
-    """Epochs of plain classification before mining begins: attention of an untrained net is noise (ilyak93: 5)."""
-    am_min_probability: float = Field(default=0.5, ge=0, lt=1)
-    """Mine a class of an image only where the classifier gives it at least this probability: a class that it does not
-    know yet, or would forget, is learnt and not mined.  Source: ours; 0 is the paper."""
+    am_warmup_epochs: int = Field(default=5, ge=0, le=10_000)
+    """Epochs of plain classification before mining begins: attention of an untrained net is noise (ilyak93: 5).  0 for
+    a training that goes on from a trained classifier (``weights.classifier``), which is then the frozen judge."""
     second_order: bool = False
     """Whether the losses of the attention differentiate Grad-CAM's channel weights too.  Source: the paper's backward
     pass for w^c "must not update parameters", so they are constants."""
@@ -87,6 +101,16 @@ class GainOptions(GradCamOptions):
         if isinstance(values, dict) and values.get("preset") == "gain_paper":
             return {**GAIN_PAPER, **values}
         return values
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs before the mining begins, where there is any."""
+        return self.am_warmup_epochs if self.alpha else 0
+
+    @property
+    def needs_start(self) -> bool:
+        """A judge that is frozen at once is the classifier that the training begins at."""
+        return self.judge == "frozen" and self.alpha > 0 and self.am_warmup_epochs == 0
 
 
 class GainConfig(GainOptions):
@@ -184,25 +208,57 @@ class GainExtConfig(GainOptions):
 
 
 class Gain(GradCam):
-    """L_self = L_cl + α · L_am (eq. 6); attention is Grad-CAM, the network the plain one."""
+    """L_self = L_cl + α · L_am (eq. 6); attention is Grad-CAM, the network the plain one.
+
+    Source:
+        Li et al. 2018, §3.1; judge, mask and target of the default are those of Kweon et al. 2021 (OC-CSE).
+        Differs: L_am is divided by K, for L_cl is a mean over the K classes too: α weighs the two alike whatever K is.
+    """
 
     def __init__(self, config: GainOptions) -> None:
         super().__init__(config)
         self.options = config
+        self._judge: Classifier | None = None
+        self._judge_tensors: Mapping[str, Tensor] | None = None
+        """A checkpoint's judge, until the network that it belongs to is at hand."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The frozen judge, once there is one."""
+        return {"judge": None if self._judge is None else self._judge.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the judge of a checkpoint."""
+        self._judge, self._judge_tensors = None, state["judge"]
 
     def objective(
         self, classifier: Classifier, images: Tensor, labels: Tensor, step: StepInfo, *, masks: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Classification, and once it is warmed up, mining.
 
-        Logged beside the losses: ``peak_logit``, the largest logit of a present class (feature scale is a second way
-        to satisfy the mining loss), ``mined``, the share of the pairs that were mined, and ``recall``, the share of the
-        present classes that the classifier gives a positive logit.
+        Logged beside the losses: ``peak_logit``, the largest logit of a present class (a larger scale of the features
+        is a second way to satisfy a mining loss), and ``recall``, the share of the present classes that the classifier
+        gives a positive logit.
         """
         del masks
-        evidence, losses = self._classify(classifier, images, labels)
-        losses |= self._mine(classifier, images, evidence, step)
+        with self._batch_norm(classifier, step):
+            evidence, losses = self._classify(classifier, images, labels)
+            losses["mining"] = self._mine(classifier, images, labels, evidence, step)
         return {"loss": losses["classification"] + self.options.alpha * losses["mining"], **losses}
+
+    def _mines(self, step: StepInfo) -> bool:
+        """Whether the warm-up is over."""
+        return self.options.alpha > 0 and step.epoch >= self.options.am_warmup_epochs
+
+    def _batch_norm(self, classifier: Classifier, step: StepInfo) -> AbstractContextManager[None]:
+        """A network that judges itself has its BatchNorm in evaluation mode in both passes, once it mines.
+
+        Statistics of erased images must not be kept (ilyak93).  With the batch's statistics in the first pass and the
+        running ones in the second the network tells the two apart and learns to deny the class in evaluation mode.
+        """
+        from stages.nets.layers import batch_norm_in_evaluation
+
+        judges_itself = self.options.judge == "self" and self._mines(step)
+        return batch_norm_in_evaluation(classifier) if judges_itself else nullcontext()
 
     def _classify(self, classifier: Classifier, images: Tensor, labels: Tensor) -> tuple[Evidence, dict[str, Tensor]]:
         """S_cl: the first pass, its loss, and the Grad-CAM maps of the present classes."""
@@ -224,27 +280,18 @@ class Gain(GradCam):
             "recall": (present > 0).float().sum() / max(len(present), 1),
         }
 
-    def _mine(self, classifier: Classifier, images: Tensor, evidence: Evidence, step: StepInfo) -> dict[str, Tensor]:
-        """S_am: the class scores of the images whose attention is erased (eq. 3-5)."""
-        from stages.ops.mining import mean_over_classes_then_images
-
-        config = self.options
-        nothing = {"mining": images.new_zeros(()), "mined": images.new_zeros(())}
-        if config.alpha == 0 or step.epoch < config.am_warmup_epochs:
-            return nothing
-        chosen = self._choose(evidence)
-        image = evidence.image[chosen]
-        values = self._erased_scores(classifier, images, evidence, chosen) if len(chosen) else images.new_zeros(0)
-        mining = mean_over_classes_then_images(values, image, len(images))
-        return {"mining": mining, "mined": mining.new_tensor(len(chosen) / max(len(evidence.image), 1))}
-
-    def _erased_scores(self, classifier: Classifier, images: Tensor, evidence: Evidence, chosen: Tensor) -> Tensor:
-        """The score (n,) of each chosen pair's class in the image whose attention is erased (eq. 3-4)."""
+    def _mine(
+        self, classifier: Classifier, images: Tensor, labels: Tensor, evidence: Evidence, step: StepInfo
+    ) -> Tensor:
+        """S_am: L_am, what the judge says of the images whose attention is erased (eq. 3-5)."""
         import torch
 
-        from stages.ops.mining import erase, normalise_maps, soft_mask, upsample
+        from stages.ops.mining import erase, mean_over_images, normalise_maps, soft_mask, upsample
 
         config = self.options
+        if not self._mines(step) or len(evidence.image) == 0:
+            return images.new_zeros(())
+        chosen = self._choose(evidence)
         image, label = evidence.image[chosen], evidence.label[chosen]
         maps = upsample(evidence.maps[chosen], (images.shape[2], images.shape[3]))
         maps = normalise_maps(maps, config.attention_norm, config.norm_gradient)
@@ -252,35 +299,42 @@ class Gain(GradCam):
         if config.am_mode == "joint":
             shown, row = image.unique(return_inverse=True)
             maps = maps.new_zeros(len(shown), *maps.shape[1:]).index_add(0, row, maps).clamp(max=1)
-        erased = erase(images[shown], soft_mask(maps, sigma=config.mask_sigma, omega=config.mask_omega))
-        scores = self._look_again(classifier, erased)[row, label].float()
-        return scores.sigmoid() if config.am_score == "sigmoid" else scores
+        if config.mask == "sigmoid":
+            maps = soft_mask(maps, sigma=config.mask_sigma, omega=config.mask_omega)
+        judge = classifier if config.judge == "self" else self._frozen_judge(classifier)
+        logits = judge(erase(images[shown], maps)).logits.float()
+        if config.target == "erased":
+            scores = logits[row, label]
+            scores = scores.sigmoid() if config.am_score == "sigmoid" else scores
+            return mean_over_images(scores / labels.shape[1], image, len(images))
+        others = labels[shown].float()
+        others[row, label] = 0
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, others, reduction="none").mean(dim=1)
+        return mean_over_images(losses, shown, len(images))
 
     def _choose(self, evidence: Evidence) -> Tensor:
         """Positions (n,) of the pairs to mine."""
         import torch
 
-        config = self.options
-        probability = evidence.logits.detach()[evidence.image, evidence.label].float().sigmoid()
-        kept = torch.nonzero(probability >= config.am_min_probability)[:, 0]
-        if config.am_mode != "random_class" or len(kept) == 0:
-            return kept
-        order = kept[torch.randperm(len(kept), device=kept.device)]
+        order = torch.arange(len(evidence.image), device=evidence.image.device)
+        if self.options.am_mode != "random_class":
+            return order
+        order = order[torch.randperm(len(order), device=order.device)]
         image = evidence.image[order]
         first = [int(torch.nonzero(image == one)[0, 0]) for one in image.unique()]
         return order[first]
 
-    def _look_again(self, classifier: Classifier, erased: Tensor) -> Tensor:
-        """Logits (P, K) of the erased images; BatchNorm neither measures nor keeps anything of them."""
-        from torch.func import functional_call
+    def _frozen_judge(self, classifier: Classifier) -> Classifier:
+        """The copy that was taken at the first mining step, which this is where there is none yet."""
+        from stages.nets.folding import fold_batch_norm
 
-        from stages.nets.layers import batch_norm_in_evaluation
-
-        with batch_norm_in_evaluation(classifier):
-            if self.options.mining_gradient == "shared":
-                return classifier(erased).logits
-            constants = {name: parameter.detach() for name, parameter in classifier.named_parameters()}
-            return functional_call(classifier, constants, (erased,)).logits
+        if self._judge is None:
+            judge = copy.deepcopy(classifier).eval().requires_grad_(requires_grad=False)
+            fold_batch_norm(judge)  # it is never trained again: one layer less to pass through
+            if self._judge_tensors is not None:
+                judge.load_state_dict(self._judge_tensors)
+            self._judge, self._judge_tensors = judge, None
+        return self._judge
 
 
 class GainExt(Gain):
@@ -294,8 +348,9 @@ class GainExt(Gain):
         self, classifier: Classifier, images: Tensor, labels: Tensor, step: StepInfo, *, masks: Tensor | None = None
     ) -> dict[str, Tensor]:
         """GAIN's losses and ``pixel``, the squared error between attention and masks (eq. 7)."""
-        evidence, losses = self._classify(classifier, images, labels)
-        losses |= self._mine(classifier, images, evidence, step)
+        with self._batch_norm(classifier, step):
+            evidence, losses = self._classify(classifier, images, labels)
+            losses["mining"] = self._mine(classifier, images, labels, evidence, step)
         losses["pixel"] = losses["mining"].new_zeros(())
         if masks is not None and step.epoch >= self.ext.ext_warmup_epochs:
             losses["pixel"] = self._compare(evidence, masks)
@@ -303,26 +358,19 @@ class GainExt(Gain):
         return {"loss": total + self.ext.ext_weight * losses["pixel"], **losses}
 
     def _compare(self, evidence: Evidence, masks: Tensor) -> Tensor:
-        """S_e: L_e, mean over the known cells, the classes of an image, then the images that have masks."""
-        from stages.ops.mining import (
-            mean_over_classes_then_images,
-            normalise_maps,
-            pixel_targets,
-            squared_error,
-            upsample,
-        )
+        """S_e: L_e, mean over the known cells, the classes of an image, then the batch; no mask is an error of 0."""
+        from stages.ops.mining import mean_over_images, normalise_maps, pixel_targets, squared_error, upsample
 
         options = self.ext
         chosen = _pairs_in_masks(masks, evidence)
-        if len(chosen) == 0:  # another device may have pairs
-            nothing = mean_over_classes_then_images(evidence.maps.new_zeros(0), chosen, len(masks))
-            return evidence.maps.sum() * 0 + nothing
+        if len(chosen) == 0:
+            return evidence.maps.new_zeros(())
         maps, image, label = evidence.maps[chosen], evidence.image[chosen], evidence.label[chosen]
         if options.ext_resize == "map_to_mask":
             maps = upsample(maps, (masks.shape[1], masks.shape[2]))
         maps = normalise_maps(maps, options.ext_norm, options.ext_norm_gradient)
         target, known = pixel_targets(masks, image, label, (maps.shape[1], maps.shape[2]))
-        return mean_over_classes_then_images(squared_error(maps, target, known), image, len(masks))
+        return mean_over_images(squared_error(maps, target, known), image, len(masks))
 
 
 def _pairs_in_masks(masks: Tensor, evidence: Evidence) -> Tensor:

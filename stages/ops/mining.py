@@ -1,8 +1,10 @@
-"""GAIN's arithmetic: normalise attention, mask an image softly by it, average scores over classes and images.
+"""GAIN's arithmetic: normalise attention, erase what it covers from an image, average over classes and images.
 
 Pure tensor code, no I/O, no config.
 Shapes: B images, K foreground classes, P (image, class) pairs, H W image pixels, h w cells of a map.
-Source: Li et al., "Tell Me Where to Look: Guided Attention Inference Network", CVPR 2018 (arXiv 1802.10171).
+Source: Li et al., "Tell Me Where to Look: Guided Attention Inference Network", CVPR 2018 (arXiv 1802.10171); Kweon et
+al., "Unlocking the Potential of Ordinary Classifier: Class-Specific Adversarial Erasing Framework for Weakly Supervised
+Semantic Segmentation", ICCV 2021 (OC-CSE).
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from stages.contracts import IGNORE_INDEX, ClassList
-from stages.ops.collectives import mean_divisor
 
 EPSILON = 1e-6
 """Keeps a map without any evidence at zero instead of NaN."""
@@ -36,8 +37,8 @@ def normalise_maps(maps: Tensor, norm: Norm, gradient: NormGradient) -> Tensor:
         (P, H, W); a map without evidence stays zero.
 
     Source:
-        The paper gives no normalisation, and raw Grad-CAM has any scale.  Per map and min-max with detached
-        denominators is that of the public re-implementations (alokwhitewolf cd1cb0a, ilyak93 d67855b).
+        GAIN gives no normalisation, and raw Grad-CAM has any scale.  Per map and min-max is that of two public
+        re-implementations (alokwhitewolf cd1cb0a, ilyak93 d67855b), of which the first detaches the denominators.
     """
     high = maps.amax(dim=(1, 2), keepdim=True)
     low = maps.amin(dim=(1, 2), keepdim=True) if norm == "minmax" else torch.zeros_like(high)
@@ -73,24 +74,22 @@ def erase(images: Tensor, mask: Tensor) -> Tensor:
     return images * (1 - mask)[:, None].to(images.dtype)
 
 
-def mean_over_classes_then_images(values: Tensor, image: Tensor, num_images: int) -> Tensor:
-    """Mean over the images that have pairs of the mean over their pairs, so that rich images weigh no more.
-
-    On several devices every one of them must call it, with no pair too.
+def mean_over_images(values: Tensor, image: Tensor, num_images: int) -> Tensor:
+    """Mean over the batch's images of the mean over an image's pairs, so that rich images weigh no more.
 
     Args:
         values: (P,) one value a pair.
         image: (P,) image of each pair.
-        num_images: B.
+        num_images: B; an image without pairs counts as 0.
 
     Returns:
         Scalar; zero with zero gradients where there is no pair.
 
     Source:
-        GAIN eq. 5: L_am = 1/n Σ_c s^c(I*c), of one image.
+        GAIN eq. 5: L_am = 1/n Σ_c s^c(I*c), and eq. 7, of one image; its batch is one image.
     """
     counts = torch.bincount(image, minlength=num_images).to(values.dtype)
-    return (values / counts[image]).sum() / mean_divisor((counts > 0).sum(), num_images)
+    return (values / counts[image]).sum() / num_images
 
 
 def class_pixels(masks: Tensor, image: Tensor, label: Tensor) -> Tensor:

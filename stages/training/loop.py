@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from stages.contracts import Progress, Runtime, SilentProgress
 from stages.data.batches import TrainingData, iterate_batches
@@ -37,7 +37,20 @@ if TYPE_CHECKING:
     Objective = Callable[[nn.Module, dict[str, Tensor], StepInfo], dict[str, Tensor]]
 
 
-class Watch(Protocol):
+@runtime_checkable
+class Remembering(Protocol):
+    """Keeps something from step to step beside the network, as GAIN keeps its frozen judge: part of the checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept: tensors and plain values, nested."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        ...
+
+
+class Watch(Remembering, Protocol):
     """Looks at the network now and then while it trains; what it has seen is part of the checkpoint."""
 
     @property
@@ -59,14 +72,6 @@ class Watch(Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """What has been seen: tensors and plain values."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
-        ...
-
 
 def train(
     model: nn.Module,
@@ -81,6 +86,7 @@ def train(
     runtime: Runtime,
     task: str = "train",
     watch: Watch | None = None,
+    memory: Remembering | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place, from the checkpoint under ``out`` where there is one.
 
@@ -102,6 +108,7 @@ def train(
         runtime: Device, threads, workers and how often to keep a checkpoint; changes no result.
         task: Name of the bar.
         watch: Called every so many steps; where weights are averaged it sees the averaged ones.
+        memory: What the objective keeps beside the network.
 
     Returns:
         About a hundred records {"step", "epoch", "learning_rate", "loss", …}: the means of the losses since the
@@ -121,7 +128,8 @@ def train(
     with join_ranks(runtime) as device, deterministic(device), share_batch_norm(model):
         _check_start(config, dataset, device)
         _place(model, device)
-        loop = _Loop(model.train(), objective, config, parameter_groups, seed, len(dataset), device, out, watch)
+        kept = {name: each for name, each in (("watch", watch), ("memory", memory)) if each is not None}
+        loop = _Loop(model.train(), objective, config, parameter_groups, seed, len(dataset), device, out, watch, kept)
         loop.resume(progress)
         copy_from_first(model)
         progress.step(task, loop.step, loop.num_steps, unit="steps")
@@ -210,11 +218,12 @@ class _Loop:
         device: torch.device,
         out: Path,
         watch: Watch | None,
+        kept: Mapping[str, Remembering],
     ) -> None:
         import torch
 
         self.model, self.objective, self.config, self.seed, self.device = model, objective, config, seed, device
-        self.out, self.watch = out, watch
+        self.out, self.watch, self.kept = out, watch, kept
         self.average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
         self.crop: tuple[int, int] | None = None
         self.num_steps = config.num_steps(num_samples)
@@ -360,8 +369,7 @@ class _Loop:
         }
         if self.average is not None:
             state["average"] = self.average.tensors
-        if self.watch is not None:
-            state["watch"] = self.watch.state_dict()
+        state |= {name: each.state_dict() for name, each in self.kept.items()}
         save_checkpoint(self.out, self.identity, state)
 
     def resume(self, progress: Progress) -> None:
@@ -374,8 +382,8 @@ class _Loop:
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load(state["average"])
-        if self.watch is not None:
-            self.watch.load_state_dict(state["watch"])
+        for name, each in self.kept.items():
+            each.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.history = state["step"], state["history"]

@@ -675,13 +675,13 @@ def test_marks_have_colours_that_no_line_has():
 
 def test_what_a_method_watches_stands_on_charts_of_its_own():
     history = [
-        {"step": n, "epoch": n, "learning_rate": 0.1, "loss": 1.0, "peak_logit": 9.0, "recall": 0.5, "mined": 0.4}
+        {"step": n, "epoch": n, "learning_rate": 0.1, "loss": 1.0, "peak_logit": 9.0, "recall": 0.5, "kept": 0.4}
         for n in (1, 2)
     ]
     loss, logit, share = _history_charts("Classifier", history)
     assert [curve["name"] for curve in loss["curves"] if "rate" not in curve["name"]] == ["loss"]
     assert (logit["title"], logit["y_label"]) == ("Classifier: peak logit", "logit")
-    assert {curve["name"] for curve in share["curves"]} == {"recall", "mined"}
+    assert {curve["name"] for curve in share["curves"]} == {"recall", "kept"}
     assert len(_history_charts("Segmenter", [{"step": 1, "epoch": 1, "loss": 1.0}])) == 1
 
 

@@ -170,7 +170,7 @@ def dropout_draws(out):
     return fit(nn.Conv2d(3, 1, 1), lambda m, b, s: {"loss": m(b["images"]).mean(), "draw": torch.rand(())}, out)
 
 
-GAIN = {"alpha": 1.0, "am_min_probability": 0.5}
+GAIN = {"am_mode": "per_class", "am_warmup_epochs": 0}
 
 
 def rounds(out):
@@ -189,14 +189,14 @@ def rounds(out):
 EQUAL = {
     "cam": classify,
     "cam, BatchNorm": partial(classify, freeze_bn=False),
-    "gain, shared": partial(classify, method=GainConfig(mining_gradient="shared", **GAIN)),
-    "gain, mask_only": partial(classify, method=GainConfig(**GAIN), freeze_bn=False),
+    "gain, its own judge": partial(classify, method=GainConfig(judge="self", **GAIN)),
+    "gain, a frozen judge": partial(classify, method=GainConfig(**GAIN), freeze_bn=False),
     "gain, an earlier layer": partial(
         classify,
         method=GainConfig(layer="features.8", channel_weights="gradient", second_order=True, **GAIN),
         freeze_bn=False,
     ),
-    "gain_ext": partial(classify, method=GainExtConfig(alpha=0.3), samples=LastMasks()),
+    "gain_ext": partial(classify, method=GainExtConfig(alpha=0.3, am_warmup_epochs=0), samples=LastMasks()),
     "spg": partial(classify, method=SpgConfig(layers=("features.8", "features.14"), head_channels=8, guide_channels=8)),
     "cross_entropy": segment,
     "cross_entropy, cells": partial(segment, resolution="cells"),

@@ -7,8 +7,8 @@ It reads with PIL in the same process, and runs under ``torch.no_grad`` in the l
 ``one input a pass`` is the same with image and mirror one after the other.  Both leave out irn's second copy of the
 maps at full resolution, which is five times the work after the network.  Ours is the stage itself, from files to
 shards, its classifier loaded anew each time; ``ours, bf16`` is the same with ``precision: bf16``, which pays only where
-the hardware has instructions for it (``cpu_has_bf16``), so that its ratio to fp32 is judged there alone.  All have the same number of torch threads and take turns; ratios are of
-medians.  Their maps must agree, or nothing is said of speed.
+the hardware has instructions for it (``cpu_has_bf16``), so that its ratio to fp32 is judged there alone.  All have the
+same number of torch threads and take turns; ratios are of medians.  Their maps must agree, or nothing is said of speed.
 
 Images of VOC's sizes are drawn; ``--images DIR`` takes photographs (.jpg).  The network is at a random start, which
 costs the same; its maps are rougher than a trained one's, and so are the bytes on disk.

@@ -59,8 +59,9 @@ def predict(
         raise typer.BadParameter("name images, folders or patterns" + ("" if model else " after CONFIG"))
     pictures = find_pictures(images, out)
     source, config, runtime = _find_source(model, words[0], overrides, artifacts)
-    given = {"scales": scales and scales.split(","), "flip": flip, "precision": precision}
-    options = _options(config, given, crf, window)
+    options = _options(
+        config, {"scales": scales and scales.split(","), "flip": flip, "precision": precision}, crf, window
+    )
     if device is not None:
         try:
             runtime = type(runtime).model_validate({**runtime.model_dump(), "device": device})

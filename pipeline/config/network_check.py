@@ -52,8 +52,9 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
     checks: dict[str, Callable[[], object]] = {"train_classifier": lambda: _build_classifier(run)}
     if run.evaluate.segmentation:
         checks["train_segmenter"] = lambda: build_segmenter(segmenter.net, 2, init=init, weights=run.weights)
-    for name, value in _precisions(run).items():
-        checks[name] = partial(check_precision, value, run.runtime, "precision")
+    checks |= {
+        name: partial(check_precision, value, run.runtime, "precision") for name, value in _precisions(run).items()
+    }
     errors: dict[str, InputError] = {}
     for stage, build in checks.items():
         try:
@@ -74,10 +75,8 @@ def _precisions(run: RunConfig) -> dict[str, Precision]:
     if run.evaluate.segmentation and run.train_segmenter.supervision == "weak":
         found["make_attention"] = run.make_attention.precision
     if run.evaluate.segmentation:
-        found |= {
-            "train_segmenter.training": run.train_segmenter.training.precision,
-            "evaluate": run.evaluate.precision,
-        }
+        found["train_segmenter.training"] = run.train_segmenter.training.precision
+        found["evaluate"] = run.evaluate.precision
     return found
 
 

@@ -173,11 +173,27 @@ def test_half_precision_without_cuda_is_refused_before_any_training() -> None:
     with pytest.raises(ConfigError, match="a network of this run cannot be built or trained") as caught:
         check_networks(config(*half), SilentProgress())
     assert caught.value.problems == (
-        "train_segmenter: training.precision fp16 needs CUDA, found cpu; use fp32 or bf16",
+        "train_segmenter.training: precision fp16 needs CUDA, found cpu; use fp32 or bf16",
     )
     with pytest.raises(ConfigError) as caught:
         check_networks(config("train_classifier.training.precision=fp16", *half), SilentProgress())
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["train_classifier", "train_segmenter"]
+    stages = ["train_classifier.training", "train_segmenter.training"]
+    assert [problem.split(":")[0] for problem in caught.value.problems] == stages
+
+
+@pytest.mark.parametrize("stage", ["make_attention", "evaluate"])
+def test_half_precision_of_a_look_is_refused_before_the_training_it_would_come_after(stage: str) -> None:
+    run = config(f"{stage}.precision=fp16", "runtime.device=cpu")
+    assert needs_check(run, ALL)
+    assert not needs_check(run, [stage]), "it refuses that itself, at once"
+    with pytest.raises(ConfigError) as caught:
+        check_networks(run, SilentProgress())
+    assert caught.value.problems == (f"{stage}: precision fp16 needs CUDA, found cpu; use fp32 or bf16",)
+    check_networks(config(f"{stage}.precision=bf16", "runtime.device=cpu"), SilentProgress())
+    unused = "train_segmenter.supervision=full" if stage == "make_attention" else "evaluate.segmentation=false"
+    check_networks(
+        config(f"{stage}.precision=fp16", "runtime.device=cpu", unused, "evaluate.localization={}"), SilentProgress()
+    )
 
 
 def test_weights_that_do_not_fit_are_named_for_every_network(tmp_path: Path) -> None:

@@ -59,9 +59,8 @@ def predict(
         raise typer.BadParameter("name images, folders or patterns" + ("" if model else " after CONFIG"))
     pictures = find_pictures(images, out)
     source, config, runtime = _find_source(model, words[0], overrides, artifacts)
-    options = _options(
-        config, {"scales": scales and scales.split(","), "flip": flip, "precision": precision}, crf, window
-    )
+    given = {"scales": scales and scales.split(","), "flip": flip, "precision": precision, "window_px": window}
+    options = _options(config, given, crf)
     if device is not None:
         try:
             runtime = type(runtime).model_validate({**runtime.model_dump(), "device": device})
@@ -105,15 +104,16 @@ def _find_source(
     return exported_source(folder, record), record.prediction, Runtime()
 
 
-def _options(config: PredictionConfig, given: dict[str, Any], crf: str | None, window: int | None) -> PredictOptions:
+def _options(config: PredictionConfig, given: dict[str, Any], crf: str | None) -> PredictOptions:
     """What the config does, changed by what the command line says; all mistakes at once."""
     from pydantic import ValidationError
 
     from pipeline.config.yaml_models import explain
     from stages.scoring.window_prediction import PredictOptions
 
-    values = PredictOptions.of(config).model_dump() | {"window_px": window}
-    values |= {name: value for name, value in given.items() if value is not None}
+    values = PredictOptions.of(config).model_dump() | {
+        name: value for name, value in given.items() if value is not None
+    }
     if crf == "off":
         values["crf"] = None
     elif crf is not None:

@@ -18,20 +18,19 @@ from stages.ops.devices import Precision
 
 
 def needs_check(run: RunConfig, stages: Collection[str]) -> bool:
-    """Whether building ``stages`` would train a classifier before it finds out that the segmenter cannot be trained.
+    """Whether building ``stages`` would train a network before it finds out that a later one cannot be used.
 
     A classifier that cannot be built, and a segmenter that is trained first, are refused by their own stage at once;
     but layers that a user names, and a number of devices, are looked up before the data are prepared.
     """
-    trains_classifier = "train_classifier" in stages
-    names_layers = trains_classifier and (run.train_classifier.method.names_layers or _walked_layer(run) is not None)
+    is_named = run.train_classifier.method.names_layers or _walked_layer(run) is not None
     config = run.train_segmenter
     is_late = {"train_classifier", "train_segmenter"} <= set(stages)
     is_tu = isinstance(config.net, DeepLabConfig) and config.net.encoder.startswith("tu-")
     is_half = "fp16" in [value for name, value in _precisions(run).items() if name.partition(".")[0] in stages][1:]
     is_fetched = pretrained_name(config.net, config.init) is not None
     is_spread = run.runtime.devices not in (1, "auto") and bool({"train_classifier", "train_segmenter"} & set(stages))
-    return names_layers or is_spread or is_half or (is_late and (is_tu or is_fetched))
+    return ("train_classifier" in stages and is_named) or is_spread or is_half or (is_late and (is_tu or is_fetched))
 
 
 def check_networks(run: RunConfig, progress: Progress) -> None:
@@ -52,9 +51,8 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
     checks: dict[str, Callable[[], object]] = {"train_classifier": lambda: _build_classifier(run)}
     if run.evaluate.segmentation:
         checks["train_segmenter"] = lambda: build_segmenter(segmenter.net, 2, init=init, weights=run.weights)
-    checks |= {
-        name: partial(check_precision, value, run.runtime, "precision") for name, value in _precisions(run).items()
-    }
+    for name, value in _precisions(run).items():
+        checks[name] = partial(check_precision, value, run.runtime, "precision")
     errors: dict[str, InputError] = {}
     for stage, build in checks.items():
         try:

@@ -42,7 +42,7 @@ def test_maps_are_those_of_fp32_to_the_rounding(name, precision):
     """fp16 on a CPU is slow and not offered, but the same numbers as on CUDA."""
     config = {
         "cam": CamConfig(),
-        "acol": AcolConfig(),
+        "acol": AcolConfig(head_channels=32),
         "gradcam": GradCamConfig(),
         "gradcam by gradient": GradCamConfig(layer=first_layer(), channel_weights="gradient"),
     }[name]

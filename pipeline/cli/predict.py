@@ -111,9 +111,7 @@ def _options(config: PredictionConfig, given: dict[str, Any], crf: str | None) -
     from pipeline.config.yaml_models import explain
     from stages.scoring.window_prediction import PredictOptions
 
-    values = PredictOptions.of(config).model_dump() | {
-        name: value for name, value in given.items() if value is not None
-    }
+    values = PredictOptions.of(config).model_dump() | {name: it for name, it in given.items() if it is not None}
     if crf == "off":
         values["crf"] = None
     elif crf is not None:

@@ -6,8 +6,9 @@ quarter of the image's size, only those of its labels, divided by their maximum,
 It reads with PIL in the same process, and runs under ``torch.no_grad`` in the layout in which torch makes a network.
 ``one input a pass`` is the same with image and mirror one after the other.  Both leave out irn's second copy of the
 maps at full resolution, which is five times the work after the network.  Ours is the stage itself, from files to
-shards, its classifier loaded anew each time.  All have the same number of torch threads and take turns; ratios are of
-medians.  Their maps must agree, or nothing is said of speed.
+shards, its classifier loaded anew each time; ``ours, bf16`` is the same with ``precision: bf16``, which pays only where
+the hardware has instructions for it (``cpu_has_bf16``), so that its ratio to fp32 is judged there alone.  All have the
+same number of torch threads and take turns; ratios are of medians.  Their maps must agree, or nothing is said of speed.
 
 Images of VOC's sizes are drawn; ``--images DIR`` takes photographs (.jpg).  The network is at a random start, which
 costs the same; its maps are rougher than a trained one's, and so are the bytes on disk.
@@ -34,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from provenance import commit, hardware
+from provenance import commit, hardware, has_bf16
 from torch import Tensor
 from torch.nn import functional
 
@@ -54,6 +55,7 @@ from stages.methods.cam import CamConfig
 from stages.methods.classifier_files import ClassifierDescription, build_classifier, load_classifier, save_classifier
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.classifier import Classifier
+from stages.ops.devices import Precision
 
 SIZES = ((375, 500), (500, 375), (333, 500), (375, 500), (500, 334), (375, 500), (281, 500), (375, 500))
 """(height, width) as VOC's images have them, the most common ones most often."""
@@ -145,12 +147,12 @@ def draw_images(folder: Path, count: int, shrink: float) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def ours(scene: Scene, name: str, threads: int) -> Path:
+def ours(scene: Scene, name: str, threads: int, precision: Precision = "fp32") -> Path:
     """``make_attention`` from files to shards."""
     out = scene.folder / "ours"
     shutil.rmtree(out, ignore_errors=True)
     make_attention(
-        CONFIG,
+        CONFIG.model_copy(update={"precision": precision}),
         images=scene.folder / "prepared",
         classifier=scene.classifier(name),
         data_root=scene.data_root,
@@ -258,6 +260,7 @@ def report(scene: Scene, rounds: int, threads: int) -> dict[str, Any]:
                 "peer": partial(peer, scene, network, is_pair=True),
                 "peer, one input a pass": partial(peer, scene, network, is_pair=False),
                 "ours": partial(ours, scene, name, threads),
+                "ours, bf16": partial(ours, scene, name, threads, "bf16"),
             },
             rounds,
         )
@@ -275,6 +278,7 @@ def report(scene: Scene, rounds: int, threads: int) -> dict[str, Any]:
         "labels_per_image": round(statistics.mean(labels), 2),
         "rounds": rounds,
         "threads": torch.get_num_threads(),
+        "cpu_has_bf16": has_bf16(),
         "load_average": round(os.getloadavg()[0], 1),
         "hardware": hardware(),
         "commit": commit(),
@@ -285,8 +289,12 @@ def _ratios(name: str, wall: dict[str, float], sizes: dict[str, float], *, is_cp
     """Faster than the peers, and within the limits on disk (a cost of 1 is the limit)."""
     target = CPU_TARGET if is_cpu else 1.0
     speed = [
-        _ratio(f"{name}: ours / {way}", wall[way] / wall["ours"], "speedup", target) for way in wall if way != "ours"
+        _ratio(f"{name}: ours / {way}", wall[way] / wall["ours"], "speedup", target)
+        for way in wall
+        if "ours" not in way
     ]
+    if not is_cpu or has_bf16():
+        speed.append(_ratio(f"{name}: bf16 / fp32", wall["ours"] / wall["ours, bf16"], "speedup", 1.0))
     limits = {"maps": MAP_LIMIT_BYTES, "masks": MASK_LIMIT_BYTES}
     return speed + [
         _ratio(f"{name}: bytes of {thing} an image / {limit:,}", sizes[thing] / limit, "cost", 1.0)
@@ -307,6 +315,7 @@ def show(document: dict[str, Any]) -> None:
             print(f"{value:8.3f} images/s {cpu:8.2f} processor s/image  {name}, {way}")
         for thing, size in found["bytes_per_image"].items():
             print(f"{size:8,d} bytes an image  {name}, {thing}")
+    print(f"the CPU has {'' if document['cpu_has_bf16'] else 'no known '}instructions for bf16")
     for ratio in document["ratios"]:
         mark = "" if ratio["met"] else "  MISSED"
         print(f"{ratio['value']:8.2f} ×  {ratio['name']} ({ratio['kind']}, target {ratio['target']:.2f}){mark}")

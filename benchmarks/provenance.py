@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from pathlib import Path
 
 
 def processor() -> str:
@@ -17,6 +18,15 @@ def hardware() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+
+
+def has_bf16() -> bool | None:
+    """Whether the CPU has instructions for bfloat16 (AVX-512 BF16, AMX, ARM's); None where Linux does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return "bf16" in text
 
 
 def commit() -> str:

@@ -30,6 +30,7 @@ from stages.masks.attention_windows import check_classes, read_views
 from stages.masks.refinements.config import RefinementConfig
 from stages.masks.threshold_choice import with_chosen_threshold
 from stages.nets.segmenters.files import read_segmenter_record
+from stages.ops.devices import check_precision
 from stages.ops.metrics.confusion import SparseConfusions, iou, mean_iou, pixel_accuracy, write_confusions
 from stages.ops.pool import num_processes
 from stages.scoring.intervals import boundary_metrics, interval_metrics, is_boundary
@@ -139,10 +140,13 @@ def evaluate(
         of the refinement are worth (``step``, ``miou``, ``miou_labelled``, ``coverage``), where the steps were kept.
 
     Raises:
+        ConfigError: ``precision: fp16`` without CUDA.
         DataError: an image or a true mask is damaged.
         DamagedFileError: an input artifact does not fit the data.
     """
     runtime = runtime or Runtime()
+    if config.segmentation:
+        check_precision(config.precision, runtime, "evaluate.precision")
     image_set = open_image_set(images, data_root)
     if (segmenter is not None) != config.segmentation:
         raise ValueError("give a segmenter exactly where segmentation is true")

@@ -42,6 +42,7 @@ from stages.masks.attention_windows import (
     write_views,
 )
 from stages.masks.writing import explain_full_disk
+from stages.ops.devices import check_precision
 from stages.ops.rate import ImageRate
 
 VERSION = 2
@@ -87,10 +88,13 @@ def make_attention(
         Metric ``attention.bytes_per_image``: bytes on disk over images; nothing for a part or where no map is kept.
 
     Raises:
+        ConfigError: ``precision: fp16`` without CUDA.
         DataError: a training image has no labels, cannot be read, or changed its size.
         InputError: the classifier knows other classes, or gives nothing but NaN.
         EnvironmentFailure: the device cannot hold one image, or the disk is full.
     """
+    runtime = runtime or Runtime()
+    check_precision(config.precision, runtime, "make_attention.precision")
     image_set = open_image_set(images, data_root)
     shards = training_windows(image_set, config)
     if not config.keep_maps:
@@ -101,9 +105,7 @@ def make_attention(
     num_images, num_missing = (sum(len(shard.records) for shard in some) for some in (wanted, missing))
     progress.step(TASK, num_images - num_missing, num_images)
     if missing:
-        source = WindowAttention(
-            config, classifier=classifier, images=image_set, progress=progress, runtime=runtime or Runtime()
-        )
+        source = WindowAttention(config, classifier=classifier, images=image_set, progress=progress, runtime=runtime)
         with explain_full_disk(out, lambda: f"{_count_shards(out)} of {len(shards)} files of maps"):
             _store(source, missing, census, out, progress, num_images)
     if part is not None:

@@ -31,6 +31,7 @@ from stages.masks.threshold_choice import ThresholdChoice, choose_threshold, wit
 from stages.masks.window_masks import make_window_masks
 from stages.masks.writing import BackgroundWriter, explain_full_disk
 from stages.ops.crf.dense_crf import resolve_crf_backend
+from stages.ops.devices import Precision, check_precision
 from stages.ops.pool import num_processes
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def make_masks(
     runtime: Runtime | None = None,
     part: Part | None = None,
     classifier: Path | None = None,
+    precision: Precision = "fp32",
 ) -> StageResult:
     """Write one pseudo-mask for every image that has attention maps.
 
@@ -75,6 +77,8 @@ def make_masks(
         part: Write only the masks of this part of the training images, and no ``stats.json``; None writes all.
         classifier: Output folder of ``train_classifier``; read, and needed, for ``refine: random_walk`` and where
             ``attention`` keeps no maps.
+        precision: Of the classifier's forward pass in ``refine: random_walk``: that of ``make_attention``.  Where it
+            kept no maps it says so itself.
 
     Returns:
         ``masks.coverage`` (not 255), ``masks.foreground_ratio`` and ``masks.foreground_ratio_before_crf``, all of all
@@ -82,7 +86,7 @@ def make_masks(
 
     Raises:
         ConfigError: ``sweep`` names images that cannot be used, or there are no stored maps for it; a classifier is
-            needed and not given; a random walk names a layer that its backbone lacks.
+            needed and not given; a random walk names a layer that its backbone lacks; ``precision`` needs CUDA.
         DataError: an image is missing or is not of the size that its attention was made for.
         InputError: the classifier knows other classes, or gives nothing but NaN; stored maps are of other labels.
         EnvironmentFailure: the disk is full, or the device cannot hold one image.
@@ -92,8 +96,11 @@ def make_masks(
     image_set = open_image_set(images, data_root)
     views = read_views(attention)
     _check_inputs(config, views, classifier, image_set)
+    precision = precision if views is None else views.precision
+    if views is not None or config.walks:
+        check_precision(precision, runtime, "make_attention.precision")
     processes = num_processes(runtime.processes)
-    walker = _open_walker(config, classifier, image_set, progress, runtime)
+    walker = _open_walker(config, classifier, image_set, progress, runtime, precision)
     choice = _choose_threshold(config, image_set, attention, walker, processes, progress)
     config = config if choice is None else with_threshold(config, choice.threshold)
     device = _torch_device(config, runtime)
@@ -233,14 +240,26 @@ def _supervision(choice: ThresholdChoice | None) -> tuple[str, ...]:
 
 
 def _open_walker(
-    config: MakeMasksConfig, classifier: Path | None, images: ImageSet, progress: Progress, runtime: Runtime
+    config: MakeMasksConfig,
+    classifier: Path | None,
+    images: ImageSet,
+    progress: Progress,
+    runtime: Runtime,
+    precision: Precision,
 ) -> MapWalker | None:
     """The classifier, where maps walk over its features."""
     if not config.walks or classifier is None:
         return None
     from stages.masks.refinements.random_walk import MapWalker
 
-    return MapWalker(config.random_walk, classifier=classifier, images=images, progress=progress, runtime=runtime)
+    return MapWalker(
+        config.random_walk,
+        classifier=classifier,
+        images=images,
+        progress=progress,
+        runtime=runtime,
+        precision=precision,
+    )
 
 
 def _torch_device(config: MakeMasksConfig, runtime: Runtime) -> str | None:

@@ -86,7 +86,8 @@ def test_attention_methods_fills_its_table_once_and_shows_what_is_missing(tmp_pa
 @pytest.mark.slow
 def test_evaluate_prints_its_document():
     document = run_quick("evaluate")
-    assert {"images", "rounds", "milliseconds_per_image", "bytes_per_image"} <= document.keys()
+    assert {"images", "rounds", "milliseconds_per_image", "bytes_per_image", "cpu_has_bf16"} <= document.keys()
+    assert document["prediction"].keys() == {"fp32", "bf16"}
     names = [ratio["name"] for ratio in document["ratios"]]
     assert names == ["update: torchmetrics / ours", "update: torchmetrics, unchecked / ours"]
     assert [ratio["kind"] for ratio in document["ratios"]] == ["speedup"] * 2
@@ -105,9 +106,9 @@ def test_attention_throughput_agrees_with_its_peer_and_keeps_to_the_limits_on_di
     document = run_quick("attention_throughput", "--networks", "squeezenet1_1", "--device", "cpu")
     assert "load_average" in document
     found = document["networks"]["squeezenet1_1"]
-    assert found["images_per_s"].keys() == {"peer", "peer, one input a pass", "ours"}
+    assert found["images_per_s"].keys() == {"peer", "peer, one input a pass", "ours", "ours, bf16"}
     assert found["correlation"] > 0.8
-    assert len(document["ratios"]) == 2 + 2
+    assert len(document["ratios"]) == 2 + 2 + bool(document["cpu_has_bf16"])
     # what does not depend on the machine
     assert [ratio["met"] for ratio in document["ratios"] if ratio["kind"] == "cost"] == [True, True]
 

@@ -28,7 +28,7 @@ BEST = "voc_animals_best"
 """The best road measured: other methods before the segmenter and in it, the same data, network and test."""
 
 EXPECTED = {
-    *("custom", "demo", "demo_gain_ext30", "cub_adl", "cub_cam"),
+    *("custom", "custom_gpu", "demo", "demo_gain_ext30", "cub_adl", "cub_cam"),
     *(f"demo_{method}" for method in OTHERS),
     *(f"voc12_{method}" for method in VOC12),
     *("voc12_largefov_vgg16", "voc12_deeplab_v2"),
@@ -75,7 +75,7 @@ def test_the_shipped_configs_are_those_that_are_expected():
 def test_the_header_names_paper_command_hardware_and_expectation(path: Path):
     header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     text = "\n".join(header)
-    paper = () if path.stem == "custom" else ("Paper:",)
+    paper = () if path.stem.startswith("custom") else ("Paper:",)
     for word in (*paper, "Command:", "Hardware:", "Expected:", path.name):
         assert word in text, f"{path.name}: the comment at the top lacks '{word}'"
 

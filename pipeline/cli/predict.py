@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,6 +36,7 @@ def predict(
     window: Annotated[
         int | None, typer.Option(metavar="N", help="Windows of N px for larger images; 0 never; else 1024 above 2048.")
     ] = None,
+    precision: Annotated[str | None, typer.Option(metavar="NAME", help="fp32, bf16 or, on CUDA, fp16.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Predict again what is there, and replace it.")] = False,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, mps, cuda or cuda:N.")] = None,
     overrides: OverridesOption = None,
@@ -58,7 +59,8 @@ def predict(
         raise typer.BadParameter("name images, folders or patterns" + ("" if model else " after CONFIG"))
     pictures = find_pictures(images, out)
     source, config, runtime = _find_source(model, words[0], overrides, artifacts)
-    options = _options(config, scales, flip, crf, window)
+    given = {"scales": scales and scales.split(","), "flip": flip, "precision": precision, "window_px": window}
+    options = _options(config, given, crf)
     if device is not None:
         try:
             runtime = type(runtime).model_validate({**runtime.model_dump(), "device": device})
@@ -102,20 +104,14 @@ def _find_source(
     return exported_source(folder, record), record.prediction, Runtime()
 
 
-def _options(
-    config: PredictionConfig, scales: str | None, flip: bool | None, crf: str | None, window: int | None
-) -> PredictOptions:
+def _options(config: PredictionConfig, given: dict[str, Any], crf: str | None) -> PredictOptions:
     """What the config does, changed by what the command line says; all mistakes at once."""
     from pydantic import ValidationError
 
     from pipeline.config.yaml_models import explain
     from stages.scoring.window_prediction import PredictOptions
 
-    values = PredictOptions.of(config).model_dump() | {"window_px": window}
-    if scales is not None:
-        values["scales"] = [part.strip() for part in scales.split(",")]
-    if flip is not None:
-        values["flip"] = flip
+    values = PredictOptions.of(config).model_dump() | {name: it for name, it in given.items() if it is not None}
     if crf == "off":
         values["crf"] = None
     elif crf is not None:

@@ -6,6 +6,7 @@ Runs in a child process (it needs torch); reads weight files, downloads public o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 from pipeline.config.run_config import RunConfig
 from stages.contracts import ClassList, Progress
@@ -13,23 +14,23 @@ from stages.data.listing import list_data
 from stages.errors import ConfigError, InputError
 from stages.methods.classifier_files import START, ClassifierDescription, build_classifier
 from stages.nets.segmenters.config import DeepLabConfig, pretrained_name
+from stages.ops.devices import Precision
 
 
 def needs_check(run: RunConfig, stages: Collection[str]) -> bool:
-    """Whether building ``stages`` would train a classifier before it finds out that the segmenter cannot be trained.
+    """Whether building ``stages`` would train a network before it finds out that a later one cannot be used.
 
     A classifier that cannot be built, and a segmenter that is trained first, are refused by their own stage at once;
     but layers that a user names, and a number of devices, are looked up before the data are prepared.
     """
-    trains_classifier = "train_classifier" in stages
-    names_layers = trains_classifier and (run.train_classifier.method.names_layers or _walked_layer(run) is not None)
+    is_named = run.train_classifier.method.names_layers or _walked_layer(run) is not None
     config = run.train_segmenter
     is_late = {"train_classifier", "train_segmenter"} <= set(stages)
     is_tu = isinstance(config.net, DeepLabConfig) and config.net.encoder.startswith("tu-")
-    is_half = config.training.precision == "fp16"
+    is_half = "fp16" in [value for name, value in _precisions(run).items() if name.partition(".")[0] in stages][1:]
     is_fetched = pretrained_name(config.net, config.init) is not None
     is_spread = run.runtime.devices not in (1, "auto") and bool({"train_classifier", "train_segmenter"} & set(stages))
-    return names_layers or is_spread or (is_late and (is_tu or is_half or is_fetched))
+    return ("train_classifier" in stages and is_named) or is_spread or is_half or (is_late and (is_tu or is_fetched))
 
 
 def check_networks(run: RunConfig, progress: Progress) -> None:
@@ -40,7 +41,7 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
         EnvironmentFailure: the device is not there, or there are fewer than were asked for.
     """
     from stages.nets.segmenters.build import build_segmenter
-    from stages.ops.devices import resolve_device
+    from stages.ops.devices import check_precision
     from stages.training.distributed import resolve_devices
 
     resolve_devices(run.runtime, run.train_classifier.max_devices)
@@ -50,22 +51,31 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
     checks: dict[str, Callable[[], object]] = {"train_classifier": lambda: _build_classifier(run)}
     if run.evaluate.segmentation:
         checks["train_segmenter"] = lambda: build_segmenter(segmenter.net, 2, init=init, weights=run.weights)
+    for name, value in _precisions(run).items():
+        checks[name] = partial(check_precision, value, run.runtime, "precision")
     errors: dict[str, InputError] = {}
     for stage, build in checks.items():
         try:
             build()
         except InputError as error:
             errors[stage] = error
-    is_half = {stage: getattr(run, stage).training.precision == "fp16" for stage in checks}
-    if any(is_half.values()) and (device := resolve_device(run.runtime)).type != "cuda":
-        text = f"training.precision fp16 needs CUDA, found {device.type}; use fp32 or bf16"
-        errors |= {stage: ConfigError(text) for stage in checks if is_half[stage] and stage not in errors}
     if errors:
         problems = [f"{stage}: {line}" for stage, error in errors.items() for line in (error.message, *error.problems)]
         kinds = {type(error) for error in errors.values()}
         kind = kinds.pop() if len(kinds) == 1 else InputError
         raise kind("a network of this run cannot be built or trained", problems)
     progress.info("the networks can be built and their weights fit")
+
+
+def _precisions(run: RunConfig) -> dict[str, Precision]:
+    """Of the networks of each section that is run, in the order of the stages."""
+    found: dict[str, Precision] = {"train_classifier.training": run.train_classifier.training.precision}
+    if run.evaluate.segmentation and run.train_segmenter.supervision == "weak":
+        found["make_attention"] = run.make_attention.precision
+    if run.evaluate.segmentation:
+        found["train_segmenter.training"] = run.train_segmenter.training.precision
+        found["evaluate"] = run.evaluate.precision
+    return found
 
 
 def _build_classifier(run: RunConfig) -> None:
@@ -75,12 +85,9 @@ def _build_classifier(run: RunConfig) -> None:
     config = run.train_classifier
     # how many classes there are matters only to the weights of a trained classifier
     classes = list_data(run.data).classes if START in run.weights else ClassList(names=("any",))
-    description = ClassifierDescription(
-        backbone=config.backbone, head=config.head, method=config.method, classes=classes
-    )
-    classifier, _ = build_classifier(description, run.weights)
-    layer = _walked_layer(run)
-    if layer is not None:
+    options = {"backbone": config.backbone, "head": config.head, "method": config.method}
+    classifier, _ = build_classifier(ClassifierDescription(**options, classes=classes), run.weights)
+    if (layer := _walked_layer(run)) is not None:
         try:
             find_layer(classifier.backbone, layer)
         except ConfigError as error:

@@ -267,7 +267,7 @@ def _mask_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
 
 def _evaluate_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
     config = run.evaluate
-    return {"config": _json(config) | {"crf_config": _crf(config.crf_config, run, is_used=config.crf)}}
+    return {"config": config.key_content() | {"crf_config": _crf(config.crf_config, run, is_used=config.crf)}}
 
 
 def _weights(name: str | None, weights: Mapping[str, Path]) -> str | None:
@@ -350,7 +350,7 @@ TABLE = StageTable(
         StageSpec(
             name="make_attention",
             inputs=lambda run: ("prepare_data", "train_classifier"),
-            key_parts=lambda run, data: {"config": _json(run.make_attention)},
+            key_parts=lambda run, data: {"config": run.make_attention.key_content()},
             view=_attention_view,
             arguments=lambda call: {
                 "config": call.run.make_attention,
@@ -369,6 +369,7 @@ TABLE = StageTable(
             arguments=lambda call: {
                 "config": _mask_config(call.run),
                 "attention": call.inputs["make_attention"],
+                "precision": call.run.make_attention.precision,
                 **_optional(call, [("classifier", "train_classifier")]),
                 **_common(call),
             },

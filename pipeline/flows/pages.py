@@ -25,11 +25,7 @@ def headline(stages: Sequence[StageOutcome]) -> str:
 
 
 def write_page(
-    title: str,
-    command: str,
-    stages: Sequence[StageOutcome],
-    report: Path | None = None,
-    picture: Path | None = None,
+    title: str, command: str, stages: Sequence[StageOutcome], report: Path | None = None, picture: Path | None = None
 ) -> str:
     """The page as Markdown; the report is a link where WSSS_FILES_URL says where a web server has ``reports``."""
     metrics = {name: value for stage in stages for name, value in stage.metrics.items()}

@@ -23,12 +23,12 @@ from stages.contracts import (
     ImageSet,
     Progress,
     Runtime,
-    StageConfig,
     read_json,
     write_json,
 )
 from stages.errors import DamagedFileError, DataError, InputError
 from stages.masks.attention_maps import BROKEN_WEIGHTS
+from stages.ops.devices import ForwardConfig
 
 if TYPE_CHECKING:
     from stages.masks.extraction import AttentionExtractor
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 VIEWS_FILE = "views.json"
 
 
-class AttentionConfig(StageConfig):
+class AttentionConfig(ForwardConfig):
     """How the trained classifier looks at an image, and how finely its attention is kept."""
 
     scales: tuple[Annotated[float, Field(ge=0.1, le=4.0)], ...] = Field(default=(0.5, 1.0, 1.5, 2.0), min_length=1)
@@ -66,7 +66,8 @@ class AttentionConfig(StageConfig):
 
 def write_views(folder: Path, config: AttentionConfig) -> None:
     """Write what stands for the maps where they are not kept: how to look at the images."""
-    write_json(folder / VIEWS_FILE, config.model_dump(mode="json", include=set(AttentionConfig.model_fields)))
+    content = config.key_content()
+    write_json(folder / VIEWS_FILE, {name: content[name] for name in AttentionConfig.model_fields if name in content})
 
 
 def read_views(folder: Path) -> AttentionConfig | None:
@@ -239,6 +240,7 @@ def _open_extractor(
         num_foreground=images.index.classes.num_foreground,
         device=device,
         warn=progress.warn,
+        precision=config.precision,
     )
 
 

@@ -22,6 +22,7 @@ from stages.data.whole_images import fill_padded, padded_size, resize_image, sca
 from stages.errors import EnvironmentFailure, InputError
 from stages.nets.folding import fold_batch_norm
 from stages.ops.attention import MapMean, map_size, quantise_attention
+from stages.ops.devices import Precision, autocast
 
 if TYPE_CHECKING:
     from stages.methods.base import Method
@@ -103,6 +104,7 @@ class AttentionExtractor:
         num_foreground: int,
         device: torch.device,
         warn: Callable[[str], None],
+        precision: Precision = "fp32",
     ) -> None:
         """Take over a classifier that is in evaluation mode on ``device``; ``warn`` hears of halved batches.
 
@@ -119,6 +121,7 @@ class AttentionExtractor:
         self._num_foreground = num_foreground
         self._device = device
         self._warn = warn
+        self._precision: Precision = precision
 
     def records(
         self, batch: Sequence[ImageRecord], inputs: Sequence[NDArray[np.uint8]], *, is_nan_borne: bool = False
@@ -164,15 +167,16 @@ class AttentionExtractor:
         return max(1, min(len(stack), self.budget_px // (stack.shape[1] * stack.shape[2])))
 
     def _forward(self, inputs: NDArray[np.uint8], labels: Sequence[tuple[int, ...]]) -> Tensor | None:
-        """Attention (B, K, h, w) of some inputs, or None when the device's memory did not suffice."""
+        """Attention (B, K, h, w) of some inputs as float32, or None when the device's memory did not suffice."""
         try:
             images = to_network_input(torch.from_numpy(inputs), self._device)
             images = images.contiguous(memory_format=torch.channels_last)
             hot = torch.zeros(len(labels), self._num_foreground, device=self._device)
             for row, present in enumerate(labels):
                 hot[row, list(present)] = 1.0
-            with torch.inference_mode(not self._method.attention_needs_gradient):
-                return self._method.attention(self._classifier, images, hot).detach()
+            is_plain = not self._method.attention_needs_gradient
+            with torch.inference_mode(is_plain), autocast(self._device.type, self._precision):
+                return self._method.attention(self._classifier, images, hot).detach().float()
         except torch.OutOfMemoryError:
             return None
 

@@ -187,7 +187,11 @@ def find_evidence(
     if head is not None:
         weights = linear_weights(head.weight, label, second_order=second_order)
     else:
-        weights = gradient_weights(output.logits, features, image, label, second_order=second_order)
+        # float16 has no gradient below 6e-8, and that of a mean is divided by the number of cells
+        scale = min(features[0, 0].numel(), 1 << 15) if cut and features.element_size() == 2 else 1
+        weights = gradient_weights(
+            output.logits, features, image, label, second_order=second_order, loss_scale=float(scale)
+        )
     return Evidence(output.logits, weighted_maps(features, weights, image), image, label)
 
 

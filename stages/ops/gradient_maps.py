@@ -30,7 +30,13 @@ def label_pairs(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient_weights(
-    logits: Tensor, features: Tensor, image: Tensor, label: Tensor, *, second_order: bool = False
+    logits: Tensor,
+    features: Tensor,
+    image: Tensor,
+    label: Tensor,
+    *,
+    second_order: bool = False,
+    loss_scale: float = 1.0,
 ) -> Tensor:
     """Channel weights of each pair: the gradient of its logit by the features, summed over the cells.
 
@@ -45,6 +51,8 @@ def gradient_weights(
         label: (P,) class of each pair.
         second_order: Keep the graph of the weights, so that a loss of the maps also reaches what is behind the
             features.  False makes them constants, which is the papers' reading.
+        loss_scale: Factor on the logits in the backward pass, taken out of the sum over the cells: with float16
+            features it keeps the gradient of a mean over many cells from vanishing.
 
     Returns:
         (P, D).
@@ -57,8 +65,10 @@ def gradient_weights(
     # as many passes on every device: behind a BatchNorm that all devices share each pass is an exchange
     for number in range(largest_over_devices(int(rank.max()) + 1 if len(image) else 0)):
         chosen = torch.nonzero(rank == number)[:, 0]
-        total = logits[image[chosen], label[chosen]].sum()
+        total = logits[image[chosen], label[chosen]].sum() * loss_scale
         (gradient,) = torch.autograd.grad(total, features, retain_graph=True, create_graph=second_order)
+        if loss_scale != 1:
+            gradient = gradient.float() / loss_scale
         summed = gradient.sum(dim=(2, 3)).to(weights.dtype)
         weights = weights.index_copy(0, chosen, summed[image[chosen]])
     return weights if second_order else weights.detach()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.contracts import LEAST_INPUT_PX
+from stages.ops.devices import Precision, autocast
 
 _Result = TypeVar("_Result")
 
@@ -38,7 +39,14 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
-def predict_logits(model: nn.Module, images: Tensor, *, short_side_px: int | None = None, scale: float = 1.0) -> Tensor:
+def predict_logits(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    short_side_px: int | None = None,
+    scale: float = 1.0,
+    precision: Precision = "fp32",
+) -> Tensor:
     """Logits at the size of the images.
 
     Args:
@@ -46,12 +54,15 @@ def predict_logits(model: nn.Module, images: Tensor, *, short_side_px: int | Non
         images: Normalised, float32 (B, 3, H, W).
         short_side_px: Shorter side of what the network sees; None for the images' own size.
         scale: Further factor on that.
+        precision: Of the forward pass.
 
     Returns:
         float32 (B, C, H, W).
     """
     size = (images.shape[-2], images.shape[-1])
-    logits: Tensor = model(resize(images, network_size(size, short_side_px, scale)))
+    seen = resize(images, network_size(size, short_side_px, scale))
+    with autocast(images.device.type, precision):
+        logits: Tensor = model(seen)
     return functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
 
 
@@ -63,6 +74,7 @@ def multi_scale_probabilities(
     flip: bool,
     short_side_px: int | None = None,
     single_scale: Tensor | None = None,
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Mean of the class probabilities over scales, and over mirror images.
 
@@ -73,6 +85,7 @@ def multi_scale_probabilities(
         flip: Whether each scale also sees the mirror image.
         short_side_px: As in ``predict_logits``.
         single_scale: The logits at scale 1 where the caller has them already.
+        precision: As in ``predict_logits``.
 
     Returns:
         float32 (B, C, H, W), summing to 1 over C.
@@ -84,7 +97,7 @@ def multi_scale_probabilities(
                 logits = single_scale
             else:
                 seen = images.flip(-1) if is_mirrored else images
-                logits = predict_logits(model, seen, short_side_px=short_side_px, scale=scale)
+                logits = predict_logits(model, seen, short_side_px=short_side_px, scale=scale, precision=precision)
             probabilities = torch.softmax(logits.flip(-1) if is_mirrored else logits, dim=1)
             total = probabilities if total is None else total.add_(probabilities)
     if total is None:

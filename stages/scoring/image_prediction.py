@@ -26,6 +26,7 @@ from PIL import Image
 from stages.contracts import Progress, Runtime, encode_index_mask, voc_palette, write_atomic
 from stages.data.pictures import PictureFile, decode_picture, read_picture_size
 from stages.errors import DataError, InputError
+from stages.ops.devices import check_precision
 from stages.ops.pool import num_processes
 from stages.ops.rate import ImageRate
 from stages.scoring.network_pass import Look, look_at_images, plan_batches, refine_prediction
@@ -136,9 +137,11 @@ def predict_pictures(
         What was done, with one problem for each image that could not be read; the others are finished.
 
     Raises:
+        ConfigError: fp16 without CUDA.
         InputError: an output would replace an input, or (without ``force``) a file of another origin.
         EnvironmentFailure: no window is small enough for the device's memory.
     """
+    check_precision(options.precision, runtime, "--precision (or evaluate.precision)")
     summary = PredictionSummary(out)
     options = options.resolved(runtime.device)
     identity = _identify(source.digest, options)
@@ -306,7 +309,7 @@ def _finish(context: _Context, look: Look[_Job]) -> tuple[str, NDArray[np.int64]
 
 def _identify(model_digest: str, options: PredictOptions) -> str:
     """Everything but the image that decides a mask."""
-    content = {"format": _FORMAT, "model": model_digest, "options": options.model_dump(mode="json")}
+    content = {"format": _FORMAT, "model": model_digest, "options": options.key_content()}
     return json.dumps(content, sort_keys=True)
 
 

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, model_validator
 
-from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, StageConfig, write_index_mask
+from stages.contracts import ImageRecord, ImageSet, Progress, Runtime, write_index_mask
 from stages.data.whole_images import read_checked
 from stages.errors import DamagedFileError
 from stages.nets.segmenters.files import load_segmenter
 from stages.ops.crf.dense_crf import CrfConfig
+from stages.ops.devices import ForwardConfig, check_precision
 from stages.ops.metrics.boundaries import count_boundaries
 from stages.ops.metrics.confusion import SparseConfusions, confusion_matrix, read_confusions, write_confusions
 from stages.ops.pool import num_processes
@@ -50,7 +51,7 @@ Matrices = dict[str, NDArray[np.int64]]
 """Counts of one image by what was scored: segmenter, segmenter_ms, segmenter_ms_crf, and the outlines of each."""
 
 
-class PredictionConfig(StageConfig):
+class PredictionConfig(ForwardConfig):
     """How a segmenter looks at whole images."""
 
     short_side_px: int | None = Field(default=None, ge=16, le=4096)
@@ -136,8 +137,10 @@ def predict_images(
 
     Raises:
         DataError: an image or a true mask is damaged.
+        ConfigError: ``precision: fp16`` without CUDA.
         EnvironmentFailure: the accelerator's memory does not hold one image.
     """
+    check_precision(config.precision, runtime, "evaluate.precision")
     batches = plan_batches((record, record.size) for record in records)
     partial = [out / "partial" / f"segmenter-{number:05d}.npz" for number in range(len(batches))]
     todo = [number for number, path in enumerate(partial) if not _is_finished(path, progress)]
@@ -221,7 +224,7 @@ def _look(
 
     config = context.config
     images = to_network_input(torch.from_numpy(pixels), device)
-    logits = predict_logits(model, images, short_side_px=config.short_side_px)
+    logits = predict_logits(model, images, short_side_px=config.short_side_px, precision=config.precision)
     single = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
     mean: NDArray[np.float32] | None = None
     if any(context.needs_multi(record) for record in records):
@@ -232,6 +235,7 @@ def _look(
             flip=config.flip,
             short_side_px=config.short_side_px,
             single_scale=logits,
+            precision=config.precision,
         )
         mean = probabilities.cpu().numpy()
     looks = []

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, field_validator
 
-from stages.contracts import Progress, StageConfig
+from stages.contracts import Progress
 from stages.errors import EnvironmentFailure
 from stages.ops.crf.dense_crf import CrfConfig, dense_crf
+from stages.ops.devices import ForwardConfig
 from stages.scoring.network_pass import likely_classes
 from stages.scoring.prediction import PredictionConfig, Scales
 
@@ -38,7 +39,7 @@ Predicted = tuple[NDArray[np.uint8] | None, NDArray[np.float32] | None]
 """Class indices (H, W), or probabilities (C, H, W) from which a CRF is still to make them."""
 
 
-class PredictOptions(StageConfig):
+class PredictOptions(ForwardConfig):
     """How images are looked at."""
 
     short_side_px: int | None = Field(default=None, ge=16, le=4096)
@@ -67,6 +68,7 @@ class PredictOptions(StageConfig):
             scales=config.scales if config.multi_scale else (1.0,),
             flip=config.flip and config.multi_scale,
             crf=config.crf_config if config.crf else None,
+            precision=config.precision,
         )
 
     def resolved(self, device: str) -> Self:
@@ -134,7 +136,9 @@ class PicturePredictor:
             return [(None, found) for found in self._probabilities(pixels, options.short_side_px).cpu().numpy()]
         if options.scales == (1.0,) and not options.flip:  # of one view the likeliest class needs no probabilities
             images = to_network_input(pixels, self._device)
-            scores = predict_logits(self._model, images, short_side_px=options.short_side_px)
+            scores = predict_logits(
+                self._model, images, short_side_px=options.short_side_px, precision=options.precision
+            )
         else:
             scores = self._probabilities(pixels, options.short_side_px)
         return [(mask, None) for mask in scores.argmax(dim=1).to(torch.uint8).cpu().numpy()]
@@ -147,7 +151,12 @@ class PicturePredictor:
         images = to_network_input(batch, self._device)
         options = self._options
         return multi_scale_probabilities(
-            self._model, images, scales=options.scales, flip=options.flip, short_side_px=short_side_px
+            self._model,
+            images,
+            scales=options.scales,
+            flip=options.flip,
+            short_side_px=short_side_px,
+            precision=options.precision,
         )
 
     def _in_fitting_windows(self, image: NDArray[np.uint8], wanted_px: int | None) -> NDArray[np.uint8]:

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stages.contracts import StageConfig
+from stages.ops.devices import Precision
 
 
 class TrainingConfig(StageConfig):
@@ -43,7 +44,7 @@ class TrainingConfig(StageConfig):
     step_factor: float = Field(default=0.1, gt=0, le=1)
     warmup_steps: int = Field(default=0, ge=0)
     """First steps over which the learning rate rises linearly to the schedule's."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """Of the forward pass; the weights stay fp32. fp16 needs CUDA."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest L2 norm of the whole gradient; None does not clip."""

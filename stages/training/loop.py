@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from stages.contracts import Progress, Runtime, SilentProgress
 from stages.data.batches import TrainingData, iterate_batches
 from stages.data.transforms import to_network_input
-from stages.errors import ConfigError, EnvironmentFailure, InputError, is_out_of_memory
-from stages.ops.devices import deterministic
+from stages.errors import EnvironmentFailure, InputError, is_out_of_memory
+from stages.ops.devices import autocast, check_precision, deterministic
 from stages.ops.step import StepInfo
 from stages.training.checkpoints import check_network, load_checkpoint, save_checkpoint
 from stages.training.config import TrainingConfig
@@ -184,8 +184,7 @@ def _check_start(config: TrainingConfig, dataset: TrainingData, device: torch.de
             f"{len(dataset)} to train on), too few for {config.accumulate_steps} passes on each of {num_ranks()} "
             "devices; lower training.accumulate_steps"
         )
-    if config.precision == "fp16" and device.type != "cuda":
-        raise ConfigError(f"training.precision fp16 needs CUDA, found {device.type}; use fp32 or bf16")
+    check_precision(config.precision, device, "training.precision")
 
 
 @dataclass
@@ -318,11 +317,8 @@ class _Loop:
 
     def _take_pass(self, one: Pass, info: StepInfo, losses: StepLosses) -> None:
         """Add the gradient of one part of the step's batch."""
-        import torch
-
-        precision = torch.float16 if self.config.precision == "fp16" else torch.bfloat16
         batch = self._to_device(one.batch)
-        with torch.autocast(self.device.type, dtype=precision, enabled=self.config.precision != "fp32"):
+        with autocast(self.device.type, self.config.precision):
             found = dict(self.objective(self.model, batch, info))
         loss = found["loss"]
         weight = losses.add(found, one)

@@ -21,6 +21,7 @@ from stages.data.records import some
 from stages.errors import ConfigError, EnvironmentFailure, InputError
 from stages.masks.attention_maps import BROKEN_WEIGHTS
 from stages.masks.refinements.base import Refinement
+from stages.ops.devices import Precision, autocast
 from stages.ops.random_walk import RandomWalkConfig, walk_maps
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class MapWalker:
         images: ImageSet,
         progress: Progress,
         runtime: Runtime,
+        precision: Precision = "fp32",
     ) -> None:
         """Load the classifier.
 
@@ -55,6 +57,7 @@ class MapWalker:
             images: Where pixels come from.
             progress: Warned when a batch does not fit the device, and by ``conclude``.
             runtime: Device, threads, and the threads that read images ahead.
+            precision: Of the forward pass; the walk is in float32.
 
         Raises:
             ConfigError: the backbone has no such layer; the nearest are named.
@@ -73,6 +76,7 @@ class MapWalker:
         if config.layer is not None:
             find_layer(self._backbone, config.layer)
         self._config, self._images, self._progress, self._workers = config, images, progress, runtime.workers
+        self._precision: Precision = precision
         self._broken: set[str] = set()
         self._has_walked = False
         self._views = Views((1.0,), flip=False, short_side_px=config.short_side_px)
@@ -170,7 +174,7 @@ class MapWalker:
         from stages.nets.layers import capture_output
 
         layer = self._config.layer
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(self._device.type, self._precision):
             images = to_network_input(torch.from_numpy(inputs), self._device)
             if layer is None:
                 features = self._backbone(images)

@@ -31,6 +31,7 @@ def _spec(version: int, file_name: str, sha_prefix: str) -> BackboneSpec:
         partial(build_timm, name=name, num_channels=1280, half_normalised=True),
         public=PackageFile(package, f"models/{file_name}", sha_prefix, partial(_tensor_names, name)),
         largefov_head=_HEAD,
+        decoder_layer=("blocks.1", 24),
     )
 
 

@@ -74,5 +74,8 @@ class BackboneSpec:
     """LargeFOV's options on it where they differ from the defaults of ``LargeFovConfig``, which are VGG16's."""
     has_corner_cells: bool = False
     """Whether cell (i, j) looks at pixel (stride · i, stride · j), so that LargeFOV can align corners."""
+    decoder_layer: tuple[str, int] | None = None
+    """The layer whose output, at stride 4, DeepLabV3+'s decoder reads too, and its channels; None where DeepLabV3 and
+    V3+ do not stand on this backbone but on an encoder of segmentation-models-pytorch."""
     has_vgg_pools: bool = False
     """Whether DeepLab makes its 2×2 pools 3×3 and puts pool5 behind it."""

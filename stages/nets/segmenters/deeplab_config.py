@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from stages.errors import ConfigError
+from stages.nets.backbones.config import BACKBONES, BackboneConfig
 from stages.nets.segmenters.base import SegmenterBase
 
 if TYPE_CHECKING:
@@ -59,13 +60,15 @@ DILATABLE_ENCODERS: tuple[str, ...] = (
 Left out: the deprecated ``timm-…`` names (``tu-…`` serves), and MiT, whose attention loses its key reduction when SMP
 dilates it."""
 
+OUR_ENCODERS: tuple[str, ...] = tuple(name for name, spec in BACKBONES.items() if spec.decoder_layer is not None)
+"""Backbones of ours that serve as encoders: what the classifier has, with the same weights and tensor names."""
 
 _REFUSALS = (ValueError, TypeError, KeyError, AssertionError, RuntimeError, NotImplementedError, AttributeError)
 """What segmentation-models-pytorch and timm raise for a name they do not know or a net that they cannot dilate."""
 
 
 class DeepLabConfig(SegmenterBase):
-    """DeepLabV3 or DeepLabV3+ on an encoder of segmentation-models-pytorch.
+    """DeepLabV3 or DeepLabV3+ on an encoder of segmentation-models-pytorch or one of ``OUR_ENCODERS``.
 
     Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017 (V3);
     "Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation", ECCV 2018 (V3+).
@@ -73,7 +76,8 @@ class DeepLabConfig(SegmenterBase):
 
     name: Literal["deeplabv3", "deeplabv3plus"]
     encoder: str = "resnet50"
-    """An encoder of segmentation-models-pytorch that can be dilated, or a timm model as ``tu-<name>``."""
+    """An encoder of segmentation-models-pytorch that can be dilated, a timm model as ``tu-<name>``, or a backbone of
+    ours: tf_efficientnet_lite0, tf_efficientnet_lite2."""
     output_stride: Literal[8, 16] = 16
     """Pixels per cell of the encoder's last features."""
     aspp_dilations: tuple[int, int, int] = (6, 12, 18)
@@ -128,6 +132,8 @@ class DeepLabConfig(SegmenterBase):
         Raises:
             ConfigError: the encoder cannot be built at this stride.
         """
+        if self.encoder in OUR_ENCODERS:
+            return self._build_on_ours(num_classes)
         import segmentation_models_pytorch as smp
 
         from stages.nets.segmenters.deeplab import DeepLab
@@ -145,21 +151,48 @@ class DeepLabConfig(SegmenterBase):
             )
         except _REFUSALS as error:
             raise _encoder_refusal(self.encoder, self.output_stride, error) from error
-        return DeepLab(model, num_classes, output_stride=self.output_stride, freeze_bn=self.freeze_bn)
+        parts = (model.encoder, model.decoder, model.segmentation_head[0])
+        return DeepLab(*parts, num_classes, output_stride=self.output_stride, freeze_bn=self.freeze_bn)
+
+    def _build_on_ours(self, num_classes: int) -> DeepLab:
+        from torch import nn
+
+        from stages.nets.segmenters.deeplab import DeepLab, decoder_of
+
+        layer = BACKBONES[self.encoder].decoder_layer
+        assert layer is not None
+        backbone = BackboneConfig(name=self.encoder, output_stride=self.output_stride).build()
+        decoder = decoder_of(
+            backbone,
+            layer[1],
+            is_plus=self.name == "deeplabv3plus",
+            channels=self.decoder_channels,
+            dilations=self.aspp_dilations,
+            dropout=self.aspp_dropout,
+        )
+        return DeepLab(
+            backbone,
+            decoder,
+            nn.Conv2d(self.decoder_channels, num_classes, kernel_size=1),
+            num_classes,
+            output_stride=self.output_stride,
+            freeze_bn=self.freeze_bn,
+            decoder_layer=layer[0],
+        )
 
 
 def check_encoder(name: str, output_stride: int = 16) -> None:
-    """Refuse an encoder that segmentation-models-pytorch cannot dilate; torch-free but for ``tu-`` names.
+    """Refuse an encoder that nobody can dilate; torch-free but for ``tu-`` names.
 
     Raises:
         ConfigError: there is no such encoder, or it has no dilated mode; the message lists those that have one.
     """
     if name.startswith("tu-"):
         _probe_encoder(name, output_stride)
-    elif name not in DILATABLE_ENCODERS:
+    elif name not in (*DILATABLE_ENCODERS, *OUR_ENCODERS):
         raise ConfigError(
             f"encoder '{name}' cannot be dilated to output stride 8 or 16 (or does not exist); choose one of: "
-            + ", ".join(DILATABLE_ENCODERS)
+            + ", ".join((*DILATABLE_ENCODERS, *OUR_ENCODERS))
             + "; or a timm model as tu-<name>.  VGG16 and SqueezeNet are served by the segmenter 'largefov'"
         )
 
@@ -184,5 +217,5 @@ def _encoder_refusal(name: str, output_stride: int, error: Exception) -> ConfigE
     """What to raise where a library refuses an encoder; its reason is in the message."""
     return ConfigError(
         f"encoder '{name}' cannot be built at output stride {output_stride} ({error}); choose one of: "
-        + ", ".join(DILATABLE_ENCODERS)
+        + ", ".join((*DILATABLE_ENCODERS, *OUR_ENCODERS))
     )

@@ -70,3 +70,16 @@ def test_without_the_segmenter_the_command_that_trains_it_is_said(wsss, command:
 def test_a_config_without_a_segmenter_is_refused(wsss):
     words = ["--set", "evaluate.segmentation=false", "--set", "evaluate.localization={}"]
     assert "trains no segmenter" in wsss("export", "tiny.yaml", "--out", "x", *words, code=2)["message"]
+
+
+def test_precision_is_the_configs_unless_the_command_says_otherwise():
+    from pipeline.cli.predict import _options
+    from stages.errors import ConfigError
+    from stages.scoring.prediction import PredictionConfig
+
+    config, nothing = PredictionConfig(precision="bf16"), {"scales": None, "flip": None, "precision": None}
+    assert _options(config, nothing, None).precision == "bf16"
+    assert _options(config, nothing | {"precision": "fp32"}, None).precision == "fp32"
+    with pytest.raises(ConfigError) as caught:
+        _options(config, nothing | {"precision": "fp8"}, None)
+    assert caught.value.problems[0].startswith("--precision")

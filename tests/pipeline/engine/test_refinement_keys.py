@@ -78,3 +78,24 @@ def test_a_chain_that_cannot_be_is_refused(refine: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_model(RunConfig, find_config("demo"), [f"make_masks.refine={refine}"])
     assert message in str(caught.value)
+
+
+def test_another_precision_than_fp32_is_in_the_key_of_what_it_decides(cache: Path) -> None:
+    plain = _plan(cache)
+    for stage, changed in (
+        ("make_attention", {"make_attention", "make_masks", "train_segmenter", "evaluate"}),
+        ("evaluate", {"evaluate"}),
+    ):
+        assert _plan(cache, f"{stage}.precision=fp32").keys == plain.keys
+        assert "precision" not in plain.contents[stage]["config"]
+        other = _plan(cache, f"{stage}.precision=bf16")
+        assert other.contents[stage]["config"]["precision"] == "bf16"
+        assert {name for name, key in other.keys.items() if key != plain.keys[name]} == changed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_masks_are_told_the_precision_of_attention(cache: Path, precision: str) -> None:
+    plan = _plan(cache, f"make_attention.precision={precision}", "make_masks.refine=random_walk")
+    inputs = {name: Path(name) for name in plan.inputs("make_masks")}
+    arguments = TABLE.spec("make_masks").arguments(StageCall(plan.run, inputs, None, frozenset()))
+    assert arguments["precision"] == precision

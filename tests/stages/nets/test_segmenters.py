@@ -11,6 +11,7 @@ from torch import nn
 from stages.contracts import SilentProgress
 from stages.errors import ConfigError, WeightsError
 from stages.nets.backbones.config import BACKBONES, BackboneConfig
+from stages.nets.backbones.network import renormalise_half
 from stages.nets.downloads import COCO_WEIGHTS
 from stages.nets.segmenters.build import build_segmenter
 from stages.nets.segmenters.config import (
@@ -23,8 +24,9 @@ from stages.nets.segmenters.config import (
     init_problems,
     pretrained_name,
 )
+from stages.nets.segmenters.deeplab_config import OUR_ENCODERS
 from stages.nets.segmenters.largefov import move_to_centres
-from stages.nets.weights import weights_identity
+from stages.nets.weights import build_backbone, weights_identity
 
 SMALL = {"name": "largefov", "backbone": {"name": "small"}}
 SQUEEZENET = {"name": "largefov", "backbone": {"name": "squeezenet1_1"}}
@@ -32,8 +34,9 @@ VGG = {"name": "largefov", "backbone": {"name": "vgg16"}}
 V3 = {"name": "deeplabv3", "encoder": "resnet18", "output_stride": 8, "decoder_channels": 32}
 V3PLUS = {"name": "deeplabv3plus", "encoder": "resnet18", "output_stride": 16, "decoder_channels": 32}
 V3PLUS_MOBILE = {"name": "deeplabv3plus", "encoder": "mobilenet_v2", "output_stride": 8, "decoder_channels": 16}
+V3PLUS_LITE = {"name": "deeplabv3plus", "encoder": "tf_efficientnet_lite0", "decoder_channels": 16}
 V2 = {"name": "deeplabv2", "backbone": {"name": "small"}, "dilations": (2, 4)}
-LIGHT = [SMALL, SQUEEZENET, V2, V3, V3PLUS, V3PLUS_MOBILE]
+LIGHT = [SMALL, SQUEEZENET, V2, V3, V3PLUS, V3PLUS_MOBILE, V3PLUS_LITE]
 
 
 def parse(fields):
@@ -160,6 +163,35 @@ def test_deeplab_keeps_its_cells_on_divisible_images_and_pixels_on_others():
         assert make(V3).eval()(torch.randn(1, 3, 64, 96)).shape == (1, 4, 8, 12)
 
 
+@pytest.mark.parametrize("stride", [16, 8])
+@pytest.mark.parametrize("encoder", OUR_ENCODERS)
+def test_deeplab_stands_on_our_own_encoders(encoder, stride):
+    with torch.device("meta"):
+        image = torch.empty(2, 3, 64, 96)
+        plus = make({**V3PLUS_LITE, "encoder": encoder, "output_stride": stride})
+        plain = make({**V3PLUS_LITE, "name": "deeplabv3", "encoder": encoder, "output_stride": stride})
+        assert plus(image).shape == (2, 4, 16, 24), "the decoder works at stride 4"
+        assert plain(image).shape == (2, 4, 64 // stride, 96 // stride)
+        assert plus.encoder(image).shape == (2, 1280, 64 // stride, 96 // stride)
+
+
+@pytest.mark.parametrize("fields", [V3, V3PLUS], ids=["v3", "v3plus"])
+def test_the_decoder_on_our_encoders_is_that_of_smps_models(fields):
+    """But for the layers that read the encoder, whose channels are others."""
+    theirs, ours = make(fields), make({**fields, "encoder": "tf_efficientnet_lite0"})
+    assert type(ours.decoder) is type(theirs.decoder)
+    assert ours.classifier.weight.shape == theirs.classifier.weight.shape
+    for mine, other in zip(ours.decoder.modules(), theirs.decoder.modules(), strict=True):
+        assert type(mine) is type(other)
+        if isinstance(mine, nn.Conv2d):
+            assert (mine.kernel_size, mine.dilation) == (other.kernel_size, other.dilation)
+        elif not list(mine.children()):
+            assert str(mine) == str(other)
+    name = "aspp.project.0.weight" if fields is V3 else "aspp.0.project.0.weight"
+    starts = [float(net.decoder.state_dict()[name].std()) for net in (ours, theirs)]
+    assert starts[0] == pytest.approx(starts[1], rel=0.1), "drawn alike"
+
+
 def test_deeplab_pads_at_the_bottom_and_right_so_that_the_rest_stays_in_place():
     segmenter = make(V3PLUS).eval()
     image = torch.randn(1, 3, 64, 96)
@@ -276,6 +308,21 @@ def test_imagenet_weights_of_torchvision_fit_the_encoders_of_smp(tmp_path):
     assert said == ["resnet18 from w.pth: 120 tensors loaded, 2 not used (fc.bias, fc.weight)"]
 
 
+@pytest.mark.parametrize(("encoder", "stride"), [("tf_efficientnet_lite0", 16), ("tf_efficientnet_lite2", 8)])
+def test_a_packages_imagenet_weights_give_the_encoder_the_backbones_own_features(encoder, stride):
+    fields = {**V3PLUS_LITE, "encoder": encoder, "output_stride": stride}
+    segmenter = make(fields, init="imagenet").eval()
+    backbone = build_backbone(BackboneConfig(name=encoder, output_stride=stride), {}).eval()
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(segmenter.encoder(images), backbone(images))
+        low, high = segmenter._encode(images)[2:]
+        assert torch.equal(high, backbone(images))
+        assert torch.equal(low, backbone.blocks[:2](backbone.bn1(backbone.conv_stem(renormalise_half(images)))))
+    assert pretrained_name(parse(fields), "imagenet") == encoder
+    assert init_problems(parse(fields), "classifier", BackboneConfig(name=encoder)) == []
+
+
 @pytest.mark.parametrize("name", ["resnet50", "resnet101", "mobilenet_v2"])
 def test_our_backbones_and_smps_encoders_share_tensor_names_and_shapes(name):
     from segmentation_models_pytorch.encoders import get_encoder
@@ -286,7 +333,7 @@ def test_our_backbones_and_smps_encoders_share_tensor_names_and_shapes(name):
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
-@pytest.mark.parametrize("fields", [SMALL, V3PLUS_MOBILE], ids=["largefov", "deeplab"])
+@pytest.mark.parametrize("fields", [SMALL, V3PLUS_MOBILE, V3PLUS_LITE], ids=["largefov", "deeplab", "ours"])
 def test_the_classifiers_backbone_is_the_segmenters_start(fields):
     name = parse(fields).backbone_name
     stride = 4 if name == "small" else 16

@@ -5,11 +5,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stages.contracts import Runtime, SilentProgress, open_image_set, read_json, write_index_mask
+from stages.contracts import Runtime, SilentProgress, open_image_set, read_json, write_index_mask, write_json
 from stages.data.transforms import AugmentConfig, Augmenter
-from stages.errors import DataError, WeightsError
+from stages.errors import ConfigError, DataError, WeightsError
 from stages.methods.cam import Cam, CamConfig
 from stages.methods.classifier_files import load_classifier
+from stages.methods.gain import GainConfig
 from stages.methods.gradcam import GradCamConfig
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.weights import read_tensors
@@ -94,24 +95,27 @@ def test_two_trainings_give_equal_bytes_and_another_seed_does_not(tmp_path):
     assert a != c
 
 
-def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    data = write_tiny_data(tmp_path, holdout=1)
-    _train(data, tmp_path / "whole")
-    objective = Cam.objective
+@pytest.mark.parametrize("stop", [2, 4], ids=["before a judge is taken", "after"])
+@pytest.mark.parametrize("method", [CamConfig(), GainConfig(am_warmup_epochs=1)], ids=["cam", "gain"])
+def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, monkeypatch, method, stop):
+    data, config = write_tiny_data(tmp_path, holdout=1), _config(method, steps=6)
+    _train(data, tmp_path / "whole", config=config)
+    kind = type(method.build())
+    objective = kind.objective
 
-    def stop_at_step_2(self, classifier, images, labels, step, *, masks=None):
-        if step.step == 2:
+    def stop_at_a_step(self, classifier, images, labels, step, *, masks=None):
+        if step.step == stop:
             raise KeyboardInterrupt
         return objective(self, classifier, images, labels, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Cam, "objective", stop_at_step_2)
+        patch.setattr(kind, "objective", stop_at_a_step)
         with pytest.raises(KeyboardInterrupt):
-            _train(data, tmp_path / "cut")
+            _train(data, tmp_path / "cut", config=config)
     assert not (tmp_path / "cut" / "classifier.json").exists()
     progress = Recorder()
-    _train(data, tmp_path / "cut", progress=progress)
-    assert progress.begun[0] == ("train classifier", 4, 2, "steps")
+    _train(data, tmp_path / "cut", config=config, progress=progress)
+    assert progress.begun[0] == ("train classifier", 6, stop, "steps")
     for name in ("classifier.safetensors", "classifier.json", "history.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -305,6 +309,35 @@ def test_no_public_weights_are_read_when_a_trained_classifier_replaces_them(tmp_
     _train(data, tmp_path / "second", config=config, weights={"classifier": file})
     assert all(torch.equal(starts[1][name], value) for name, value in read_tensors(file).items())
     assert read_json(tmp_path / "second" / "classifier.json")["backbone"]["pretrained"] is True
+
+
+def test_a_classifier_of_other_classes_is_refused_by_their_names(tmp_path):
+    data = write_tiny_data(tmp_path)
+    _train(data, tmp_path / "first", config=_config(steps=1))
+    described = read_json(tmp_path / "first" / "classifier.json")
+    described["classes"]["names"] = ["red", "blue", "green"]
+    write_json(tmp_path / "first" / "classifier.json", described)
+    weights = {"classifier": tmp_path / "first" / "classifier.safetensors"}
+    with pytest.raises(
+        WeightsError, match="is a classifier of red, blue, green, and the data set's classes are red, gre"
+    ):
+        _train(data, tmp_path / "second", weights=weights)
+
+
+def test_a_frozen_judge_needs_a_warm_up_or_a_start(tmp_path):
+    data, config = write_tiny_data(tmp_path), _config(GainConfig(am_warmup_epochs=0))
+    with pytest.raises(ConfigError, match=r"set method\.am_warmup_epochs .*, or weights\.classifier"):
+        _train(data, tmp_path / "out", config=config)
+    assert not (tmp_path / "out").exists(), "refused before the training"
+    _train(data, tmp_path / "first")
+    _train(data, tmp_path / "out", config=config, weights={"classifier": tmp_path / "first" / "classifier.safetensors"})
+    assert all(record["mining"] > 0 for record in read_json(tmp_path / "out" / "history.json"))
+
+
+def test_a_warm_up_as_long_as_the_training_is_refused():
+    with pytest.raises(ValidationError, match=r"warm-up of 5 epochs leaves nothing of training\.epochs 5"):
+        _config(GainConfig(am_warmup_epochs=5), steps=None, epochs=5)
+    _config(GainConfig(am_warmup_epochs=5, alpha=0), steps=None, epochs=5)
 
 
 def test_a_classifier_of_another_net_is_refused_by_its_tensors(tmp_path):

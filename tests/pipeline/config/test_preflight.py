@@ -47,6 +47,17 @@ def test_weights_missing_of_unknown_kind_and_unknown_name(tmp_path: Path) -> Non
     assert caught.value.problems[-1].endswith("did you mean 'resnet50'?")
 
 
+def test_a_judge_that_is_frozen_at_once_needs_a_trained_classifier(tmp_path: Path) -> None:
+    judged = "train_classifier.method={name: gain, am_warmup_epochs: 0}"
+    with pytest.raises(WeightsError) as caught:
+        check(judged)
+    assert caught.value.problems[0].startswith(
+        "train_classifier.method.judge: frozen is a copy of a trained classifier"
+    )
+    (tmp_path / "classifier.safetensors").write_bytes(b"x")
+    check(judged, f"weights.classifier={tmp_path}/classifier.safetensors")
+
+
 def test_a_trained_classifier_to_go_on_from_needs_its_file_and_no_public_one(tmp_path: Path) -> None:
     (tmp_path / "classifier.safetensors").write_bytes(b"x")
     check(f"weights.classifier={tmp_path}/classifier.safetensors")

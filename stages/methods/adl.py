@@ -63,10 +63,10 @@ PRESETS: Mapping[str, AdlPreset] = {
         ("features.7.conv.0", "features.14.conv.0", "features.18"), 0.95, False, "ours; γ as MobileNetV1's"
     ),
     "tf_efficientnet_lite0": AdlPreset(
-        ("blocks.3.0.bn1", "blocks.5.0.bn1", "bn2"), 0.95, False, "ours, as MobileNetV2"
+        ("blocks.3.0.bn1.act", "blocks.5.0.bn1.act", "bn2.act"), 0.95, False, "ours, as MobileNetV2"
     ),
     "tf_efficientnet_lite2": AdlPreset(
-        ("blocks.3.0.bn1", "blocks.5.0.bn1", "bn2"), 0.95, False, "ours, as MobileNetV2"
+        ("blocks.3.0.bn1.act", "blocks.5.0.bn1.act", "bn2.act"), 0.95, False, "ours, as MobileNetV2"
     ),
     "squeezenet1_1": AdlPreset(
         ("features.5", "features.8", "features.12"),

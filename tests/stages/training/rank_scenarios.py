@@ -196,7 +196,7 @@ EQUAL = {
         method=GainConfig(layer="features.8", channel_weights="gradient", second_order=True, **GAIN),
         freeze_bn=False,
     ),
-    "gain_ext": partial(classify, method=GainExtConfig(alpha=0.3, am_warmup_epochs=0), samples=LastMasks()),
+    "gain_ext": partial(classify, method=GainExtConfig(**{**GAIN, "alpha": 0.3}), samples=LastMasks()),
     "spg": partial(classify, method=SpgConfig(layers=("features.8", "features.14"), head_channels=8, guide_channels=8)),
     "cross_entropy": segment,
     "cross_entropy, cells": partial(segment, resolution="cells"),

@@ -2,8 +2,8 @@
 
 Every row is ``wsss run configs/voc_animals_cam.yaml`` with the options of its row, so rows share the stages that they
 have in common through the store, a row that was stopped goes on where it was, and any row can be run by hand:
---commands prints them.  Attention and masks are scored on the images of train that have true masks, segmenters on val, which
-decides nothing.  Every row with GAIN stands beside a CAM of equal length, GAIN_ext beside a CAM that sees the
+--commands prints them.  Attention and masks are scored on the images of train that have true masks, segmenters on val,
+which decides nothing.  Every row with GAIN stands beside a CAM of equal length, GAIN_ext beside a CAM that sees the
 pixel-labelled images as often, and the last column is the segmenter by the one of the row "true masks", which has the
 same classifier's start, loss and length.  Minutes are those that the row's stages took where they were built.
 

@@ -92,6 +92,8 @@ ANIMALS_ROWS = (
     Row("GAIN, its own judge", plain("gain", am_warmup_epochs=0, judge="self"), 0.10),
     Row("GAIN_ext, 50 masks", with_pixels(50, pixel_repeat=20), 0.20),
     Row("GAIN_ext, 100 masks", with_pixels(100, pixel_repeat=10), 0.20),
+    Row("CAM, these as often", with_pixels(100, pixel_repeat=10, ext_weight=0), 0.10),
+    Row("GAIN and GAIN_ext, 100 masks", with_pixels(100, pixel_repeat=10, alpha=1, am_warmup_epochs=0), 0.20),
     Row("ADL", plain("adl"), 0.10),
 )
 

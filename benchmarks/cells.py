@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,11 @@ class Bench:
                 PrepareDataConfig(), data=self.setting.data, out=whole, progress=SilentProgress(), runtime=self.runtime
             )
             index = ImageIndex.model_validate(read_json(whole / "index.json"))
-            train = _some(index.splits["train"], self.setting.num_train)
+            train = first_by_hash(index.splits["train"], self.setting.num_train)
             report = [name for name in index.splits["train_score"] if hash_half(name) == "train_report"]
             labelled = [name for name in report if index.record(name).labels]
             self._write_index(index, "train", {"train": train, "holdout": index.splits.get("holdout", ())})
-            self._write_index(index, "score", {"train": _some(labelled, self.setting.num_scored)})
+            self._write_index(index, "score", {"train": first_by_hash(labelled, self.setting.num_scored)})
 
     def _write_index(self, index: ImageIndex, name: str, splits: Mapping[str, Sequence[str]]) -> None:
         changed = {**index.splits, **{split: tuple(ids) for split, ids in splits.items()}}
@@ -111,20 +111,19 @@ class Bench:
         """The image set ``train`` or ``score``."""
         return ImageSet(ImageIndex.model_validate(read_json(self.folder / name / "index.json")), self.data_root)
 
-    def pixel_list(self, count: int, *, only: Collection[str] | None = None) -> Path:
-        """A list file of ``count`` images with masks, of ``only``, else of ``train_select``; larger ones contain it."""
+    def masked_ids(self) -> list[str]:
+        """The labelled images with a mask that a method may be given: of the training set without its hold-out."""
         index = self.images("train").index
         kept_out = set(index.splits["holdout"])
-        chosen = [
-            record.id
-            for record in index.split("train")
-            if record.mask and record.labels and record.id not in kept_out
-            if (hash_half(record.id) == "train_select" if only is None else record.id in only)
-        ]
+        return [r.id for r in index.split("train") if r.mask and r.labels and r.id not in kept_out]
+
+    def pixel_list(self, count: int, *, of: Sequence[str] | None = None) -> Path:
+        """A list file of ``count`` of the ids in ``of``, else of ``train_select``'s; larger ones contain it."""
+        chosen = [name for name in self.masked_ids() if hash_half(name) == "train_select"] if of is None else of
         if count > len(chosen):
             raise SystemExit(f"{count} pixel-labelled images were asked for; there are {len(chosen)} to choose from")
         path = self.folder / f"pixel-{count}.txt"
-        path.write_text("".join(f"{name}\n" for name in _some(chosen, count)), encoding="utf-8")
+        path.write_text("".join(f"{name}\n" for name in first_by_hash(chosen, count)), encoding="utf-8")
         return path
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -293,7 +292,7 @@ class StepClock(SilentProgress):
         return (self._last[1] - self._first[1]) / max(self._last[0] - self._first[0], 1)
 
 
-def _some(ids: Sequence[str], count: int | None) -> list[str]:
+def first_by_hash(ids: Sequence[str], count: int | None) -> list[str]:
     """The first ``count`` ids by hash, in the order of ``ids``."""
     if count is None:
         return list(ids)

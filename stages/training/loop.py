@@ -128,8 +128,7 @@ def train(
     with join_ranks(runtime) as device, deterministic(device), share_batch_norm(model):
         _check_start(config, dataset, device)
         _place(model, device)
-        kept = {name: each for name, each in (("watch", watch), ("memory", memory)) if each is not None}
-        loop = _Loop(model.train(), objective, config, parameter_groups, seed, len(dataset), device, out, watch, kept)
+        loop = _Loop(model.train(), objective, config, parameter_groups, seed, len(dataset), device, out, watch, memory)
         loop.resume(progress)
         copy_from_first(model)
         progress.step(task, loop.step, loop.num_steps, unit="steps")
@@ -217,12 +216,13 @@ class _Loop:
         device: torch.device,
         out: Path,
         watch: Watch | None,
-        kept: Mapping[str, Remembering],
+        memory: Remembering | None = None,
     ) -> None:
         import torch
 
         self.model, self.objective, self.config, self.seed, self.device = model, objective, config, seed, device
-        self.out, self.watch, self.kept = out, watch, kept
+        self.out, self.watch = out, watch
+        self.kept = {name: each for name, each in (("watch", watch), ("memory", memory)) if each is not None}
         self.average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
         self.crop: tuple[int, int] | None = None
         self.num_steps = config.num_steps(num_samples)

@@ -39,7 +39,7 @@ def pair_losses(embedding: Tensor, labels: Tensor, radius: int) -> dict[str, Ten
     """
     height, width = labels.shape[1:]
     sums = {name: embedding.new_zeros(()) for name in ("background", "object", "between")}
-    counts = dict.fromkeys(sums, 0)
+    counts = {name: torch.zeros((), dtype=torch.int64, device=labels.device) for name in sums}
     for down, right in offsets_inside(radius):
         if (down, right) <= (0, 0) or down >= height or abs(right) >= width:
             continue  # the other half are the same pairs
@@ -56,7 +56,7 @@ def pair_losses(embedding: Tensor, labels: Tensor, radius: int) -> dict[str, Ten
         for name, (chosen, values) in terms.items():
             sums[name] = sums[name] + (values * chosen).sum()
             counts[name] = counts[name] + chosen.sum()
-    means = {name: total / torch.as_tensor(counts[name]).clamp(min=1) for name, total in sums.items()}
+    means = {name: total / counts[name].clamp(min=1) for name, total in sums.items()}
     return {"loss": means["background"] / 4 + means["object"] / 4 + means["between"] / 2, **means}
 
 

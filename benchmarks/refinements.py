@@ -2,10 +2,11 @@
 
 Takes the attention (and the classifier) of a config from the store, as ``wsss run CONFIG --until make_attention`` left
 them, and makes the masks of the scored training images by every refinement, at several thresholds; by learned affinity
-only where the store has masks that the config made by it (``--until make_masks``), whose head is taken.  The threshold
-is chosen on one half of these images (``train_select``), the figures are those of the other (``train_report``): mIoU
-with 255 as background, mIoU of the labelled pixels, the share of these (coverage), and seconds of one thread per image,
-the reading of the image and the training of the head left out.  Finished rows are kept beside the store (``--rows``), so that a stopped run goes on.
+only where the store has the config's masks with a trained head (``--until make_masks``).  The threshold is chosen on
+one half of these images (``train_select``), the figures are those of the other (``train_report``): mIoU with 255 as
+background, mIoU of the labelled pixels, the share of these (coverage), and seconds of one thread per image, the reading
+of the image and the training of a head left out.  Finished rows are kept beside the store (``--rows``), so that a
+stopped run goes on.
 
     python benchmarks/refinements.py CONFIG [--set a.b=c]… [--artifacts DIR] [--rows FILE] [--processes N] [--quick]
         [--only TEXT] [--json]

@@ -17,9 +17,7 @@ CASES: list[tuple[str, int, list[tuple[str, int]]]] = [
 
 
 @pytest.mark.parametrize(("name", "stride", "levels"), CASES, ids=[name for name, *_ in CASES])
-def test_the_last_layer_of_each_resolution_is_a_level(
-    name: str, stride: int, levels: list[tuple[str, int]]
-) -> None:
+def test_the_last_layer_of_each_resolution_is_a_level(name: str, stride: int, levels: list[tuple[str, int]]) -> None:
     with torch.random.fork_rng(devices=[]):
         config = BackboneConfig.model_validate({"name": name, "output_stride": stride, "pretrained": False})
         backbone = config.build().eval()

@@ -72,7 +72,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_affinity_recovers_a_region_that_the_maps_miss(tmp_path: Path) -> None:
-    """The maps miss three of an object's eight columns (five of ten); the CRF that makes the labels knows their colour."""
+    """The maps see the first five columns of an object; the CRF that makes the labels knows the colour of the rest."""
     world = write_world(tmp_path)
     records = []
     for image_id, labels in TRAIN.items():

@@ -86,7 +86,7 @@ def test_affinity_recovers_a_region_that_the_maps_miss(tmp_path: Path) -> None:
     write_attention_shard(world[2] / "shards" / "attention-00000.npz", records)
     scores = {}
     for refine in ("none", "affinity"):
-        config = config_of(refine, stride_px=2, epochs=60).model_copy(update={"threshold": 0.3})
+        config = config_of(refine, stride_px=2, epochs=30, learning_rate=0.05).model_copy(update={"threshold": 0.3})
         run(world, tmp_path / refine, config)
         masks = {name: read_index_mask(tmp_path / refine / "masks" / f"{name}.png") for name in TRAIN}
         truths = {name: truth_of(labels, size_of(name)) for name, labels in TRAIN.items()}

@@ -1,10 +1,12 @@
 """What each refinement of the pseudo-masks is worth on a data set with true masks: mIoU, coverage, processor seconds.
 
 Takes the attention (and the classifier) of a config from the store, as ``wsss run CONFIG --until make_attention`` left
-them, and makes the masks of the scored training images by every refinement, at several thresholds.  The threshold is
-chosen on one half of these images (``train_select``), the figures are those of the other (``train_report``): mIoU with
-255 as background, mIoU of the labelled pixels, the share of these (coverage), and seconds of one thread per image, the
-reading of the image left out.  Finished rows are kept beside the store (``--rows``), so that a stopped run goes on.
+them, and makes the masks of the scored training images by every refinement, at several thresholds; by learned affinity
+only where the store has the config's masks with a trained head (``--until make_masks``).  The threshold is chosen on
+one half of these images (``train_select``), the figures are those of the other (``train_report``): mIoU with 255 as
+background, mIoU of the labelled pixels, the share of these (coverage), and seconds of one thread per image, the reading
+of the image and the training of a head left out.  Finished rows are kept beside the store (``--rows``), so that a
+stopped run goes on.
 
     python benchmarks/refinements.py CONFIG [--set a.b=c]… [--artifacts DIR] [--rows FILE] [--processes N] [--quick]
         [--only TEXT] [--json]
@@ -41,6 +43,7 @@ from stages.contracts import (
 from stages.data.subsets import hash_half
 from stages.make_masks import MakeMasksConfig, refine_mask
 from stages.masks.label_rules import settle_classes
+from stages.masks.refinements.affinity import AffinityWalker, is_trained
 from stages.masks.refinements.random_walk import MapWalker
 from stages.ops.metrics.confusion import confusion_matrix, mean_iou
 from stages.ops.pool import map_ordered, num_processes
@@ -72,6 +75,9 @@ REFINEMENTS: Mapping[str, Mapping[str, Any]] = {
         "crf": {"preset": "irn", "resolution": "half"},
     },
     "[random_walk, crf sec]": {"refine": ["random_walk", "crf"], "crf": {"preset": "sec"}},
+    "affinity": {"refine": "affinity"},
+    "[affinity, crf irn]": {"refine": ["affinity", "crf"], "crf": {"preset": "irn"}},
+    "[affinity, crf irn], half": {"refine": ["affinity", "crf"], "crf": {"preset": "irn", "resolution": "half"}},
     "[par, crf irn]": {"refine": ["par", "crf"], "crf": {"preset": "irn"}},
     "[random_walk, par, crf irn]": {"refine": ["random_walk", "par", "crf"], "crf": {"preset": "irn"}},
 }
@@ -96,9 +102,9 @@ class Scene:
     images: ImageSet
     records: Mapping[str, AttentionRecord]
     """Attention of the scored images."""
-    walked: Mapping[str, AttentionRecord]
-    """The same after the random walk."""
-    walk_s: Mapping[str, float]
+    walked: Mapping[str, Mapping[str, AttentionRecord]]
+    """The same after each walk, by its name."""
+    walk_s: Mapping[str, Mapping[str, float]]
     """Processor seconds of each walk."""
 
 
@@ -129,11 +135,11 @@ def count_image(call: Call, image_id: str) -> list[Count]:
     image, truth = scene.images.read_image(entry), scene.images.read_mask(entry)
     counts = []
     for config in call.configs:
-        walks = config.walks
-        record = settle_classes((scene.walked if walks else scene.records)[image_id], config, classes)
+        walk = config.chain[0] if config.walks else None
+        record = settle_classes((scene.walked[walk] if walk else scene.records)[image_id], config, classes)
         started = time.process_time()
         mask = refine_mask(image, record, config)
-        seconds = time.process_time() - started + (scene.walk_s[image_id] if walks else 0)
+        seconds = time.process_time() - started + (scene.walk_s[walk][image_id] if walk else 0)
         covered = np.where(mask == IGNORE_INDEX, IGNORE_INDEX, truth)
         plain = np.where(mask == IGNORE_INDEX, BACKGROUND_INDEX, mask)
         matrices = (confusion_matrix(true, plain, classes.num_classes) for true in (truth, covered))
@@ -179,18 +185,22 @@ def open_scene(run: RunConfig, artifacts: str, *, is_quick: bool) -> Scene:
     images = open_image_set(found["prepare_data"].path, root)
     scored = _scored(images, is_quick=is_quick)
     records = {record.id: record for record in iter_attention(found["make_attention"].path) if record.id in scored}
-    walker = MapWalker(
-        run.make_masks.random_walk,
-        classifier=found["train_classifier"].path,
-        images=images,
-        progress=SilentProgress(),
-        runtime=Runtime(device="cpu", workers=0),
-    )
-    walked, seconds = {}, {}
-    for image_id, record in records.items():
-        started = time.process_time()
-        walked |= walker.walk([record], [images.index.record(image_id)])
-        seconds[image_id] = time.process_time() - started
+    given: dict[str, Any] = {
+        "classifier": found["train_classifier"].path,
+        "images": images,
+        "progress": SilentProgress(),
+        "runtime": Runtime(device="cpu", workers=0),
+    }
+    walkers = {"random_walk": MapWalker(run.make_masks.random_walk, **given)}
+    if "make_masks" in found and is_trained(found["make_masks"].path):
+        walkers["affinity"] = AffinityWalker(run.make_masks.affinity, head=found["make_masks"].path, **given)
+    walked = {name: dict[str, AttentionRecord]() for name in walkers}
+    seconds = {name: dict[str, float]() for name in walkers}
+    for name, walker in walkers.items():
+        for image_id, record in records.items():
+            started = time.process_time()
+            walked[name] |= walker.walk([record], [images.index.record(image_id)])
+            seconds[name][image_id] = time.process_time() - started
     return Scene(images, records, walked, seconds)
 
 
@@ -210,7 +220,7 @@ def make_rows(arguments: argparse.Namespace, scene: Scene) -> Iterator[dict[str,
     path: Path | None = arguments.rows
     kept = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
     for name, options in REFINEMENTS.items():
-        if arguments.only not in name:
+        if arguments.only not in name or ("affinity" in name and "affinity" not in scene.walked):
             continue
         if name not in kept:
             selected = score(scene, options, thresholds, "train_select", arguments.processes)

@@ -5,7 +5,8 @@ of ``sweep``, which it records.  Where ``make_attention`` kept no maps it makes 
 Writes: ``masks/<id>.png`` (palette PNG of class indices at the image's size, 255 = unsure) and ``stats.json`` (areas
 before and after refinement; the threshold that ``sweep`` chose); with ``soft`` also ``confidence/<id>.png``; with
 refinements also the masks between the steps (``stages.masks.mask_files``); without stored maps also ``stats/``
-(``stages.masks.window_masks``).  An image whose PNG is there is not done again, so a stopped stage continues.
+(``stages.masks.window_masks``); for ``affinity`` also the head that it trains (``stages.masks.refinements.affinity``).
+An image whose PNG is there is not done again, so a stopped stage continues.
 The refinements are those of ``stages.masks.refinements``, the work on an image is in
 ``stages.masks.building``.
 Source: the CRF on hard labels is irn's (Ahn, Cho and Kwak, CVPR 2019); the one on maps PSA's (Ahn and Kwak, CVPR 2018).
@@ -19,14 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages.contracts import ImageSet, Part, Progress, Runtime, StageResult, open_image_set
+from stages.contracts import ImageSet, Part, Progress, Runtime, SilentProgress, StageResult, open_image_set
 from stages.errors import ConfigError, DamagedFileError
 from stages.masks.attention_windows import AttentionConfig, WindowAttention, check_classes, read_views
 from stages.masks.building import Context, make_and_measure, make_only
 from stages.masks.jobs import run_jobs, stored_jobs, walk_jobs
 from stages.masks.measuring import Measured, mask_metrics, warn_if_objects_vanish, write_stats
+from stages.masks.refinements.affinity import AffinityWalker
 from stages.masks.refinements.chain import refine_mask
-from stages.masks.refinements.config import WALK, RefinementConfig
+from stages.masks.refinements.config import RefinementConfig
 from stages.masks.threshold_choice import ThresholdChoice, choose_threshold, with_threshold
 from stages.masks.window_masks import make_window_masks
 from stages.masks.writing import BackgroundWriter, explain_full_disk
@@ -63,6 +65,7 @@ def make_masks(
     part: Part | None = None,
     classifier: Path | None = None,
     precision: Precision = "fp32",
+    seed: int = 0,
 ) -> StageResult:
     """Write one pseudo-mask for every image that has attention maps.
 
@@ -75,10 +78,11 @@ def make_masks(
         progress: Where to report to.
         runtime: Processes (numba, pydensecrf, ``par`` on a CPU) or device (what torch does).
         part: Write only the masks of this part of the training images, and no ``stats.json``; None writes all.
-        classifier: Output folder of ``train_classifier``; read, and needed, for ``refine: random_walk`` and where
-            ``attention`` keeps no maps.
+        classifier: Output folder of ``train_classifier``; read, and needed, where maps walk (``random_walk``,
+            ``affinity``) and where ``attention`` keeps no maps.
         precision: Of the classifier's forward pass in ``refine: random_walk``: that of ``make_attention``.  Where it
-            kept no maps it says so itself.
+            kept no maps it says so itself.  ``affinity`` works in fp32.
+        seed: Decides the training of ``refine: affinity``, and nothing else.
 
     Returns:
         ``masks.coverage`` (not 255), ``masks.foreground_ratio`` and ``masks.foreground_ratio_before_crf``, all of all
@@ -88,7 +92,8 @@ def make_masks(
         ConfigError: ``sweep`` names images that cannot be used, or there are no stored maps for it; a classifier is
             needed and not given; a random walk names a layer that its backbone lacks; ``precision`` needs CUDA.
         DataError: an image is missing or is not of the size that its attention was made for.
-        InputError: the classifier knows other classes, or gives nothing but NaN; stored maps are of other labels.
+        InputError: the classifier knows other classes, or gives nothing but NaN; stored maps are of other labels; no
+            image has a pixel that ``affinity`` could learn an object from.
         EnvironmentFailure: the disk is full, or the device cannot hold one image.
         DamagedFileError: attention is missing for a training image.
     """
@@ -100,7 +105,32 @@ def make_masks(
     if views is not None or config.walks:
         check_precision(precision, runtime, "make_attention.precision")
     processes = num_processes(runtime.processes)
-    walker = _open_walker(config, classifier, image_set, progress, runtime, precision)
+    if config.learns_affinity and classifier is not None:
+        from stages.training.affinity import ensure_affinity
+
+        labels = partial(
+            make_masks,
+            _label_config(config),
+            images=images,
+            attention=attention,
+            data_root=data_root,
+            progress=_LabelProgress(progress),
+            runtime=runtime,
+            classifier=classifier,
+            precision=precision,
+        )
+        with explain_full_disk(out, lambda: "the labels of affinity"):
+            ensure_affinity(
+                config.affinity,
+                make_labels=lambda work: labels(out=work).metrics["masks.foreground_ratio"],
+                classifier=classifier,
+                images=image_set,
+                seed=seed,
+                out=out,
+                progress=progress,
+                runtime=runtime,
+            )
+    walker = _open_walker(config, classifier, image_set, out, progress, runtime, precision)
     choice = _choose_threshold(config, image_set, attention, walker, processes, progress)
     config = config if choice is None else with_threshold(config, choice.threshold)
     device = _torch_device(config, runtime)
@@ -156,8 +186,8 @@ def _check_inputs(
     """Refuse what cannot go together, before any work."""
     if classifier is None and config.walks:
         raise ConfigError(
-            f"refine: {WALK} compares the trained classifier's features, and no classifier was given; give classifier="
-            f"the output folder of train_classifier, or leave {WALK} out"
+            f"refine: {config.chain[0]} compares the trained classifier's features, and no classifier was given; give "
+            f"classifier=the output folder of train_classifier, or leave {config.chain[0]} out"
         )
     if views is None:
         return
@@ -239,17 +269,40 @@ def _supervision(choice: ThresholdChoice | None) -> tuple[str, ...]:
     return () if choice is None else choice.image_ids
 
 
+def _label_config(config: MakeMasksConfig) -> MakeMasksConfig:
+    """What makes the labels that affinity is learned from: the CRF of the stage at affinity's two thresholds."""
+    return MakeMasksConfig(
+        refine="crf", crf=config.crf, confident=config.affinity.confident, label_confidence=config.label_confidence
+    )
+
+
+class _LabelProgress(SilentProgress):
+    """Tells of masks as labels; what there is to warn of is warned of when the masks themselves are made."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.info, self._inner = progress.info, progress
+
+    def step(self, task: str, done: int, total: int, *, unit: str = "images", **values: float) -> None:
+        self._inner.step(f"{task} for affinity", done, total, unit=unit, **values)
+
+
 def _open_walker(
     config: MakeMasksConfig,
     classifier: Path | None,
     images: ImageSet,
+    out: Path,
     progress: Progress,
     runtime: Runtime,
     precision: Precision,
 ) -> MapWalker | None:
-    """The classifier, where maps walk over its features."""
+    """The classifier, where maps walk over its features, or over what a head under ``out`` makes of them."""
     if not config.walks or classifier is None:
         return None
+    if config.learns_affinity:
+        return AffinityWalker(
+            config.affinity, head=out, classifier=classifier, images=images, progress=progress, runtime=runtime
+        )
     from stages.masks.refinements.random_walk import MapWalker
 
     return MapWalker(

@@ -35,7 +35,7 @@ EXPECTED = {
     *(f"voc12_resnet50_{method}" for method in VOC12),
     *(f"voc_animals_{method}" for method in (*OTHERS, "cam", "gain_ext50", "gain_ext100")),
     *SEGMENTER_VARIANTS,
-    BEST,
+    *(BEST, "voc_animals_affinity"),
 }
 """Names of the files."""
 

@@ -48,7 +48,7 @@ def _size_warnings(run: RunConfig) -> list[str]:
 
 def _crf_warnings(run: RunConfig) -> list[str]:
     """Where ``auto`` does not mean what it means on most machines: the backend is in the key."""
-    makes_masks = run.train_segmenter.supervision == "weak" and "crf" in run.make_masks.chain
+    makes_masks = run.train_segmenter.supervision == "weak" and run.make_masks.uses_crf
     used = {"make_masks.crf": run.make_masks.crf} if makes_masks else {}
     used |= {"evaluate.crf_config": run.evaluate.crf_config} if run.evaluate.crf else {}
     automatic = [name for name, crf in used.items() if crf.backend == "auto"]
@@ -97,11 +97,10 @@ _TRAINING: tuple[_Rule, ...] = (
 _MASKS: tuple[_Rule, ...] = (
     (("threshold",), lambda s: s.background != "constant" or s.confident, "background: constant and confident: null"),
     (("background_power",), lambda s: s.background != "power" or s.confident, "background: power and confident: null"),
-    (("crf", "unary", "label_confidence"), lambda s: "crf" not in s.chain, "crf in refine"),
+    (("crf", "unary", "label_confidence"), lambda s: not s.uses_crf, "crf in refine"),
     (("unary",), lambda s: "crf" in s.chain and s.confident, "confident: null"),
-    (("label_confidence",), lambda s: "crf" in s.chain and s.unary != "labels" and not s.confident, "unary: labels"),
-    (("par",), lambda s: "par" not in s.chain, "par in refine"),
-    (("random_walk",), lambda s: "random_walk" not in s.chain, "random_walk in refine"),
+    (("label_confidence",), lambda s: s.uses_crf and not s.starts_from_labels, "unary: labels"),
+    *(((n,), lambda s, n=n: n not in s.chain, f"{n} in refine") for n in ("par", "random_walk", "affinity")),
 )
 
 _SEGMENTER: tuple[_Rule, ...] = (

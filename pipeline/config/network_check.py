@@ -96,5 +96,5 @@ def _build_classifier(run: RunConfig) -> None:
 
 def _walked_layer(run: RunConfig) -> str | None:
     """The layer that ``make_masks.random_walk`` names, where masks are made by it."""
-    is_used = run.train_segmenter.supervision == "weak" and run.evaluate.segmentation and run.make_masks.walks
-    return run.make_masks.random_walk.layer if is_used else None
+    is_used = run.train_segmenter.supervision == "weak" and run.evaluate.segmentation
+    return run.make_masks.random_walk.layer if is_used and "random_walk" in run.make_masks.chain else None

@@ -81,7 +81,7 @@ def _config_problems(run: RunConfig) -> Iterator[str]:
         return  # nothing below is run
     for problem in init_problems(segmenter.net, segmenter.init, run.train_classifier.backbone):
         yield f"train_segmenter.{problem}"
-    if segmenter.supervision == "weak" and "crf" in run.make_masks.chain:
+    if segmenter.supervision == "weak" and run.make_masks.uses_crf:
         yield from _problems_of(lambda: resolve_crf_backend(run.make_masks.crf.backend), "make_masks")
     if run.evaluate.crf:
         yield from _problems_of(lambda: resolve_crf_backend(run.evaluate.crf_config.backend), "evaluate")

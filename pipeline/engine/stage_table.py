@@ -248,7 +248,7 @@ def _crf(config: CrfConfig, run: RunConfig, *, is_used: bool) -> dict[str, Any] 
 def _mask_config(run: RunConfig) -> MakeMasksConfig:
     """The section with the CRF backend of the key by name: the stage must not find another one."""
     config = run.make_masks
-    crf = config.crf.resolved(run.runtime.device) if "crf" in config.chain else config.crf
+    crf = config.crf.resolved(run.runtime.device) if config.uses_crf else config.crf
     return config.model_copy(update={"crf": crf})
 
 
@@ -262,7 +262,8 @@ def _evaluate_config(run: RunConfig) -> EvaluateConfig:
 def _mask_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
     config = run.make_masks
     sweep = {} if config.sweep is None else {"sweep": sweep_key_content(config.sweep)}
-    return {"config": config.key_content() | sweep | {"crf": _crf(config.crf, run, is_used="crf" in config.chain)}}
+    content = {"config": config.key_content() | sweep | {"crf": _crf(config.crf, run, is_used=config.uses_crf)}}
+    return content | ({"seed": run.seed} if config.learns_affinity else {})
 
 
 def _evaluate_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
@@ -303,7 +304,7 @@ def _num_training_images(call: StageCall) -> int:
 
 def _masks_on_devices(run: RunConfig) -> bool:
     """Whether making masks computes on the device: a walk, maps that are not kept, or the CRF in torch."""
-    crf = _mask_config(run).crf.backend if "crf" in run.make_masks.chain else None
+    crf = _mask_config(run).crf.backend if run.make_masks.uses_crf else None
     return bool(run.make_masks.walks) or not run.make_attention.keep_maps or crf == "torch"
 
 
@@ -371,7 +372,7 @@ TABLE = StageTable(
                 "attention": call.inputs["make_attention"],
                 "precision": call.run.make_attention.precision,
                 **_optional(call, [("classifier", "train_classifier")]),
-                **_common(call),
+                **_common(call) | {"seed": call.run.seed},
             },
             num_units=_num_training_images,
             on_devices=_masks_on_devices,

@@ -166,7 +166,7 @@ def class_table(confusions: Mapping[str, SparseConfusions], classes: ClassList) 
     present = [[value for value in column if value is not None] for column in scores]
     names = enumerate(classes.names_with_background)
     return ClassTable(
-        columns=tuple(THINGS.get(thing, thing) for thing in things),
+        columns=tuple(THINGS.get(thing, thing.replace("masks_after_", "After ")) for thing in things),
         rows=tuple((name, index, tuple(column[index] for column in scores)) for index, name in names),
         means=tuple(sum(values) / len(values) if values else None for values in present),
         num_images=tuple(len(confusions[thing].ids) for thing in things),

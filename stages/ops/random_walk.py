@@ -11,6 +11,7 @@ Differs: theirs are learned affinities (PSA, irn) or a transformer's attention (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -75,21 +76,24 @@ class DenseAffinity:
 class LocalAffinity:
     """Pairs nearer than a radius: k² numbers a cell, zero outside the circle and outside the map."""
 
-    def __init__(self, features: Tensor, beta: float, radius: int) -> None:
-        """Compare every cell of features (D, h, w) with those at a distance below ``radius``."""
-        from torch.nn import functional
+    def __init__(self, features: Tensor, radius: int, likeness: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Compare every cell of features (D, h, w) with those at a distance below ``radius``.
 
+        Args:
+            features: (D, h, w).
+            radius: In cells.
+            likeness: From two (D, rows, columns) the weights ≥ 0 (rows, columns) between cells of one place; symmetric.
+        """
         self._margin = radius - 1
         self._side = 2 * self._margin + 1
-        unit = _unit_features(features)
-        height, width = unit.shape[1:]
-        padded = functional.pad(unit, [self._margin] * 4)
-        weights = unit.new_zeros(self._side, self._side, height, width)
-        for row in range(self._side):
-            for column in range(self._side):
-                if _is_inside(row - self._margin, column - self._margin, radius):
-                    other = padded[:, row : row + height, column : column + width]
-                    weights[row, column] = (unit * other).sum(dim=0).clamp_(0, 1).pow_(beta)
+        height, width = features.shape[1:]
+        weights = features.new_zeros(self._side, self._side, height, width)
+        for down, right in offsets_inside(radius):
+            if abs(down) < height and abs(right) < width:
+                here, there = shifted_views(height, width, down, right)
+                weights[self._margin + down, self._margin + right, *here] = likeness(
+                    features[:, *here], features[:, *there]
+                )
         weights[self._margin, self._margin] = 1.0
         self._weights = weights.flatten(2).flatten(0, 1)
 
@@ -101,8 +105,17 @@ class LocalAffinity:
         return (windows * self._weights).sum(dim=1).view_as(values)
 
 
-def _is_inside(rows: int, columns: int, radius: int) -> bool:
-    return rows**2 + columns**2 < radius**2
+def offsets_inside(radius: int) -> list[tuple[int, int]]:
+    """(rows down, columns to the right) of the cells at a distance below ``radius``, the cell itself among them."""
+    reach = range(1 - radius, radius)
+    return [(down, right) for down in reach for right in reach if down**2 + right**2 < radius**2]
+
+
+def shifted_views(height: int, width: int, down: int, right: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Rows and columns of a map's cells whose neighbour ``down`` and ``right`` is on the map too, and of these."""
+    here = slice(max(0, -down), height - max(0, down)), slice(max(0, -right), width - max(0, right))
+    there = slice(max(0, down), height - max(0, -down)), slice(max(0, right), width - max(0, -right))
+    return here, there
 
 
 def _unit_features(features: Tensor) -> Tensor:
@@ -119,7 +132,11 @@ def build_affinity(features: Tensor, config: RandomWalkConfig) -> Affinity:
         InputError: all pairs are asked for and there are too many.
     """
     if config.radius_cells is not None:
-        return LocalAffinity(features, config.beta, config.radius_cells)
+        return LocalAffinity(
+            _unit_features(features),
+            config.radius_cells,
+            lambda one, other: (one * other).sum(dim=0).clamp_(0, 1).pow_(config.beta),
+        )
     num_cells = features.shape[1] * features.shape[2]
     if num_cells > _MOST_DENSE_CELLS:
         raise InputError(
@@ -151,9 +168,13 @@ def walk_maps(maps: Tensor, features: Tensor, config: RandomWalkConfig) -> Tenso
         )
     if config.steps == 0:
         return values
-    affinity = build_affinity(features, config)
-    rows, columns = _scalings(affinity, values[:1], config.sinkhorn)
-    for _ in range(config.steps):
+    return spread(values, build_affinity(features, config), steps=config.steps, sinkhorn=config.sinkhorn)
+
+
+def spread(values: Tensor, affinity: Affinity, *, steps: int, sinkhorn: int = 0) -> Tensor:
+    """Values (n, h, w) after ``steps`` of a walk over the affinities; ``sinkhorn`` as in ``RandomWalkConfig``."""
+    rows, columns = _scalings(affinity, values[:1], sinkhorn)
+    for _ in range(steps):
         values = rows * affinity.apply(columns * values)
     return values
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from stages.masks.label_rules import SeedConfig
+from stages.masks.refinements.affinity import AFFINITY, AffinityConfig
 from stages.masks.refinements.base import Refinement
 from stages.masks.refinements.crf import CRF
 from stages.masks.refinements.par import PAR
@@ -20,9 +21,6 @@ from stages.masks.refinements.random_walk import RANDOM_WALK
 from stages.ops.crf.dense_crf import CrfConfig
 from stages.ops.par import ParConfig
 from stages.ops.random_walk import RandomWalkConfig
-
-WALK = "random_walk"
-"""The refinement that works on the maps' own grid and needs the trained classifier."""
 
 
 def _menu(schema: dict[str, Any]) -> None:
@@ -37,11 +35,13 @@ class RefinementConfig(SeedConfig):
     refine: str | tuple[str, ...] = Field(default="crf", json_schema_extra=_menu)
     """none, the name of a refinement, or a list of them, applied in this order (``[random_walk, par, crf]``)."""
     crf: Annotated[CrfConfig, CRF] = CrfConfig(preset="irn")
-    """Numbers of the CRF."""
+    """Numbers of the CRF, also of the one that makes the labels for ``affinity``."""
     par: Annotated[ParConfig, PAR] = ParConfig()
     """Numbers of the pixel-adaptive refinement."""
     random_walk: Annotated[RandomWalkConfig, RANDOM_WALK] = RandomWalkConfig()
     """Numbers of the random walk."""
+    affinity: Annotated[AffinityConfig, AFFINITY] = AffinityConfig()
+    """What learned affinity learns from, and its walk."""
     unary: Literal["labels", "maps"] = "labels"
     """What a CRF starts from, wherever it stands in the chain: the labels that there are before it (of the threshold
     rule, or the most probable ones) with a confidence, or probabilities (the rescaled maps, or as they come)."""
@@ -71,8 +71,24 @@ class RefinementConfig(SeedConfig):
 
     @property
     def walks(self) -> bool:
-        """Whether the trained classifier is needed."""
-        return WALK in self.chain
+        """Whether maps walk before pixels are refined, for which the trained classifier is needed."""
+        return any(REFINEMENTS[name].open is None for name in self.chain)
+
+    @property
+    def learns_affinity(self) -> bool:
+        """Whether a head is trained before any mask is made."""
+        return "affinity" in self.chain
+
+    @property
+    def uses_crf(self) -> bool:
+        """Whether there is a dense CRF, on the masks or on the labels that affinity is learned from."""
+        return "crf" in self.chain or self.learns_affinity
+
+    @property
+    def starts_from_labels(self) -> bool:
+        """Whether a CRF starts from labels, which are right with ``label_confidence``."""
+        is_on_labels = self.unary == "labels" or self.confident is not None
+        return self.learns_affinity or ("crf" in self.chain and is_on_labels)
 
     @property
     def uses_torch(self) -> bool:
@@ -112,8 +128,11 @@ def _chain_problem(names: Sequence[object]) -> str | None:
     repeated = sorted({str(name) for name in names if names.count(name) > 1})
     if repeated:
         return f"a refinement may stand once, found {repeated[0]} again; drop the repeated one"
-    if WALK in names[1:]:
-        return f"{WALK} works on the coarse maps, before any pixel is refined; put it first: [{WALK}, …]"
+    walks = [str(name) for name in names if REFINEMENTS[str(name)].open is None]
+    if len(walks) > 1:
+        return f"{' and '.join(walks)} both walk over the coarse maps, and one takes the other's place; drop one"
+    if walks and names[0] != walks[0]:
+        return f"{walks[0]} works on the coarse maps, before any pixel is refined; put it first: [{walks[0]}, …]"
     return None
 
 

@@ -39,6 +39,9 @@ RANDOM_WALK = Refinement("the maps spread over cells of like features of the cla
 class MapWalker:
     """The trained classifier's features on a device, and the walk over them."""
 
+    section = "random_walk"
+    """Where ``make_masks`` has the option ``short_side_px`` of this walk."""
+
     def __init__(
         self,
         config: RandomWalkConfig,
@@ -160,31 +163,40 @@ class MapWalker:
         if len(inputs) == 1:
             raise EnvironmentFailure(
                 f"the device's memory does not hold one input of {inputs.shape[1]} × {inputs.shape[2]} pixels; set "
-                "make_masks.random_walk.short_side_px, or run on the CPU"
+                f"make_masks.{self.section}.short_side_px, or run on the CPU"
             )
         half = len(inputs) // 2
         self._progress.warn(f"out of device memory with {len(inputs)} inputs: this batch goes on with {half}")
         return [*self._features(inputs[:half]), *self._features(inputs[half:])]
 
     def _forward(self, inputs: NDArray[np.uint8]) -> Tensor:
-        """Features (B, D, h, w) of the layer."""
+        """What is compared, (B, D, h, w), of a batch."""
         import torch
 
         from stages.data.transforms import to_network_input
+
+        with torch.inference_mode(), autocast(self._device.type, self._precision):
+            return self._extract(to_network_input(torch.from_numpy(inputs), self._device))
+
+    def _extract(self, images: Tensor) -> Tensor:
+        """Features (B, D, h, w) of the layer, of normalised images."""
+        import torch
+
         from stages.nets.layers import capture_output
 
         layer = self._config.layer
-        with torch.inference_mode(), autocast(self._device.type, self._precision):
-            images = to_network_input(torch.from_numpy(inputs), self._device)
-            if layer is None:
-                features = self._backbone(images)
-            else:
-                with capture_output(self._backbone, layer) as captured:
-                    self._backbone(images)
-                features = captured.output
+        if layer is None:
+            return self._backbone(images)
+        with capture_output(self._backbone, layer) as captured:
+            self._backbone(images)
+        features = captured.output
         if not isinstance(features, torch.Tensor) or features.ndim != 4:
             raise ConfigError(f"make_masks.random_walk.layer: '{layer}' gives no map of features; name another layer")
         return features
+
+    def _spread(self, maps: Tensor, cells: Tensor) -> Tensor:
+        """The walked maps (n, h, w) over what is compared (D, h, w)."""
+        return walk_maps(maps, cells, self._config)
 
     def _walk_one(self, record: AttentionRecord, features: Tensor, padded: tuple[int, ...]) -> AttentionRecord:
         """Lay maps and features of one image on one grid, and walk."""
@@ -201,7 +213,7 @@ class MapWalker:
             maps = torch.tensor(record.maps).to(self._device)[None].float() / 255
             shrinks = grid[0] <= maps.shape[2] and grid[1] <= maps.shape[3]
             coarse = functional.interpolate(maps, grid, mode="area" if shrinks else "bilinear")[0]
-            walked = walk_maps(coarse, cells, self._config).cpu().numpy()
+            walked = self._spread(coarse, cells).cpu().numpy()
         is_broken = ~np.isfinite(walked).all(axis=(1, 2))
         if is_broken.any():
             self._note_broken(record.id)

@@ -9,7 +9,7 @@ import pytest
 from pipeline.config.run_config import RunConfig, find_config
 from pipeline.config.yaml_models import load_model
 from pipeline.engine.plan import Plan, plan_run
-from pipeline.engine.stage_table import TABLE, StageCall
+from pipeline.engine.stage_table import TABLE, DataState, StageCall
 from stages.errors import ConfigError
 
 
@@ -36,6 +36,10 @@ def test_a_list_of_one_is_its_name(cache: Path) -> None:
         ("par", "random_walk.steps=3", False),
         ("random_walk", "random_walk.steps=3", True),
         ("[random_walk,crf]", "crf.preset=sec", True),
+        ("[random_walk,crf]", "affinity.epochs=3", False),
+        ("affinity", "affinity.epochs=3", True),
+        ("affinity", "crf.preset=sec", True),
+        ("affinity", "random_walk.steps=3", False),
     ],
 )
 def test_numbers_count_where_their_refinement_is_in_the_chain(
@@ -46,12 +50,19 @@ def test_numbers_count_where_their_refinement_is_in_the_chain(
     assert (before != after) == counts
 
 
+def test_the_seed_counts_where_affinity_is_learned() -> None:
+    """The classifier's key has it too, so the key's own content is compared."""
+    for refine, counts in (("affinity", True), ("random_walk", False)):
+        run = load_model(RunConfig, find_config("demo"), [f"make_masks.refine={refine}", "seed=7"])
+        assert (TABLE.spec("make_masks").key_parts(run, DataState()).get("seed") == 7) == counts
+
+
 def test_order_counts(cache: Path) -> None:
     keys = {_plan(cache, f"make_masks.refine={chain}").keys["make_masks"] for chain in ("[par,crf]", "[crf,par]")}
     assert len(keys) == 2
 
 
-@pytest.mark.parametrize(("refine", "walks"), [("[random_walk,crf]", True), ("[par,crf]", False)])
+@pytest.mark.parametrize(("refine", "walks"), [("[random_walk,crf]", True), ("affinity", True), ("[par,crf]", False)])
 def test_only_a_walk_reads_the_classifier(cache: Path, refine: str, walks: bool) -> None:
     plan = _plan(cache, f"make_masks.refine={refine}")
     assert ("train_classifier" in plan.inputs("make_masks")) == walks
@@ -65,13 +76,18 @@ def test_only_a_walk_reads_the_classifier(cache: Path, refine: str, walks: bool)
     [
         ("crff", "there is no refinement 'crff'; did you mean 'crf'?"),
         ("[par, random-walk]", "there is no refinement 'random-walk'; did you mean 'random_walk'?"),
-        ("[xyz]", "there is no refinement 'xyz'; expected none, or one or a list of crf, par, random_walk"),
-        ("[[crf]]", "a refinement is a name, not ['crf']; expected none, or one or a list of crf, par, random_walk"),
-        ("[]", "expected none, or one or a list of crf, par, random_walk"),
-        ("null", "expected none, or one or a list of crf, par, random_walk"),
+        ("[xyz]", "there is no refinement 'xyz'; expected none, or one or a list of crf, par, random_walk, affinity"),
+        (
+            "[[crf]]",
+            "a refinement is a name, not ['crf']; expected none, or one or a list of crf, par, random_walk, affinity",
+        ),
+        ("[]", "expected none, or one or a list of crf, par, random_walk, affinity"),
+        ("null", "expected none, or one or a list of crf, par, random_walk, affinity"),
         ("[none, crf]", "none stands alone"),
         ("[crf, par, crf]", "a refinement may stand once, found crf again"),
         ("[par, random_walk]", "put it first: [random_walk, …]"),
+        ("[crf, affinity]", "put it first: [affinity, …]"),
+        ("[random_walk, affinity]", "random_walk and affinity both walk over the coarse maps"),
     ],
 )
 def test_a_chain_that_cannot_be_is_refused(refine: str, message: str) -> None:

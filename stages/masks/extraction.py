@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -20,12 +20,17 @@ from stages.contracts import AttentionRecord, ImageRecord
 from stages.data.transforms import to_network_input
 from stages.data.whole_images import fill_padded, padded_size, resize_image, scaled_size
 from stages.errors import EnvironmentFailure, InputError
+from stages.methods.base import ScoreMapMethod
 from stages.nets.folding import fold_batch_norm
 from stages.ops.attention import MapMean, map_size, quantise_attention
 
 if TYPE_CHECKING:
     from stages.methods.base import Method
     from stages.nets.classifier import Classifier
+
+Normalisation = Literal["max", "minmax"]
+"""How a map becomes 0 … 255: ``max`` divides the attention by its maximum, ``minmax`` stretches class scores, negative
+ones too, from their minimum to their maximum (the attention of a method that is no ``ScoreMapMethod``)."""
 
 PAD_MULTIPLE_PX = 32
 """Inputs are padded to multiples of this: every output stride divides it, and images of like size share a batch."""
@@ -103,6 +108,7 @@ class AttentionExtractor:
         num_foreground: int,
         device: torch.device,
         warn: Callable[[str], None],
+        normalisation: Normalisation = "max",
     ) -> None:
         """Take over a classifier that is in evaluation mode on ``device``; ``warn`` hears of halved batches.
 
@@ -119,11 +125,12 @@ class AttentionExtractor:
         self._num_foreground = num_foreground
         self._device = device
         self._warn = warn
+        self._normalisation: Normalisation = normalisation
 
     def records(
         self, batch: Sequence[ImageRecord], inputs: Sequence[NDArray[np.uint8]], *, is_nan_borne: bool = False
     ) -> list[AttentionRecord]:
-        """Attention of the images of one planned batch, in its order.
+        """Attention of the images of one planned batch, in its order; with ``minmax`` a peak is that above the minimum.
 
         Args:
             batch: The images; all of them have labels.
@@ -141,9 +148,13 @@ class AttentionExtractor:
                 height, width = self.views.sizes(record.size)[number]
                 covered = (height / stack.shape[1], width / stack.shape[2])
                 means[position % len(batch)].add(maps, covered=covered, flipped=position >= len(batch))
-        merged = [mean.mean().cpu().numpy() for mean in means]
+        merged = [self._from_zero(mean.mean()).cpu().numpy() for mean in means]
         finish = _finish_broken if is_nan_borne else _finish
         return [finish(record, maps) for record, maps in zip(batch, merged, strict=True)]
+
+    def _from_zero(self, maps: Tensor) -> Tensor:
+        """Maps (n, h, w) whose smallest value is 0 with ``minmax``; else as they are."""
+        return maps - maps.amin(dim=(1, 2), keepdim=True) if self._normalisation == "minmax" else maps
 
     def _attention(self, stack: NDArray[np.uint8], batch: Sequence[ImageRecord]) -> Iterator[Tensor]:
         """Per input of the stack the maps (n, h, w) of its image's labels."""
@@ -172,6 +183,8 @@ class AttentionExtractor:
             for row, present in enumerate(labels):
                 hot[row, list(present)] = 1.0
             with torch.inference_mode(not self._method.attention_needs_gradient):
+                if self._normalisation == "minmax" and isinstance(self._method, ScoreMapMethod):
+                    return self._method.score_maps(self._classifier, images)
                 return self._method.attention(self._classifier, images, hot).detach()
         except torch.OutOfMemoryError:
             return None

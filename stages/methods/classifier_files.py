@@ -14,7 +14,7 @@ from pydantic import ValidationError, model_validator
 from stages.contracts import ClassList, Progress, StageConfig, read_json, write_json
 from stages.errors import DamagedFileError, WeightsError
 from stages.methods import MethodConfig, MethodConfigUnion, build_method
-from stages.nets.backbones.config import BackboneConfig, HeadName
+from stages.nets.backbones.config import BackboneConfig, ClassificationLoss, HeadName
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,8 @@ class ClassifierDescription(StageConfig):
     """The foreground classes in the order of its logits."""
     head: HeadName = "gap"
     """What stands on the backbone."""
+    loss: ClassificationLoss = "multilabel_soft_margin"
+    """What its logits were trained with, and so what they say; left out of the file where it is the default."""
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierDescription:
@@ -104,8 +106,8 @@ def _build_network(
 
     config, num_foreground = description.backbone, description.classes.num_foreground
     if description.head == "gap":
-        return Classifier(build_backbone(config, weights, progress), num_foreground)
-    classifier = Classifier(config.build(), num_foreground, description.head)
+        return Classifier(build_backbone(config, weights, progress), num_foreground, loss=description.loss)
+    classifier = Classifier(config.build(), num_foreground, description.head, description.loss)
     if config.pretrained and isinstance(classifier.head, FcHead):
         report = load_vgg16(classifier.backbone, classifier.head, _weight_file(config.name, weights, progress))
         if progress is not None:
@@ -210,4 +212,6 @@ def _without_public_weights(description: ClassifierDescription) -> ClassifierDes
 
 def _as_json(description: ClassifierDescription) -> dict[str, Any]:
     """The description as plain JSON; the method with all options of its own class."""
-    return description.model_dump(mode="json") | {"method": description.method.model_dump(mode="json")}
+    unsaid = {"loss"} if description.loss == ClassifierDescription.model_fields["loss"].default else set()
+    content = description.model_dump(mode="json", exclude=unsaid)
+    return content | {"method": description.method.model_dump(mode="json")}

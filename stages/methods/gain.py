@@ -206,8 +206,6 @@ class Gain(GradCam):
 
     def _classify(self, classifier: Classifier, images: Tensor, labels: Tensor) -> tuple[Evidence, dict[str, Tensor]]:
         """S_cl: the first pass, its loss, and the Grad-CAM maps of the present classes."""
-        from stages.ops.losses import multilabel_soft_margin
-
         config = self.options
         evidence = find_evidence(
             classifier,
@@ -219,7 +217,7 @@ class Gain(GradCam):
         )
         present = evidence.logits.detach()[evidence.image, evidence.label].float()
         return evidence, {
-            "classification": multilabel_soft_margin(evidence.logits, labels),
+            "classification": classifier.classification_loss(evidence.logits, labels),
             "peak_logit": present.amax() if len(present) else present.sum(),
             "recall": (present > 0).float().sum() / max(len(present), 1),
         }

@@ -3,9 +3,9 @@
 Pure numpy; nothing is read or written.  A case is one map with the true boxes of its class.
 Shapes: H W image pixels, T IoU thresholds, b true boxes.
 
-Maps are bytes, 255 = the map's own maximum, 0 = no evidence or the map's minimum.  A threshold is a fraction of that maximum, and a pixel is
-above it when its byte is above ``floor(255 · threshold)``: so 256 cuts are all that any list of thresholds can tell
-apart, wsolevaluation's steps of 0.001 among them, and a maximum over the cuts is exact.
+Maps are bytes, 255 = the map's own maximum, 0 = no evidence, or the map's own minimum.  A threshold is a fraction of
+that maximum, and a pixel is above it when its byte is above ``floor(255 · threshold)``: so 256 cuts are all that any
+list of thresholds can tell apart, wsolevaluation's steps of 0.001 among them, and a maximum over the cuts is exact.
 Source: Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016 (20 % of the maximum, largest
 outline); Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020, section 4
 (MaxBoxAcc, PxAP) and its code wsolevaluation, evaluation.py (MaxBoxAccV2).
@@ -73,7 +73,7 @@ def cut_overlaps(attention: NDArray[np.uint8], boxes: NDArray[np.int64]) -> CutO
         contours = find_contours(attention >= value)
         fits = box_ious(contours.boxes + np.tile(corner, 2), boxes).max(axis=1)
         largest[before:value], best[before:value] = fits[contours.largest], fits.max()
-        # a higher cut has nothing outside; boxes end one pixel past their contour, so none is cut but at the image's edge
+        # a higher cut has nothing outside; boxes end a pixel past their contour, so only the image's edge cuts them
         low, high = contours.boxes[:, :2].min(axis=0), contours.boxes[:, 2:].max(axis=0)
         attention = attention[low[1] : high[1] + 1, low[0] : high[0] + 1]
         corner = corner + low
@@ -186,8 +186,8 @@ class PixelPrecision:
         """The area under the curve, every recall gained at the precision reached there; None without an object's pixel.
 
         Source:
-            wsolevaluation, MaskEvaluator.  Differs: 256 levels of a byte map, not 1,000 of a float one, and every pixel
-            weighs the same, where images scaled to one size weigh the same.
+            wsolevaluation, MaskEvaluator, whose 1,000 bins give the same on byte maps.  Differs: its maps are floats,
+            and every pixel weighs the same here, where its images are scaled to one size.
         """
         if not self.positive.any():
             return None

@@ -42,7 +42,7 @@ class ClassifierDescription(StageConfig):
     head: HeadName = "gap"
     """What stands on the backbone."""
     loss: ClassificationLoss = "multilabel_soft_margin"
-    """What its logits were trained with, and so what they say; left out of the file where it is the default."""
+    """What its logits were trained with, and so what they say."""
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierDescription:
@@ -212,6 +212,4 @@ def _without_public_weights(description: ClassifierDescription) -> ClassifierDes
 
 def _as_json(description: ClassifierDescription) -> dict[str, Any]:
     """The description as plain JSON; the method with all options of its own class."""
-    unsaid = {"loss"} if description.loss == ClassifierDescription.model_fields["loss"].default else set()
-    content = description.model_dump(mode="json", exclude=unsaid)
-    return content | {"method": description.method.model_dump(mode="json")}
+    return description.model_dump(mode="json") | {"method": description.method.model_dump(mode="json")}

@@ -40,8 +40,8 @@ def accuracy(**changes: object) -> BoxAccuracy:
     return BoxAccuracy.empty(**values)
 
 
-# The boxes of wsolevaluation's own test.  At 0.2 the second map has the bottom row and, over a corner, the 0.4s above its
-# right end: five pixels on a line, whose outline holds nothing, where the three at the top left hold half a pixel.
+# The boxes of wsolevaluation's own test.  At 0.2 the second map has the bottom row and, over a corner, the 0.4s above
+# its right end: five pixels on a line, whose outline holds nothing; the three at the top left hold half a pixel.
 @pytest.mark.parametrize(
     ("values", "boxes"),
     [

@@ -1,4 +1,4 @@
-"""Boxes of components and contours and their overlaps, by hand; the overlaps are those of wsolevaluation's own tests."""
+"""Boxes of components and contours, and overlaps, by hand; the overlaps are those of wsolevaluation's own tests."""
 
 import numpy as np
 import pytest

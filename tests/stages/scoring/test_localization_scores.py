@@ -189,6 +189,19 @@ def test_a_real_network_gives_fractions_and_the_same_bytes_again(data: Path, tra
     assert curves["a"] == curves["c"] != curves["b"]
 
 
+def test_a_map_without_evidence_has_boxes_with_minmax_alone(data: Path, tmp_path: Path) -> None:
+    """A class whose scores are all negative: where they are least so, its object is."""
+    trained = write_tiny_classifier(tmp_path / "classifier", dead_class=0)
+    whole = [[0, [0, 0, SIZES[0][1] - 1, SIZES[0][0] - 1]]]
+    change_records(data, lambda image: image.update(boxes=whole if image["id"] == "image1" else None))
+    run(data, trained, tmp_path / "minmax")
+    config = EvaluateConfig(segmentation=False, localization=LocalizationConfig(normalisation="max"))
+    run(data, trained, tmp_path / "max", config)
+    best = {name: read_json(tmp_path / name / "localization.json")["box_acc_v2"]["0.3"] for name in ("minmax", "max")}
+    assert any(best["minmax"])
+    assert not any(best["max"])
+
+
 def test_a_stopped_run_continues_and_damaged_counts_are_made_again(
     data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +247,7 @@ def test_a_classifier_of_other_classes_is_refused(data: Path, trained: Path, tmp
 def test_configs_that_measure_nothing_or_the_impossible() -> None:
     with pytest.raises(ValidationError, match="leaves nothing to measure"):
         EvaluateConfig(segmentation=False)
-    for wrong in ({"threshold": 1.0}, {"iou": 0}, {"iou_thresholds": ()}, {"scales": (9.0,)}):
+    for wrong in ({"threshold": 1.0}, {"normalisation": "sum"}, {"iou": 0}, {"iou_thresholds": ()}, {"scales": (9.0,)}):
         with pytest.raises(ValidationError):
             LocalizationConfig.model_validate(wrong)
 

@@ -157,6 +157,7 @@ def _index(listing: DataListing, checked: dict[str, CheckedImage], holdout: tupl
         splits=splits,
         mask_values=listing.mask_values,
         has_object_masks=listing.has_object_masks,
+        is_single_label=listing.is_single_label,
     )
 
 

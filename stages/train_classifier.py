@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,10 @@ from stages.contracts import (
     open_image_set,
     write_json,
 )
+from stages.data.records import DataListing, some
+from stages.data.subsets import Candidate
 from stages.data.transforms import AugmentConfig, Augmenter
-from stages.errors import DataError
+from stages.errors import ConfigError, DataError
 from stages.methods import MethodConfigUnion
 from stages.methods.classifier_files import (
     ClassifierDescription,
@@ -41,7 +43,7 @@ from stages.methods.classifier_files import (
     check_start,
     save_classifier,
 )
-from stages.nets.backbones.config import BackboneConfig, HeadName
+from stages.nets.backbones.config import BackboneConfig, ClassificationLoss, HeadName
 from stages.ops.metrics.multilabel import multi_hot
 from stages.training.checkpoints import remove_checkpoint
 from stages.training.config import TrainingConfig
@@ -69,6 +71,9 @@ class TrainClassifierConfig(StageConfig):
     """gap: a 1×1 convolution, whose maps are averaged; fc: VGG16's own fc6 and fc7, for methods without score maps."""
     method: MethodConfigUnion
     """What the training minimises and how attention is read off; ``name`` chooses it."""
+    loss: ClassificationLoss | Literal["auto"] = "auto"
+    """How every method learns the labels.  multilabel_soft_margin: a yes or no for each class; cross_entropy: a softmax
+    over the classes, for images of exactly one label; auto: cross_entropy with formats cub and imagenet."""
     augment: AugmentConfig
     """How a training image becomes a crop; its ``short_side_px`` also holds for the closing score."""
     training: TrainingConfig
@@ -78,6 +83,40 @@ class TrainClassifierConfig(StageConfig):
     def max_devices(self) -> int:
         """Devices that the training can be spread over: each needs an image of every step."""
         return self.training.max_devices
+
+    def resolved_loss(self, *, is_single_label: bool) -> ClassificationLoss:
+        """The loss by name.
+
+        Args:
+            is_single_label: Whether the data set's format gives each image one label.
+        """
+        if self.loss != "auto":
+            return self.loss
+        return "cross_entropy" if is_single_label else "multilabel_soft_margin"
+
+    def key_content(self, listing: DataListing | None) -> dict[str, Any]:
+        """What of these options decides the weights, as JSON; the loss where it is another than that of several labels.
+
+        Args:
+            listing: The data set, whose format decides what ``loss: auto`` means; None as for several labels.
+        """
+        content = self.model_dump(mode="json", exclude={"loss"}) | {"method": self.method.key_content()}
+        loss = self.resolved_loss(is_single_label=listing is not None and listing.is_single_label)
+        return content if loss == "multilabel_soft_margin" else content | {"loss": loss}
+
+    def check_labels(self, candidates: Sequence[Candidate]) -> None:
+        """Refuse a loss that these training images' labels do not fit.
+
+        Raises:
+            ConfigError: with ``cross_entropy`` an image has not exactly one label.
+        """
+        others = [image for image in candidates if image.labels is not None and len(image.labels) != 1]
+        if self.loss == "cross_entropy" and others:
+            raise ConfigError(
+                f"loss: cross_entropy expects exactly one label on each training image, found another number on "
+                f"{len(others):,} of {len(candidates):,} ({some([image.id for image in others])}); take loss: "
+                "multilabel_soft_margin, or leave these images out of the train list"
+            )
 
     @model_validator(mode="after")
     def _check(self) -> TrainClassifierConfig:
@@ -116,14 +155,14 @@ def train_classifier(
         runtime: Device, threads and loading processes.
 
     Returns:
-        ``classifier.map`` (mean average precision) and ``classifier.label_accuracy`` in [0, 1], both absent where
-        nothing is held out; the ids whose masks the method used.  Nothing on other ranks than the
-        main one.
+        ``classifier.map`` (mean average precision) and ``classifier.label_accuracy`` in [0, 1], with ``cross_entropy``
+        ``classifier.top1_accuracy`` too, all absent where nothing is held out; the ids whose masks the method used.
+        Nothing on other ranks than the main one.
 
     Raises:
         DataError: a training image has no labels, no image is left to train on, an image cannot be read.
         ConfigError: the method names a layer that the network does not have, or needs a trained classifier to start
-            from and has none.
+            from and has none; or the loss does not fit the labels.
         WeightsError: the weights to start from cannot be had or do not fit.
         InputError: the loss is no longer finite.
     """
@@ -133,10 +172,15 @@ def train_classifier(
     check_start(config.method, weights)
     image_set = open_image_set(images, data_root)
     records = _training_records(image_set)
+    config.check_labels(records)
     supervised = frozenset(config.method.pixel_labelled(records))
     epoch = [record for record in records for _ in range(config.method.repeats(record.id, supervised))]
     description = ClassifierDescription(
-        backbone=config.backbone, head=config.head, method=config.method, classes=image_set.index.classes
+        backbone=config.backbone,
+        head=config.head,
+        method=config.method,
+        classes=image_set.index.classes,
+        loss=config.resolved_loss(is_single_label=image_set.index.is_single_label),
     )
     classifier, method = _build_seeded(description, weights, seed, progress)
     history = train(

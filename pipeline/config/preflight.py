@@ -90,9 +90,9 @@ def _config_problems(run: RunConfig) -> Iterator[str]:
 def _split_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
     images = {image.id: image for image in listing.images}
     train = [images[name] for name in listing.splits["train"]]
-    kept_out = set(hold_out(listing, run.prepare_data.holdout_ratio))
-    seen = [image for image in train if image.id not in kept_out]
-    yield from _problems_of(lambda: run.train_classifier.method.pixel_labelled(seen), "train_classifier")
+    seen = listing.split("train", without=hold_out(listing, run.prepare_data.holdout_ratio))
+    for check in (run.train_classifier.check_labels, run.train_classifier.method.pixel_labelled):
+        yield from _problems_of(lambda check=check: check(seen), "train_classifier")
     if run.evaluate.localization is not None:
         # maps are compared with boxes of known labels, or with the classes of a mask
         val = [images[name] for name in listing.splits["val"]]

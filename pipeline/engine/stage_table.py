@@ -275,12 +275,12 @@ def _weights(name: str | None, weights: Mapping[str, Path]) -> str | None:
     return None if name is None else weights_identity(name, weights)
 
 
-def _classifier_parts(run: RunConfig, _: DataState) -> dict[str, Any]:
+def _classifier_parts(run: RunConfig, data: DataState) -> dict[str, Any]:
     backbone = run.train_classifier.backbone
     is_public = backbone.pretrained and START not in run.weights
     weights = _weights(backbone.name if is_public else None, run.weights)
     start = _weights(START if START in run.weights else None, run.weights)
-    config = _json(run.train_classifier) | {"method": run.train_classifier.method.key_content()}
+    config = run.train_classifier.key_content(None if data.digests is None else data.digests.listing)
     return {"config": config, "seed": run.seed, "weights": weights, "start": start}
 
 

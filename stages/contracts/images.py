@@ -87,6 +87,8 @@ class ImageIndex(StageConfig):
     """Raw mask value to class index (0 … K or 255); every other raw value is a defect of the mask."""
     has_object_masks: bool = False
     """Whether masks only say object or not: ``mask_values`` gives 0 or 1, and 1 is the only label of the image."""
+    is_single_label: bool = False
+    """Whether the data set's format gives each image one label, which excludes the other classes."""
 
     def record(self, image_id: str) -> ImageRecord:
         """The record of ``image_id``."""

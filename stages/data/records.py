@@ -51,6 +51,8 @@ class DataListing:
     """Whether a mask with VOC's colours must have them in VOC's order; else its colours mean nothing."""
     has_object_masks: bool = False
     """Whether masks only say object or not (as in ImageIndex)."""
+    is_single_label: bool = False
+    """Whether each image has one label by the format's rules (as in ImageIndex)."""
 
     def split(self, name: str, *, without: Collection[str] = ()) -> list[ListedImage]:
         """The images of a split in list order."""

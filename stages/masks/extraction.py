@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from stages.contracts import AttentionRecord, ImageRecord
 from stages.data.transforms import to_network_input
 from stages.data.whole_images import fill_padded, padded_size, resize_image, scaled_size
 from stages.errors import EnvironmentFailure, InputError
+from stages.methods.base import ScoreMapMethod
 from stages.nets.folding import fold_batch_norm
 from stages.ops.attention import MapMean, map_size, quantise_attention
 from stages.ops.devices import Precision, autocast
@@ -27,6 +28,10 @@ from stages.ops.devices import Precision, autocast
 if TYPE_CHECKING:
     from stages.methods.base import Method
     from stages.nets.classifier import Classifier
+
+Normalisation = Literal["max", "minmax"]
+"""How a map becomes 0 … 255: ``max`` divides the attention by its maximum, ``minmax`` stretches class scores, negative
+ones too, from their minimum to their maximum (the attention of a method that is no ``ScoreMapMethod``)."""
 
 PAD_MULTIPLE_PX = 32
 """Inputs are padded to multiples of this: every output stride divides it, and images of like size share a batch."""
@@ -105,6 +110,7 @@ class AttentionExtractor:
         device: torch.device,
         warn: Callable[[str], None],
         precision: Precision = "fp32",
+        normalisation: Normalisation = "max",
     ) -> None:
         """Take over a classifier that is in evaluation mode on ``device``; ``warn`` hears of halved batches.
 
@@ -122,11 +128,12 @@ class AttentionExtractor:
         self._device = device
         self._warn = warn
         self._precision: Precision = precision
+        self._normalisation: Normalisation = normalisation
 
     def records(
         self, batch: Sequence[ImageRecord], inputs: Sequence[NDArray[np.uint8]], *, is_nan_borne: bool = False
     ) -> list[AttentionRecord]:
-        """Attention of the images of one planned batch, in its order.
+        """Attention of the images of one planned batch, in its order; with ``minmax`` a peak is that above the minimum.
 
         Args:
             batch: The images; all of them have labels.
@@ -144,9 +151,13 @@ class AttentionExtractor:
                 height, width = self.views.sizes(record.size)[number]
                 covered = (height / stack.shape[1], width / stack.shape[2])
                 means[position % len(batch)].add(maps, covered=covered, flipped=position >= len(batch))
-        merged = [mean.mean().cpu().numpy() for mean in means]
+        merged = [self._from_zero(mean.mean()).cpu().numpy() for mean in means]
         finish = _finish_broken if is_nan_borne else _finish
         return [finish(record, maps) for record, maps in zip(batch, merged, strict=True)]
+
+    def _from_zero(self, maps: Tensor) -> Tensor:
+        """Maps (n, h, w) whose smallest value is 0 with ``minmax``; else as they are."""
+        return maps - maps.amin(dim=(1, 2), keepdim=True) if self._normalisation == "minmax" else maps
 
     def _attention(self, stack: NDArray[np.uint8], batch: Sequence[ImageRecord]) -> Iterator[Tensor]:
         """Per input of the stack the maps (n, h, w) of its image's labels."""
@@ -176,6 +187,8 @@ class AttentionExtractor:
                 hot[row, list(present)] = 1.0
             is_plain = not self._method.attention_needs_gradient
             with torch.inference_mode(is_plain), autocast(self._device.type, self._precision):
+                if self._normalisation == "minmax" and isinstance(self._method, ScoreMapMethod):
+                    return self._method.score_maps(self._classifier, images).float()
                 return self._method.attention(self._classifier, images, hot).detach().float()
         except torch.OutOfMemoryError:
             return None

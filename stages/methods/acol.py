@@ -61,13 +61,11 @@ class Acol:
     def objective(
         self, classifier: Classifier, images: Tensor, labels: Tensor, step: StepInfo, *, masks: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Multi-label soft margin loss of the first classifier plus that of the second."""
-        from stages.ops.losses import multilabel_soft_margin
-
+        """Classification loss of the first classifier plus that of the second."""
         del step, masks
         scores, second_scores = self._score(classifier, images, labels)
-        first = multilabel_soft_margin(scores.mean(dim=(2, 3)), labels)
-        second = multilabel_soft_margin(second_scores.mean(dim=(2, 3)), labels)
+        first = classifier.classification_loss(scores.mean(dim=(2, 3)), labels)
+        second = classifier.classification_loss(second_scores.mean(dim=(2, 3)), labels)
         return {"loss": first + second, "first": first, "second": second}
 
     def attention(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:

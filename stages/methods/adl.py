@@ -115,7 +115,7 @@ class AdlConfig(MethodConfig):
 class Adl(Cam):
     """CAM on a classifier that was trained with ADL in its backbone; in evaluation mode the layers pass all through.
 
-    Differs: the losses are multi-label and the head is our 1×1 convolution (VGG16 without the paper's extra conv6).
+    Differs: the head is our 1×1 convolution (VGG16 without the paper's extra conv6).
     """
 
     def __init__(self, config: AdlConfig) -> None:

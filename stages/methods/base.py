@@ -10,7 +10,7 @@ Shapes: B images, K foreground classes, H W pixels, h w cells of a map.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from stages.contracts import StageConfig
 from stages.data.subsets import Candidate
@@ -102,6 +102,8 @@ class Method(Protocol):
     ) -> dict[str, Tensor]:
         """What one training step minimises; runs every forward pass it needs itself, second ones included.
 
+        Labels are learnt by ``classifier.classification_loss``, which is the one that the images' labels call for.
+
         Random draws (HaS, ADL, a random class) come from torch's generator, which the loop seeds anew for every step.
 
         Args:
@@ -128,4 +130,13 @@ class Method(Protocol):
         Returns:
             (B, K, h, w), spanning the input evenly; only the maps of asked classes mean anything.
         """
+        ...
+
+
+@runtime_checkable
+class ScoreMapMethod(Protocol):
+    """A method whose attention is the positive part of class score maps, which it can also give with their sign."""
+
+    def score_maps(self, classifier: Classifier, images: Tensor) -> Tensor:
+        """Class scores per cell, of any sign, for the images (B, 3, H, W) of a trained classifier; (B, K, h, w)."""
         ...

@@ -45,12 +45,14 @@ class Cam:
     def objective(
         self, classifier: Classifier, images: Tensor, labels: Tensor, step: StepInfo, *, masks: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Multi-label soft margin loss of the logits."""
-        from stages.ops.losses import multilabel_soft_margin
-
+        """Classification loss of the logits."""
         del step, masks
-        return {"loss": multilabel_soft_margin(classifier(images).logits, labels)}
+        return {"loss": classifier.classification_loss(classifier(images).logits, labels)}
 
     def attention(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """ReLU of the class score maps, zero for classes that were not asked for; (B, K, h, w)."""
-        return classifier(images).scores.relu() * labels[:, :, None, None]
+        return self.score_maps(classifier, images).relu() * labels[:, :, None, None]
+
+    def score_maps(self, classifier: Classifier, images: Tensor) -> Tensor:
+        """The class score maps with their sign; (B, K, h, w)."""
+        return classifier(images).scores

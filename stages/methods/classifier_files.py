@@ -14,7 +14,7 @@ from pydantic import ValidationError, model_validator
 from stages.contracts import ClassList, Progress, StageConfig, read_json, write_json
 from stages.errors import ConfigError, DamagedFileError, WeightsError
 from stages.methods import MethodConfig, MethodConfigUnion, build_method
-from stages.nets.backbones.config import BackboneConfig, HeadName
+from stages.nets.backbones.config import BackboneConfig, ClassificationLoss, HeadName
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,8 @@ class ClassifierDescription(StageConfig):
     """The foreground classes in the order of its logits."""
     head: HeadName = "gap"
     """What stands on the backbone."""
+    loss: ClassificationLoss = "multilabel_soft_margin"
+    """What its logits were trained with, and so what they say."""
 
     @model_validator(mode="after")
     def _check(self) -> ClassifierDescription:
@@ -119,8 +121,8 @@ def _build_network(
 
     config, num_foreground = description.backbone, description.classes.num_foreground
     if description.head == "gap":
-        return Classifier(build_backbone(config, weights, progress), num_foreground)
-    classifier = Classifier(config.build(), num_foreground, description.head)
+        return Classifier(build_backbone(config, weights, progress), num_foreground, loss=description.loss)
+    classifier = Classifier(config.build(), num_foreground, description.head, description.loss)
     if config.pretrained and isinstance(classifier.head, FcHead):
         report = load_vgg16(classifier.backbone, classifier.head, _weight_file(config.name, weights, progress))
         if progress is not None:

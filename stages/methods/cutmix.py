@@ -41,8 +41,8 @@ class CutMixConfig(MethodConfig):
 class CutMix(Cam):
     """CAM of a classifier that was trained on mixed images; in evaluation images are whole.
 
-    Differs: the losses are multi-label, mixed as the paper mixes cross-entropies: λ L(y_a) + (1 - λ) L(y_b), which is
-    the loss of the labels λ y_a + (1 - λ) y_b.
+    The losses are mixed as in the paper: λ L(y_a) + (1 - λ) L(y_b), which is the loss of the labels
+    λ y_a + (1 - λ) y_b.  Differs: so are multi-label losses where images have several labels.
     """
 
     def __init__(self, config: CutMixConfig) -> None:
@@ -54,8 +54,6 @@ class CutMix(Cam):
         """λ L(y_a) + (1 - λ) L(y_b) of the mixed batch."""
         import torch
 
-        from stages.ops.losses import multilabel_soft_margin
-
         del step, masks
         kept = torch.tensor(1.0)
         partners = labels
@@ -64,7 +62,8 @@ class CutMix(Cam):
             images, partners, kept = mixed.images, labels[mixed.partners], torch.tensor(mixed.kept)
         logits = classifier(images).logits
         kept = kept.to(logits.device)
-        loss = kept * multilabel_soft_margin(logits, labels) + (1 - kept) * multilabel_soft_margin(logits, partners)
+        own, partner = (classifier.classification_loss(logits, target) for target in (labels, partners))
+        loss = kept * own + (1 - kept) * partner
         return {"loss": loss, "kept": kept}
 
 

@@ -83,7 +83,8 @@ class GainOptions(GradCamOptions):
     norm_gradient: Literal["detached", "full"] = "detached"
     """Whether the mining loss differentiates through the normalisation.  Source: detached, alokwhitewolf cd1cb0a."""
     am_score: Literal["logit", "sigmoid"] = "sigmoid"
-    """With ``target: erased``, what of the class is driven down.  Source: the paper's "prediction score" is either;
+    """With ``target: erased``, what of the class is driven down: its raw score or its probability, which is a softmax's
+    where the classes exclude each other.  Source: the paper's "prediction score" is either;
     the raw score has no lower bound; alokwhitewolf takes the sigmoid."""
     am_mode: Literal["per_class", "joint", "random_class"] = "random_class"
     """per_class: one erased image for each class of the image (eq. 3-5); joint: one, with the attention of all its
@@ -222,6 +223,17 @@ class Gain(GradCam):
         self._judge_tensors: Mapping[str, Tensor] | None = None
         """A checkpoint's judge, until the network that it belongs to is at hand."""
 
+    def prepare(self, classifier: Classifier) -> None:
+        """Look the layer up; nothing is inserted."""
+        from stages.errors import ConfigError
+
+        super().prepare(classifier)
+        if classifier.is_exclusive and self.options.alpha > 0 and self.options.target == "others":
+            raise ConfigError(
+                "method.target: others asks for the image's other labels, and these images have one label each "
+                "(train_classifier.loss: cross_entropy); set method.target: erased, or loss: multilabel_soft_margin"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """The frozen judge, once there is one."""
         return {"judge": None if self._judge is None else self._judge.state_dict()}
@@ -262,8 +274,6 @@ class Gain(GradCam):
 
     def _classify(self, classifier: Classifier, images: Tensor, labels: Tensor) -> tuple[Evidence, dict[str, Tensor]]:
         """S_cl: the first pass, its loss, and the Grad-CAM maps of the present classes."""
-        from stages.ops.losses import multilabel_soft_margin
-
         config = self.options
         evidence = find_evidence(
             classifier,
@@ -275,7 +285,7 @@ class Gain(GradCam):
         )
         present = evidence.logits.detach()[evidence.image, evidence.label].float()
         return evidence, {
-            "classification": multilabel_soft_margin(evidence.logits, labels),
+            "classification": classifier.classification_loss(evidence.logits, labels),
             "peak_logit": present.amax() if len(present) else present.sum(),
             "recall": (present > 0).float().sum() / max(len(present), 1),
         }
@@ -304,9 +314,10 @@ class Gain(GradCam):
         judge = classifier if config.judge == "self" else self._frozen_judge(classifier)
         logits = judge(erase(images[shown], maps)).logits.float()
         if config.target == "erased":
-            scores = logits[row, label]
-            scores = scores.sigmoid() if config.am_score == "sigmoid" else scores
-            return mean_over_images(scores / labels.shape[1], image, len(images))
+            if config.am_score == "sigmoid":
+                logits = logits.softmax(dim=1) if classifier.is_exclusive else logits.sigmoid()
+            share = 1 if classifier.is_exclusive else labels.shape[1]  # of the K classes that L_cl is a mean over
+            return mean_over_images(logits[row, label] / share, image, len(images))
         others = labels[shown].float()
         others[row, label] = 0
         losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, others, reduction="none").mean(dim=1)

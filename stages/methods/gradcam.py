@@ -99,11 +99,9 @@ class GradCam:
     def objective(
         self, classifier: Classifier, images: Tensor, labels: Tensor, step: StepInfo, *, masks: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Multi-label soft margin loss of the logits."""
-        from stages.ops.losses import multilabel_soft_margin
-
+        """Classification loss of the logits."""
         del step, masks
-        return {"loss": multilabel_soft_margin(classifier(images).logits, labels)}
+        return {"loss": classifier.classification_loss(classifier(images).logits, labels)}
 
     def attention(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """Grad-CAM of the asked classes, zero for the others; (B, K, h, w)."""

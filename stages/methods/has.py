@@ -49,7 +49,7 @@ class Has(Cam):
     def objective(
         self, classifier: Classifier, images: Tensor, labels: Tensor, step: StepInfo, *, masks: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Multi-label soft margin loss of the images with hidden squares."""
+        """Classification loss of the images with hidden squares."""
         hidden = hide_squares(images, grid_px=self.config.grid_px, drop_rate=self.config.drop_rate)
         return super().objective(classifier, hidden, labels, step)
 

@@ -140,11 +140,9 @@ class Spg(Cam):
         self, classifier: Classifier, images: Tensor, labels: Tensor, step: StepInfo, *, masks: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Classification loss, and the cross-entropies of B2, B1 and C against their guidance, all with weight 1."""
-        from stages.ops.losses import multilabel_soft_margin
-
         del step, masks
         output, b1, b2, c = self._forward(classifier, images)
-        classification = multilabel_soft_margin(output.logits, labels)
+        classification = classifier.classification_loss(output.logits, labels)
         attention = _attention(output.scores, labels, (images.shape[2], images.shape[3]))
         guided = self._guidance_losses(attention, b1, b2, c)
         return {"loss": sum(guided.values(), start=classification), "classification": classification, **guided}

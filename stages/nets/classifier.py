@@ -14,17 +14,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from stages.nets.backbones.config import HeadName
+from stages.nets.backbones.config import ClassificationLoss, HeadName
 from stages.nets.backbones.network import Backbone
 from stages.nets.heads import FcHead
 from stages.nets.layers import parameter_groups
+from stages.ops.losses import multilabel_soft_margin, softmax_cross_entropy
 
 
 class ClassifierOutput(NamedTuple):
     """What one forward pass of the classifier makes."""
 
     logits: Tensor
-    """(B, K), before the sigmoid."""
+    """(B, K), before sigmoid or softmax."""
     scores: Tensor
     """(B, K, h, w) class scores per cell, their mean over the map is the logit; (B, K, 1, 1) from head ``fc``."""
     features: Tensor
@@ -32,11 +33,19 @@ class ClassifierOutput(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """A multi-label image classifier; with head ``gap`` its class scores are maps."""
+    """An image classifier for one or several labels an image; with head ``gap`` its class scores are maps."""
 
-    def __init__(self, backbone: Backbone, num_foreground: int, head: HeadName = "gap") -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_foreground: int,
+        head: HeadName = "gap",
+        loss: ClassificationLoss = "multilabel_soft_margin",
+    ) -> None:
         """Put a fresh head for K = ``num_foreground`` classes on ``backbone``; ``fc`` fits VGG16."""
         super().__init__()
+        self.is_exclusive = loss == "cross_entropy"
+        """Whether the classes compete: an image is of the class of the highest logit, and of no other."""
         self.backbone = backbone
         self.head: nn.Conv2d | FcHead
         if head == "fc":
@@ -53,6 +62,18 @@ class Classifier(nn.Module):
         """The head alone, on features (B, D, h, w) that a method made or changed."""
         scores = self.head(features)
         return ClassifierOutput(scores.mean(dim=(2, 3)), scores, features)
+
+    def classification_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What every method's training asks of class scores: the one place that knows which loss that is.
+
+        Args:
+            logits: (B, K); also those of a second head.
+            labels: (B, K) float, 1 where the image has the class; shares that sum to 1 where images are mixed.
+
+        Returns:
+            Scalar, float32: softmax cross-entropy where the classes exclude each other, else multi-label soft margin.
+        """
+        return (softmax_cross_entropy if self.is_exclusive else multilabel_soft_margin)(logits, labels)
 
     def parameter_groups(self, head_lr_factor: float = 10.0) -> list[dict[str, Any]]:
         """All parameters for the optimiser, each once: the plain network at factor 1, everything else faster.

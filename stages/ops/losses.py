@@ -33,9 +33,33 @@ def multilabel_soft_margin(logits: Tensor, labels: Tensor) -> Tensor:
     Source:
         GAIN (arXiv 1802.10171) §4: L_cl is the multi-label soft margin loss; irn and AdvCAM train with the same.
     """
+    _check_pairs(logits, labels)
+    return functional.multilabel_soft_margin_loss(logits.float(), labels.float())
+
+
+def softmax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean softmax cross-entropy over images: the classes compete for being the one class of the image.
+
+    Args:
+        logits: (B, K) class scores before any activation.
+        labels: (B, K) shares of the classes, which sum to 1: one of them is 1, or two images are mixed.
+
+    Returns:
+        Scalar, float32.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source:
+        wsolevaluation (96f4b88) wsol/method: ``CrossEntropyLoss`` for every method on CUB and ImageNet.
+    """
+    _check_pairs(logits, labels)
+    return functional.cross_entropy(logits.float(), labels.float())
+
+
+def _check_pairs(logits: Tensor, labels: Tensor) -> None:
     if logits.ndim != 2 or logits.shape != labels.shape:
         raise ValueError(f"logits and labels must both be (B, K), got {tuple(logits.shape)} and {tuple(labels.shape)}")
-    return functional.multilabel_soft_margin_loss(logits.float(), labels.float())
 
 
 def segmentation_cross_entropy(logits: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:

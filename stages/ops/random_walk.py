@@ -195,9 +195,9 @@ def _scalings(affinity: Affinity, like: Tensor, rounds: int) -> tuple[Tensor, Te
 
 def _box_mask(values: NDArray[np.float32], threshold: float) -> NDArray[np.float32]:
     """1 inside the boxes around the parts of a map (h, w) above ``threshold`` of its peak, 0 elsewhere."""
-    from stages.ops.metrics.boxes import find_components
+    from stages.ops.metrics.boxes import component_boxes
 
     mask = np.zeros_like(values)
-    for left, top, right, bottom in find_components(values > threshold * values.max()).boxes:
+    for left, top, right, bottom in component_boxes(values > threshold * values.max()):
         mask[top : bottom + 1, left : right + 1] = 1
     return mask

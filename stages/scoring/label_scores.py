@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from stages.contracts import ClassList, ImageRecord, ImageSet, Progress, Runtime
 from stages.data.transforms import to_network_input
 from stages.data.whole_images import batches_of_one_size, prefetch, read_checked, resize_image, scaled_size
-from stages.ops.metrics.multilabel import dead_classes, label_accuracy, mean_average_precision, multi_hot
+from stages.ops.metrics.multilabel import (
+    dead_classes,
+    label_accuracy,
+    leads,
+    mean_average_precision,
+    multi_hot,
+    top1_accuracy,
+)
 
 if TYPE_CHECKING:
     from stages.nets.classifier import Classifier
@@ -46,7 +53,9 @@ def score_classifier(
         runtime: Threads that read ahead.
 
     Returns:
-        ``classifier.label_accuracy`` and ``classifier.map``; nothing without labelled images.
+        ``classifier.label_accuracy`` and ``classifier.map``, where the classes exclude each other also
+        ``classifier.top1_accuracy``; nothing without labelled images.  There an image's answer is yes for its highest
+        logit alone, and ``map`` ranks the images of a class by how far it leads.
     """
     records = [record for record in image_set.index.split(split) if record.labels is not None]
     if not records:
@@ -55,8 +64,11 @@ def score_classifier(
     labels = np.stack([multi_hot(record.labels or (), classes.num_foreground) for record in records]) > 0
     task = f"classifier on {split}"
     logits = predict_logits(classifier, image_set, records, short_side_px, progress, runtime, task=task)
+    metrics = {"classifier.top1_accuracy": top1_accuracy(logits, labels)} if classifier.is_exclusive else {}
+    if classifier.is_exclusive:
+        logits = leads(logits)
     _warn_of_dead(dead_classes(logits, labels), classes, f"{len(records)} images of {split}", progress)
-    metrics = {"classifier.label_accuracy": label_accuracy(logits, labels)}
+    metrics["classifier.label_accuracy"] = label_accuracy(logits, labels)
     if labels.any():
         metrics["classifier.map"] = mean_average_precision(logits, labels)
     return metrics

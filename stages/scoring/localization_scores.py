@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,10 +53,14 @@ _IMAGES_PER_PROCESS = 32
 class LocalizationConfig(StageConfig):
     """How attention maps become boxes, and how well these must fit."""
 
+    normalisation: Literal["minmax", "max"] = "minmax"
+    """How a map gets its values 0 … 1.  minmax: class scores, negative ones too, from their minimum to their maximum;
+    max: the attention, which is 0 where a score is negative, divided by its maximum.
+    Source: wsolevaluation, minmax.  Differs: Grad-CAM, GAIN and ACoL have no negative values that minmax could keep."""
     threshold: float = Field(default=0.2, ge=0, lt=1)
     """Fraction of a map's maximum above which it says object, for GT-known Loc and Top-1 Loc.  Source: Zhou et al."""
     iou: float = Field(default=0.5, gt=0, le=1)
-    """The largest component's box is right from this overlap with a true box on."""
+    """The box of the largest contour is right from this overlap with a true box on."""
     iou_thresholds: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=(0.3, 0.5, 0.7), min_length=1)
     """Overlaps that MaxBoxAccV2 averages over."""
     scales: tuple[Annotated[float, Field(ge=0.1, le=4.0)], ...] = Field(default=(1.0,), min_length=1)
@@ -251,6 +255,7 @@ def _open_classifier(
         num_foreground=wanted.num_foreground,
         device=device,
         warn=progress.warn,
+        normalisation=config.normalisation,
     )
     return network, extractor
 

@@ -3,9 +3,20 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
-from stages.contracts import Runtime, SilentProgress, open_image_set, read_json, write_index_mask, write_json
+from stages.contracts import (
+    ClassList,
+    ImageIndex,
+    ImageRecord,
+    Runtime,
+    SilentProgress,
+    open_image_set,
+    read_json,
+    write_index_mask,
+    write_json,
+)
 from stages.data.transforms import AugmentConfig, Augmenter
 from stages.errors import ConfigError, DataError, WeightsError
 from stages.methods.cam import Cam, CamConfig
@@ -84,6 +95,67 @@ def test_learns_colours(tmp_path):
     history = read_json(tmp_path / "out" / "history.json")
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert result.metrics["classifier.map"] == 1.0
+
+
+def write_birds(folder, num_classes=40, per_class=8):
+    """Plain pictures of 40 colours, six to train on and two held out of each; the format says one label an image."""
+    root = folder / "prepared"
+    (root / "data").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    colours = [(r, g, b) for r in (30, 130, 230) for g in (30, 100, 170, 240) for b in (20, 90, 160, 240)]
+    records, holdout = [], []
+    for number in range(num_classes * per_class):
+        label = number % num_classes
+        pixels = np.clip(colours[label] + generator.integers(-12, 13, (32, 32, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(root / "data" / f"{number}.png")
+        records.append(ImageRecord(id=str(number), image=f"{number}.png", size=(32, 32), labels=(label,)))
+        if number >= num_classes * (per_class - 2):
+            holdout.append(str(number))
+    index = ImageIndex(
+        classes=ClassList(names=tuple(f"bird {label}" for label in range(num_classes))),
+        images=tuple(records),
+        splits={"train": tuple(record.id for record in records), "holdout": tuple(holdout), "val": ()},
+        mask_values={},
+        is_single_label=True,
+    )
+    write_json(root / "index.json", index.model_dump(mode="json"))
+    return root
+
+
+def test_many_classes_of_one_label_are_learnt_by_a_softmax_where_sigmoids_learn_little(tmp_path):
+    data = write_birds(tmp_path)
+    training = {"steps": 60, "batch_size": 40, "learning_rate": 0.02}
+    own = _train(data, tmp_path / "own", config=_config(**training))
+    assert read_json(tmp_path / "own" / "classifier.json")["loss"] == "cross_entropy"
+    assert own.metrics["classifier.top1_accuracy"] > 0.9
+    assert own.metrics["classifier.map"] > 0.9
+    sigmoids = _config(**training).model_copy(update={"loss": "multilabel_soft_margin"})
+    other = _train(data, tmp_path / "other", config=sigmoids)
+    assert "classifier.top1_accuracy" not in other.metrics
+    assert other.metrics["classifier.map"] < 0.5
+
+
+def test_the_loss_follows_from_the_format_and_is_in_the_key_where_it_is_a_softmax():
+    config = _config()
+    assert config.resolved_loss(is_single_label=False) == "multilabel_soft_margin"
+    assert config.resolved_loss(is_single_label=True) == "cross_entropy"
+    given = config.model_copy(update={"loss": "multilabel_soft_margin"})
+    assert given.resolved_loss(is_single_label=True) == "multilabel_soft_margin"
+    assert "loss" not in config.key_content(None)
+    assert given.key_content(None) == config.key_content(None)
+    softmax = config.model_copy(update={"loss": "cross_entropy"})
+    assert softmax.key_content(None) == config.key_content(None) | {"loss": "cross_entropy"}
+
+
+def test_a_softmax_over_images_of_several_labels_is_refused(tmp_path):
+    config = _config().model_copy(update={"loss": "cross_entropy"})
+    with pytest.raises(ConfigError) as caught:
+        _train(write_tiny_data(tmp_path), tmp_path / "out", config=config)
+    assert str(caught.value) == (
+        "loss: cross_entropy expects exactly one label on each training image, found another number on 3 of 6 "
+        "('image1', 'image2', 'image5'); take loss: multilabel_soft_margin, or leave these images out of the train list"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_trainings_give_equal_bytes_and_another_seed_does_not(tmp_path):

@@ -83,7 +83,8 @@ def _scan(config: CubConfig) -> Scan:
     if sources.masks and len(classes) > MAX_MASK_CLASSES:
         text = f"classes.txt: {len(classes):,} classes; masks can tell apart {MAX_MASK_CLASSES}; set data.masks=null"
         problems.add("classes", text)
-    return Scan(replace(join_sources(sources, problems), has_object_masks=bool(sources.masks)), problems)
+    listing = join_sources(sources, problems)
+    return Scan(replace(listing, has_object_masks=bool(sources.masks), is_single_label=True), problems)
 
 
 def _check_root(root: Path, problems: Problems) -> bool:

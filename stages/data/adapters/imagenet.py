@@ -125,7 +125,7 @@ def _scan(config: ImageNetConfig) -> Scan:
     if not boxes and not problems:
         text = f"{config.root}: there is no {_BOXES} and data.val_boxes is not set: boxes of val are not known"
         warnings = (*warnings, text)
-    return Scan(replace(listing, warnings=warnings), problems)
+    return Scan(replace(listing, warnings=warnings, is_single_label=True), problems)
 
 
 def _class_names(config: ImageNetConfig, problems: Problems) -> tuple[str, ...]:

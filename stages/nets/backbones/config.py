@@ -50,6 +50,10 @@ if TYPE_CHECKING:
 else:
     BackboneName = Literal[tuple(BACKBONES)]
 
+ClassificationLoss = Literal["multilabel_soft_margin", "cross_entropy"]
+"""What a classifier is asked of its logits: ``multilabel_soft_margin``, whether each class is in the image;
+``cross_entropy``, which one class it is."""
+
 HeadName = Literal["gap", "fc"]
 """What stands on the classifier's backbone: ``gap``, a 1×1 convolution whose score maps are averaged to the logits;
 ``fc``, VGG16's own fc6 and fc7 with a last layer for our classes, which has no score maps."""

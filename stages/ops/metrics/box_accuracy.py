@@ -3,14 +3,13 @@
 Pure numpy; nothing is read or written.  A case is one map with the true boxes of its class.
 Shapes: H W image pixels, T IoU thresholds, b true boxes.
 
-Maps are bytes, 255 = the map's own maximum, 0 = no evidence.  A threshold is a fraction of that maximum, and a pixel is
-above it when its byte is above ``floor(255 · threshold)``: so 256 cuts are all that any list of thresholds can tell
-apart, wsolevaluation's steps of 0.001 among them, and a maximum over the cuts is exact.
+Maps are bytes, 255 = the map's own maximum, 0 = no evidence, or the map's own minimum.  A threshold is a fraction of
+that maximum, and a pixel is above it when its byte is above ``floor(255 · threshold)``: so 256 cuts are all that any
+list of thresholds can tell apart, wsolevaluation's steps of 0.001 among them, and a maximum over the cuts is exact.
 Source: Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016 (20 % of the maximum, largest
-component); Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020, section 4
+outline); Choe et al., "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020, section 4
 (MaxBoxAcc, PxAP) and its code wsolevaluation, evaluation.py (MaxBoxAccV2).
-Differs: wsolevaluation takes a map's minimum as 0 where ours takes "no evidence", and scales maps and boxes to
-224 × 224 where ours keep the image's size.
+Differs: wsolevaluation scales maps and boxes to 224 × 224 where ours keep the image's size.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.contracts import IGNORE_INDEX
-from stages.ops.metrics.boxes import box_ious, find_components
+from stages.ops.metrics.boxes import box_ious, find_contours
 
 NUM_CUTS = 256
 """Cuts 0 … 255; above the last one there is no pixel."""
@@ -46,9 +45,9 @@ class CutOverlaps:
     """How well the boxes of one map fit its best true box, at each of the 256 cuts; 0 where there is no pixel."""
 
     largest: NDArray[np.float64]
-    """(256,) IoU of the largest component's box."""
+    """(256,) IoU of the box of the contour with the largest area."""
     best: NDArray[np.float64]
-    """(256,) IoU of the best component's box."""
+    """(256,) IoU of the best contour's box."""
 
 
 def cut_overlaps(attention: NDArray[np.uint8], boxes: NDArray[np.int64]) -> CutOverlaps:
@@ -71,12 +70,12 @@ def cut_overlaps(attention: NDArray[np.uint8], boxes: NDArray[np.int64]) -> CutO
     for value, before in zip(values, (0, *values), strict=False):
         if value == 0:
             continue
-        components = find_components(attention >= value)
-        found = components.boxes + np.tile(corner, 2)
-        fits = box_ious(found, boxes).max(axis=1)
-        largest[before:value], best[before:value] = fits[components.largest], fits.max()
-        low, high = components.boxes[:, :2].min(axis=0), components.boxes[:, 2:].max(axis=0)
-        attention = attention[low[1] : high[1] + 1, low[0] : high[0] + 1]  # a higher cut has nothing outside
+        contours = find_contours(attention >= value)
+        fits = box_ious(contours.boxes + np.tile(corner, 2), boxes).max(axis=1)
+        largest[before:value], best[before:value] = fits[contours.largest], fits.max()
+        # a higher cut has nothing outside; boxes end a pixel past their contour, so only the image's edge cuts them
+        low, high = contours.boxes[:, :2].min(axis=0), contours.boxes[:, 2:].max(axis=0)
+        attention = attention[low[1] : high[1] + 1, low[0] : high[0] + 1]
         corner = corner + low
     return CutOverlaps(largest, best)
 
@@ -86,9 +85,9 @@ class BoxAccuracy:
     """How many cases are right at every cut; adding up is exact, in any order and grouping."""
 
     iou: float
-    """What the largest component's box must reach."""
+    """What the largest contour's box must reach."""
     iou_thresholds: tuple[float, ...]
-    """What the best component's box must reach, for MaxBoxAccV2."""
+    """What the best contour's box must reach, for MaxBoxAccV2."""
     cut: int
     """The cut of GT-known Loc and Top-1 Loc."""
     num_cases: int
@@ -97,9 +96,9 @@ class BoxAccuracy:
     num_top1_loc: int
     """Those of them whose box is right at ``cut``."""
     largest: NDArray[np.int64]
-    """(256,) cases whose largest component is right."""
+    """(256,) cases whose largest contour is right."""
     best: NDArray[np.int64]
-    """(T, 256) cases with a component that is right."""
+    """(T, 256) cases with a contour that is right."""
 
     @classmethod
     def empty(cls, *, iou: float, iou_thresholds: tuple[float, ...], cut: int) -> Self:
@@ -187,8 +186,8 @@ class PixelPrecision:
         """The area under the curve, every recall gained at the precision reached there; None without an object's pixel.
 
         Source:
-            wsolevaluation, MaskEvaluator.  Differs: 256 levels of a byte map, not 1,000 of a float one, and every pixel
-            weighs the same, where images scaled to one size weigh the same.
+            wsolevaluation, MaskEvaluator, whose 1,000 bins give the same on byte maps.  Differs: its maps are floats,
+            and every pixel weighs the same here, where its images are scaled to one size.
         """
         if not self.positive.any():
             return None

@@ -1,4 +1,6 @@
-"""Scores of multi-label classification: average precision per class, label accuracy, classes that are never predicted.
+"""Scores of image labels: average precision per class, label accuracy, classes that are never predicted.
+
+Logits say yes where they are above 0; those of classes that compete for one label are brought to that by ``leads``.
 
 Pure numpy, no I/O.  Shapes: N images, K foreground classes.
 """
@@ -16,6 +18,29 @@ def multi_hot(labels: Sequence[int], num_foreground: int) -> NDArray[np.float32]
     hot = np.zeros(num_foreground, dtype=np.float32)
     hot[list(labels)] = 1.0
     return hot
+
+
+def leads(logits: NDArray[np.floating]) -> NDArray[np.floating]:
+    """By how much each class's logit exceeds the best other one: above 0 for the image's first class alone.
+
+    Logits that are trained with a softmax mean something only against each other; these differences can be compared
+    between images and with 0, as the logits of yes/no questions.
+
+    Args:
+        logits: (N, K).
+
+    Returns:
+        (N, K); 0 for both of two equal first classes, 1 where there is only one class.
+    """
+    if logits.shape[1] == 1:
+        return np.ones_like(logits)
+    second, first = np.partition(logits, -2, axis=1)[:, -2:].T[:, :, None]
+    return logits - np.where(logits == first, second, first)
+
+
+def top1_accuracy(logits: NDArray[np.floating], labels: NDArray[np.bool_]) -> float:
+    """Share of the images, in [0, 1], whose highest logit (the first among equals) is a label of theirs."""
+    return float(np.mean(labels[np.arange(len(labels)), logits.argmax(axis=1)]))
 
 
 def average_precision(logits: NDArray[np.floating], labels: NDArray[np.bool_]) -> float:

@@ -360,6 +360,20 @@ def test_pixel_labelled_images_that_there_are_not_are_refused_before_any_stage(t
     )
 
 
+def test_a_softmax_over_images_of_several_labels_is_refused_with_all_else() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(
+            "data.num_train=12",
+            "data.num_val=4",
+            "train_classifier.loss=cross_entropy",
+            "train_classifier.method={name: gain_ext, pixel_images: 13}",
+        )
+    loss, subset = caught.value.problems
+    assert loss.startswith("train_classifier.loss: cross_entropy expects exactly one label on each training image, ")
+    assert loss.endswith("take loss: multilabel_soft_margin, or leave these images out of the train list")
+    assert subset.startswith("train_classifier.method.pixel_images asks for 13 images")
+
+
 def test_thresholds_of_no_class_and_sweeps_of_no_image_are_refused_before_any_stage(tmp_path: Path) -> None:
     small = ("data.num_train=12", "data.num_val=4")
     check(*small, "make_masks.thresholds={cod: 0.2}", "make_masks.sweep={num_images: 12}")

@@ -52,6 +52,20 @@ def test_the_key_of_evaluate_has_what_localization_depends_on(tmp_path: Path) ->
     assert key(*ONLY, unused) == key(*ONLY), "the segmenter is not trained"
 
 
+@pytest.mark.parametrize("write", [write_cub, write_imagenet])
+def test_formats_of_one_label_an_image_train_with_a_softmax_and_the_key_says_so(write, tmp_path: Path) -> None:
+    root = write(tmp_path / "data")
+    data = f"{{format: {write.__name__.removeprefix('write_')}, root: {root}}}"
+
+    def trained(*overrides: str) -> dict:
+        found = plan_run(own_data(data, *ONLY, *overrides), tmp_path / "digests.json")
+        return dict(found.contents["train_classifier"])["config"]
+
+    assert trained()["loss"] == "cross_entropy"
+    assert trained("train_classifier.loss=cross_entropy") == trained()
+    assert "loss" not in trained("train_classifier.loss=multilabel_soft_margin")
+
+
 def test_nothing_to_measure_is_a_fault_of_the_config() -> None:
     with pytest.raises(ConfigError) as caught:
         config("evaluate.segmentation=false")

@@ -68,6 +68,7 @@ def test_the_index_has_boxes_and_masks_of_each_image_s_class(cub: Path, tmp_path
         np.testing.assert_array_equal(mask, expected, err_msg=record.image)
     written = read_json(out / "index.json")
     assert written["has_object_masks"] is True
+    assert written["is_single_label"] is True
     assert [image["boxes"] is not None for image in written["images"]] == [False] * 4 + [True] * 4
 
 

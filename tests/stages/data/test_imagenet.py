@@ -196,5 +196,6 @@ def test_an_index_without_boxes_says_so(root: Path, tmp_path: Path) -> None:
     prepare_data(PrepareDataConfig(), data=config, out=tmp_path / "out", progress=SilentProgress())
     index = read_json(tmp_path / "out" / "index.json")
     assert index["has_object_masks"] is False
+    assert index["is_single_label"] is True
     assert all(image["boxes"] is None for image in index["images"])
     assert ImageIndex.model_validate(index).images[0].boxes is None

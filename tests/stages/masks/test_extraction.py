@@ -30,10 +30,21 @@ class Brightness:
         return functional.avg_pool2d(images + 3.0, 4) * self.factor * labels[:, :, None, None]
 
 
-def _extractor(method, views, warnings=None):
+class SignedBrightness(Brightness):
+    """The same with a sign: the middle grey is 0, and the attention is the positive part."""
+
+    def score_maps(self, classifier, images):
+        return functional.avg_pool2d(images, 4)
+
+    def attention(self, classifier, images, labels):
+        return self.score_maps(classifier, images).relu() * labels[:, :, None, None]
+
+
+def _extractor(method, views, warnings=None, **others):
     classifier = Classifier(build_backbone(BackboneConfig(name="small"), {}), 3).eval()
     warn = (warnings if warnings is not None else []).append
-    return AttentionExtractor(classifier, method, views=views, map_stride=4, num_foreground=3, device=CPU, warn=warn)
+    options = {"views": views, "map_stride": 4, "num_foreground": 3, "device": CPU, "warn": warn, **others}
+    return AttentionExtractor(classifier, method, **options)
 
 
 def _record(number: int, size: tuple[int, int], labels: tuple[int, ...] = (0,)) -> ImageRecord:
@@ -161,3 +172,23 @@ def test_short_side_is_applied_before_the_scales():
     views = Views((0.25, 0.5, 1.0), False, 80)
     assert views.sizes((24, 36)) == ((32, 32), (40, 60), (80, 120)), "no side below 32"
     assert views.padded((24, 36)) == ((32, 32), (64, 64), (96, 128))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_minmax_stretches_the_scores_with_their_sign(flip):
+    image = _smooth_image(32, 64)  # red rises evenly from left to right: half of it lies below 0
+    views, record = Views((1.0,), flip, None), _record(0, (32, 64))
+    inputs = build_inputs([image], views)
+    stretched = _extractor(SignedBrightness(), views, normalisation="minmax").records([record], inputs)[0].maps[0]
+    np.testing.assert_allclose(stretched[0], np.linspace(0, 255, 16), atol=1)
+    cut = _extractor(SignedBrightness(), views).records([record], inputs)[0].maps[0]
+    assert (cut[0] == 0).sum() == 8
+    assert cut.max() == 255
+
+
+def test_minmax_of_attention_without_signed_scores_and_of_constant_maps():
+    views, record = Views((1.0,), False, None), _record(0, (32, 64), (0, 2))
+    inputs = build_inputs([_smooth_image(32, 64)], views)  # blue is 0 everywhere
+    found = _extractor(Brightness(), views, normalisation="minmax").records([record], inputs)[0]
+    np.testing.assert_allclose(found.maps[0, 0], np.linspace(0, 255, 16), atol=1)
+    assert not found.maps[1].any()

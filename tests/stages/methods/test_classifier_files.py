@@ -15,6 +15,17 @@ def test_description_round_trip(tmp_path):
     assert read_description(tmp_path) == expected
 
 
+def test_a_classifier_knows_whether_its_classes_exclude_each_other(tmp_path):
+    write_tiny_classifier(tmp_path)
+    classifier, _ = load_classifier(tmp_path, torch.device("cpu"))
+    assert not classifier.is_exclusive
+    description = read_json(tmp_path / "classifier.json")
+    assert description["loss"] == "multilabel_soft_margin"
+    write_json(tmp_path / "classifier.json", description | {"loss": "cross_entropy"})
+    classifier, _ = load_classifier(tmp_path, torch.device("cpu"))
+    assert classifier.is_exclusive
+
+
 def test_a_pretrained_backbone_is_loaded_without_public_weights(tmp_path, monkeypatch):
     write_tiny_classifier(tmp_path)
     description = read_json(tmp_path / "classifier.json")

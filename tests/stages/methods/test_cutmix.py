@@ -8,7 +8,7 @@ from stages.contracts import ClassList
 from stages.methods.classifier_files import ClassifierDescription, build_classifier
 from stages.methods.cutmix import CutMixConfig, mix_batch, pasted_box
 from stages.nets.backbones.config import BackboneConfig
-from stages.ops.losses import multilabel_soft_margin
+from stages.ops.losses import multilabel_soft_margin, softmax_cross_entropy
 from stages.ops.step import StepInfo
 
 STEP = StepInfo(step=0, num_steps=1, epoch=0, device=torch.device("cpu"))
@@ -90,6 +90,19 @@ def test_the_loss_weighs_both_labels_by_area():
         losses["loss"], multilabel_soft_margin(logits, mixed.kept * labels + (1 - mixed.kept) * labels[mixed.partners])
     )
     assert losses["kept"].item() == pytest.approx(mixed.kept)
+
+
+def test_exclusive_classes_are_mixed_by_their_shares():
+    classifier, method = _build(mix_rate=1.0)
+    classifier.is_exclusive = True
+    images, labels = torch.randn(3, 3, 32, 48), torch.eye(3)
+    torch.manual_seed(4)
+    losses = method.objective(classifier.train(), images, labels, STEP)
+    torch.manual_seed(4)
+    torch.rand(())
+    mixed = mix_batch(images, 1.0)
+    shares = mixed.kept * labels + (1 - mixed.kept) * labels[mixed.partners]
+    torch.testing.assert_close(losses["loss"], softmax_cross_entropy(classifier(mixed.images).logits, shares))
 
 
 def test_a_batch_that_is_not_mixed_has_the_plain_loss():

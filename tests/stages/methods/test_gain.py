@@ -198,6 +198,19 @@ def test_the_frozen_judge_stays_what_the_network_was_when_the_warm_up_ended(clas
     assert all(torch.equal(value, kept[name]) for name, value in resumed.state_dict()["judge"].items())
 
 
+def test_classes_that_exclude_each_other_leave_no_others_to_ask_for(classifier, images):
+    classifier.is_exclusive = True
+    with pytest.raises(ConfigError, match=r"these images have one label each .*; set method\.target: erased"):
+        GainConfig().build().prepare(classifier)
+    method = _mine(judge="frozen")
+    method.prepare(classifier)
+    one_label = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    mining = method.objective(classifier.eval(), images, one_label, STEP)["mining"]
+    logits = _by_hand(classifier, classifier, images, [(0, 0), (1, 1)], omega=10, sigma=0.5)
+    expected = sum(row.softmax(dim=0)[c].item() for c, row in enumerate(logits)) / 2
+    assert mining.item() == pytest.approx(expected, rel=1e-3)
+
+
 def test_batch_norm_keeps_nothing_of_erased_images(classifier, images):
     def statistics(**options):
         net = copy.deepcopy(classifier)

@@ -15,6 +15,7 @@ from stages.methods import METHODS, MethodConfig, build_method, method_union
 from stages.methods.classifier_files import ClassifierDescription, build_classifier, load_classifier, save_classifier
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.weights import build_backbone
+from stages.ops.losses import softmax_cross_entropy
 from stages.ops.step import StepInfo
 from tests.stages.methods.tiny_data import CLASSES
 
@@ -91,6 +92,27 @@ def test_objective_trains_backbone_and_head(name, backbone):
     assert all(value.ndim == 0 and torch.isfinite(value) for value in losses.values())
     assert _trains(classifier.backbone)
     assert _trains(classifier.head)
+
+
+@every_method
+def test_labels_are_learnt_by_the_classifier_s_own_loss(name, monkeypatch):
+    """A softmax where the classes exclude each other: no method has a loss of its own for the labels."""
+    description = _describe(name, BACKBONES[0]).model_copy(update={"loss": "cross_entropy"})
+    classifier, method = build_classifier(description, {})
+    monkeypatch.setattr("stages.nets.classifier.multilabel_soft_margin", None)  # a call would be a TypeError
+    asked = []
+
+    def softmax(logits, labels):
+        asked.append((tuple(logits.shape), labels.sum(dim=1).tolist()))
+        return softmax_cross_entropy(logits, labels)
+
+    monkeypatch.setattr("stages.nets.classifier.softmax_cross_entropy", softmax)
+    labels = torch.eye(3)[:2]
+    losses = method.objective(classifier.train(), _images(48, 80), labels, STEP, masks=_masks(48, 80))
+    losses["loss"].backward()
+    assert asked
+    assert set(map(str, asked)) == {str(((2, 3), [1.0, 1.0]))}
+    assert _trains(classifier.backbone)
 
 
 @every_method

@@ -1,11 +1,16 @@
-"""Box accuracy and pixel precision by hand, on the maps of wsolevaluation's own tests and degenerate ones."""
+"""Box accuracy and pixel precision by hand and on the maps and results of wsolevaluation."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from stages.contracts import read_json
 from stages.masks.label_rules import cut_byte
 from stages.ops.metrics.box_accuracy import BoxAccuracy, CutOverlaps, PixelPrecision, cut_overlaps
-from stages.ops.metrics.boxes import box_ious, find_components
+from stages.ops.metrics.boxes import box_ious, find_contours
+
+REFERENCE = Path(__file__).parents[4] / "shared" / "reference" / "wsol"
 
 UNIMODAL = np.array(
     [
@@ -35,14 +40,13 @@ def accuracy(**changes: object) -> BoxAccuracy:
     return BoxAccuracy.empty(**values)
 
 
-# A component's box ends with its last pixel, where wsolevaluation's goes one pixel on.  At 0.2 the second map has the
-# bottom row and, over a corner, the 0.4s above its right end: five pixels; as polygons they are smaller than the three
-# at the top left, which is why wsolevaluation's largest is those.
+# The boxes of wsolevaluation's own test.  At 0.2 the second map has the bottom row and, over a corner, the 0.4s above
+# its right end: five pixels on a line, whose outline holds nothing; the three at the top left hold half a pixel.
 @pytest.mark.parametrize(
     ("values", "boxes"),
     [
-        (UNIMODAL, [[1, 1, 4, 3], [1, 1, 4, 3], [2, 1, 4, 3], [2, 2, 3, 2], [2, 2, 2, 2]]),
-        (MULTIMODAL, [[0, 0, 4, 3], [0, 1, 3, 3], [0, 3, 2, 3], [0, 3, 0, 3], [0, 3, 0, 3]]),
+        (UNIMODAL, [[1, 1, 4, 3], [1, 1, 4, 3], [2, 1, 4, 3], [2, 2, 4, 3], [2, 2, 3, 3]]),
+        (MULTIMODAL, [[0, 0, 4, 3], [0, 0, 2, 2], [0, 3, 3, 3], [2, 3, 3, 3], [0, 3, 1, 3]]),
     ],
 )
 def test_largest_box_at_each_threshold(values: np.ndarray, boxes: list[list[int]]) -> None:
@@ -59,7 +63,7 @@ def test_every_cut_is_what_cutting_the_map_there_gives() -> None:
         boxes = np.array([[1, 2, 5, 6], [3, 0, 7, 4]])
         overlaps = cut_overlaps(attention, boxes)
         for cut in range(256):
-            found = find_components(attention > cut)
+            found = find_contours(attention > cut)
             fits = box_ious(found.boxes, boxes).max(axis=1) if len(found.areas) else np.zeros(1)
             assert overlaps.best[cut] == fits.max()
             assert overlaps.largest[cut] == (fits[found.largest] if len(found.areas) else 0)
@@ -72,6 +76,46 @@ def test_a_zero_map_has_no_box_and_a_constant_one_the_whole_image() -> None:
     assert not nothing.best.any()
     everything = cut_overlaps(np.full((3, 4), 255, np.uint8), whole)
     np.testing.assert_array_equal(everything.largest, [1.0] * 255 + [0.0])
+
+
+def test_the_box_of_a_hole_counts_for_the_best_alone() -> None:
+    attention = np.zeros((12, 12), np.uint8)
+    attention[1:11, 1:11] = 255
+    attention[4:8, 4:8] = 100
+    overlaps = cut_overlaps(attention, np.array([[3, 3, 9, 9]]))  # columns and rows 3 ... 8 hold the hole's contour
+    assert (overlaps.best[100], overlaps.largest[100]) == (1.0, 49 / 121)
+    assert overlaps.best[99] == overlaps.largest[99] == 49 / 121
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"wsolevaluation's results are not beside the project: {REFERENCE}")
+def test_results_of_wsolevaluation_to_the_digit() -> None:
+    stored = np.load(REFERENCE / "maps.npz")
+    given = read_json(REFERENCE / "expected.json")
+    expected, levels = given["expected"], (0.3, 0.5, 0.7)
+    by_largest = [accuracy(iou=level, iou_thresholds=levels) for level in levels]
+    pixels = PixelPrecision.empty()
+    for attention, truth, boxes in zip(stored["maps"], stored["truths"], given["boxes_x0y0x1y1"], strict=True):
+        overlaps = cut_overlaps(attention, np.array(boxes))
+        for counts in by_largest:
+            counts.accumulate(overlaps, is_top1=False)
+        pixels.accumulate(attention, truth, 1)
+    rows = {
+        "largest_contour": [counts.largest for counts in by_largest],
+        "all_contours": list(by_largest[0].best),
+    }
+    for rule, found in rows.items():
+        best = [100 * row.max() / len(stored["maps"]) for row in found]
+        assert best == pytest.approx(expected[rule]["max_box_acc"], abs=1e-9), rule
+        for level, row in zip(("30", "50", "70"), found, strict=True):
+            assert int(row.argmax()) == cut_byte(expected[rule]["thresholds_at_max"][level]), (rule, level)
+            for threshold, right in expected[rule]["correct_at"][level].items():
+                assert row[cut_byte(float(threshold))] == right, (rule, level, threshold)
+    v2 = by_largest[0].compute()["max_box_acc_v2"]
+    assert 100 * v2 == pytest.approx(np.mean(expected["all_contours"]["max_box_acc"]), abs=1e-9)
+    area = pixels.compute()
+    assert area is not None
+    assert 100 * area == pytest.approx(expected["pxap"], abs=1e-9)
 
 
 def test_float_maps_are_refused_since_they_may_hold_nan() -> None:

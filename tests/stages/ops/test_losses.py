@@ -10,6 +10,7 @@ from stages.ops.losses import (
     multilabel_soft_margin,
     segmentation_cross_entropy,
     smoothed_cross_entropy,
+    softmax_cross_entropy,
 )
 
 
@@ -24,6 +25,17 @@ def test_multilabel_soft_margin_stays_finite_for_huge_logits_and_bf16():
     loss = multilabel_soft_margin(logits, torch.tensor([[1.0, 0.0]]))
     assert loss.dtype == torch.float32
     assert loss.item() == 0.0
+
+
+def test_softmax_cross_entropy_by_hand():
+    logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])  # 3/4 and 1/4; 1/2 and 1/2
+    loss = softmax_cross_entropy(logits, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+    shares = softmax_cross_entropy(logits[:1], torch.tensor([[0.25, 0.75]]))
+    assert shares.item() == pytest.approx(0.25 * math.log(4 / 3) + 0.75 * math.log(4))
+    assert softmax_cross_entropy(logits.bfloat16(), torch.eye(2)).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"\(2, 2\) and \(2, 3\)"):
+        softmax_cross_entropy(logits, torch.zeros(2, 3))
 
 
 def test_multilabel_soft_margin_names_both_shapes():

@@ -6,8 +6,10 @@ from stages.ops.metrics.multilabel import (
     average_precision,
     dead_classes,
     label_accuracy,
+    leads,
     mean_average_precision,
     multi_hot,
+    top1_accuracy,
 )
 
 
@@ -64,3 +66,11 @@ def test_a_dead_class_occurs_and_is_never_predicted():
     logits = np.array([[1.0, -1.0, -1.0], [-1.0, 0.0, -1.0]])
     labels = np.array([[False, True, False], [True, False, False]])
     assert dead_classes(logits, labels) == [1]  # class 2 does not occur, class 0 is predicted, if on the wrong image
+
+
+def test_only_the_first_of_exclusive_classes_leads():
+    logits = np.array([[5.0, 3.0, -1.0], [-4.0, -2.0, -2.5], [1.0, 1.0, 0.0]])
+    np.testing.assert_allclose(leads(logits), [[2.0, -2.0, -6.0], [-2.0, 0.5, -0.5], [0.0, 0.0, -1.0]])
+    assert leads(np.array([[3.0], [-3.0]])).tolist() == [[1.0], [1.0]]
+    labels = np.array([[True, False, False], [False, False, True], [True, False, False]])
+    assert top1_accuracy(logits, labels) == pytest.approx(2 / 3)

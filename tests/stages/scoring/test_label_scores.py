@@ -8,7 +8,7 @@ from stages.contracts import Runtime, SilentProgress, open_image_set, read_json,
 from stages.evaluate import EvaluateConfig, evaluate
 from stages.methods.classifier_files import load_classifier
 from stages.scoring.label_scores import predict_logits, score_classifier
-from tests.stages.methods.tiny_data import write_tiny_classifier, write_tiny_data
+from tests.stages.methods.tiny_data import LABELS, write_tiny_classifier, write_tiny_data
 
 RUNTIME = Runtime(device="cpu", workers=0, threads=1)
 
@@ -41,6 +41,21 @@ def test_accuracy_and_precision_by_hand(tmp_path):
     expected = np.mean([1.0 if logits[row, k] > logits[1 - row, k] else 0.5 for row, k in ((1, 0), (0, 1), (1, 2))])
     assert metrics["classifier.map"] == pytest.approx(expected)
     assert score_classifier(classifier, image_set, "holdout", None, progress, RUNTIME) == {}
+
+
+def test_logits_of_exclusive_classes_count_against_each_other(tmp_path):
+    """Two images of one label each; what all logits have in common says nothing."""
+    labels = [*LABELS[:4], (1,), (0,)]
+    image_set = open_image_set(write_tiny_data(tmp_path, labels=labels, val=2), None)
+    classifier, _ = load_classifier(write_tiny_classifier(tmp_path / "classifier"), torch.device("cpu"))
+    classifier.is_exclusive = True
+    metrics = score_classifier(classifier, image_set, "val", None, SilentProgress(), RUNTIME)
+    logits = predict_logits(classifier, image_set, image_set.index.split("val"), None, SilentProgress(), RUNTIME)
+    right = (logits.argmax(axis=1) == [1, 0]).sum()
+    assert metrics["classifier.top1_accuracy"] == right / 2
+    # an image whose first class is wrong has two wrong answers: the one that was given and the one that was not
+    assert metrics["classifier.label_accuracy"] == pytest.approx(1 - 2 * (2 - right) / 6)
+    assert set(metrics) == {"classifier.map", "classifier.label_accuracy", "classifier.top1_accuracy"}
 
 
 def test_dead_classes_are_named(tmp_path):

@@ -111,9 +111,9 @@ def give(monkeypatch: pytest.MonkeyPatch, maps: dict[str, list[np.ndarray]], fir
 MAPS = {
     # right everywhere below its peak; a strong background up to 40 % hides the object there
     "image1": [filled((8, 8, 23, 23), floor=102)],
-    # the largest component lies beside, the small one on the smaller of two true boxes
+    # the largest contour lies beside, the small one on the smaller of two true boxes
     "image2": [filled((0, 0, 7, 7), (10, 0, 39, 8))],
-    # 16 x 8 of 16 x 16 pixels: an overlap of one half
+    # its box ends a pixel later: 17 x 9 pixels, of which 144 are of the true 256: 144 / 265
     "image3": [filled((0, 0, 15, 7))],
 }
 
@@ -124,7 +124,7 @@ def test_metrics_by_hand(data: Path, trained: Path, tmp_path: Path, monkeypatch:
     metrics = run(data, trained, tmp_path / "out", progress=progress)
     assert asked == [("image1", (0,)), ("image2", (1,)), ("image3", (0,))], "image3's second label has no box"
     # at 20 % image1 is one box of the whole image (256 / 1280); image2's largest box is beside; image3 is right
-    # from 40 % on image1 is right too; image2's small component is right at every overlap
+    # from 40 % on image1 is right too; image2's small contour is right at every overlap
     assert metrics == {
         "localization.gt_known_loc": pytest.approx(1 / 3),
         "localization.top1_loc": 0.0,  # image3's first label is another
@@ -163,7 +163,7 @@ def test_boxes_and_labels_come_from_masks_where_there_are_no_lists(
     with_masks(data, labels={"image4": [2]})
     asked = give(
         monkeypatch,
-        {"image1": [filled((8, 8, 23, 23))], "image3": [filled((0, 0, 15, 31)), filled((0, 0, 15, 15))]},
+        {"image1": [filled((8, 8, 23, 23))], "image3": [filled((0, 0, 15, 27)), filled((0, 0, 15, 15))]},
         {"image1": 0, "image3": 2},
     )
     metrics = run(data, trained, tmp_path / "out")
@@ -171,8 +171,8 @@ def test_boxes_and_labels_come_from_masks_where_there_are_no_lists(
     assert metrics["localization.gt_known_loc"] == pytest.approx(2 / 3)
     assert metrics["localization.top1_clas"] == pytest.approx(2 / 3), "image3's first label is one of its two cases"
     assert metrics["localization.top1_loc"] == pytest.approx(1 / 3)
-    # at 255: 256 of image1, 256 of 512 of image3's class 1, 0 of 256 of class 3 (640 pixels; void left out)
-    at_top = (256 + 256) / (256 + 512 + 256)
+    # at 255: 256 of image1, 256 of 448 of image3's class 1, 0 of 256 of class 3 (640 pixels; void left out)
+    at_top = (256 + 256) / (256 + 448 + 256)
     objects = 256 + 256 + 640
     seen = 1280 + 2 * (1280 - 128)
     expected = at_top * 512 / objects + objects / seen * (objects - 512) / objects
@@ -187,6 +187,19 @@ def test_a_real_network_gives_fractions_and_the_same_bytes_again(data: Path, tra
     run(data, trained, tmp_path / "c")
     curves = {name: (tmp_path / name / "localization.json").read_bytes() for name in "abc"}
     assert curves["a"] == curves["c"] != curves["b"]
+
+
+def test_a_map_without_evidence_has_boxes_with_minmax_alone(data: Path, tmp_path: Path) -> None:
+    """A class whose scores are all negative: where they are least so, its object is."""
+    trained = write_tiny_classifier(tmp_path / "classifier", dead_class=0)
+    whole = [[0, [0, 0, SIZES[0][1] - 1, SIZES[0][0] - 1]]]
+    change_records(data, lambda image: image.update(boxes=whole if image["id"] == "image1" else None))
+    run(data, trained, tmp_path / "minmax")
+    config = EvaluateConfig(segmentation=False, localization=LocalizationConfig(normalisation="max"))
+    run(data, trained, tmp_path / "max", config)
+    best = {name: read_json(tmp_path / name / "localization.json")["box_acc_v2"]["0.3"] for name in ("minmax", "max")}
+    assert any(best["minmax"])
+    assert not any(best["max"])
 
 
 def test_a_stopped_run_continues_and_damaged_counts_are_made_again(
@@ -234,7 +247,7 @@ def test_a_classifier_of_other_classes_is_refused(data: Path, trained: Path, tmp
 def test_configs_that_measure_nothing_or_the_impossible() -> None:
     with pytest.raises(ValidationError, match="leaves nothing to measure"):
         EvaluateConfig(segmentation=False)
-    for wrong in ({"threshold": 1.0}, {"iou": 0}, {"iou_thresholds": ()}, {"scales": (9.0,)}):
+    for wrong in ({"threshold": 1.0}, {"normalisation": "sum"}, {"iou": 0}, {"iou_thresholds": ()}, {"scales": (9.0,)}):
         with pytest.raises(ValidationError):
             LocalizationConfig.model_validate(wrong)
 

@@ -38,7 +38,7 @@ from stages.scoring.localization_scores import LocalizationConfig, score_localiz
 from stages.scoring.mask_scores import ScoringContext, collect_training, score_training
 from stages.scoring.prediction import SCORE_SUFFIXES, MaskKind, PredictionConfig, predict_images
 
-VERSION = 4
+VERSION = 5
 
 _SCORES = {"val": "segmenter", "test": "segmenter_test"}
 """What the scores of each split are called."""

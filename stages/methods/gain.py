@@ -242,11 +242,12 @@ class Gain(GradCam):
         """The score (n,) of each chosen pair's class in the image whose attention is erased (eq. 3-4)."""
         import torch
 
-        from stages.ops.mining import erase, normalise_maps, soft_mask, upsample
+        from stages.ops.cells import cells_to_pixels
+        from stages.ops.mining import erase, normalise_maps, soft_mask
 
         config = self.options
         image, label = evidence.image[chosen], evidence.label[chosen]
-        maps = upsample(evidence.maps[chosen], (images.shape[2], images.shape[3]))
+        maps = cells_to_pixels(evidence.maps[chosen], (images.shape[2], images.shape[3]), evidence.cells)
         maps = normalise_maps(maps, config.attention_norm, config.norm_gradient)
         shown, row = image, torch.arange(len(image), device=image.device)
         if config.am_mode == "joint":
@@ -304,24 +305,19 @@ class GainExt(Gain):
 
     def _compare(self, evidence: Evidence, masks: Tensor) -> Tensor:
         """S_e: L_e, mean over the known cells, the classes of an image, then the images that have masks."""
-        from stages.ops.mining import (
-            mean_over_classes_then_images,
-            normalise_maps,
-            pixel_targets,
-            squared_error,
-            upsample,
-        )
+        from stages.ops.cells import PIXELS, cells_to_pixels
+        from stages.ops.mining import mean_over_classes_then_images, normalise_maps, pixel_targets, squared_error
 
         options = self.ext
         chosen = _pairs_in_masks(masks, evidence)
         if len(chosen) == 0:  # another device may have pairs
             nothing = mean_over_classes_then_images(evidence.maps.new_zeros(0), chosen, len(masks))
             return evidence.maps.sum() * 0 + nothing
-        maps, image, label = evidence.maps[chosen], evidence.image[chosen], evidence.label[chosen]
+        maps, image, label, cells = evidence.maps[chosen], evidence.image[chosen], evidence.label[chosen], evidence.cells
         if options.ext_resize == "map_to_mask":
-            maps = upsample(maps, (masks.shape[1], masks.shape[2]))
+            maps, cells = cells_to_pixels(maps, (masks.shape[1], masks.shape[2]), cells), PIXELS
         maps = normalise_maps(maps, options.ext_norm, options.ext_norm_gradient)
-        target, known = pixel_targets(masks, image, label, (maps.shape[1], maps.shape[2]))
+        target, known = pixel_targets(masks, image, label, (maps.shape[1], maps.shape[2]), cells)
         return mean_over_classes_then_images(squared_error(maps, target, known), image, len(masks))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from stages.nets.backbones.spec import BackboneSpec, PackageFile
+from stages.nets.backbones.spec import BackboneSpec, CellRule, PackageFile
 from stages.nets.backbones.timm_nets import build_timm
 
 _HEAD = {"channels": 256, "batch_norm": True, "dropout": 0.1, "fc7": False}
@@ -31,6 +31,7 @@ def _spec(version: int, file_name: str, sha_prefix: str) -> BackboneSpec:
         partial(build_timm, name=name, num_channels=1280, half_normalised=True),
         public=PackageFile(package, f"models/{file_name}", sha_prefix, partial(_tensor_names, name)),
         largefov_head=_HEAD,
+        cells=CellRule.TENSORFLOW_SAME,
     )
 
 

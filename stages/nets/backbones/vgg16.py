@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from stages.nets.backbones.spec import BackboneSpec, torchvision_file
+from stages.nets.backbones.spec import BackboneSpec, CellRule, torchvision_file
 
 if TYPE_CHECKING:
     from stages.nets.backbones.network import Backbone
@@ -35,6 +35,6 @@ VGG16 = BackboneSpec(
     _build,
     public=torchvision_file("vgg16-397923af.pth"),
     largefov_head={},
-    has_corner_cells=True,
+    cells=CellRule.EVEN_POOLS,
     has_vgg_pools=True,
 )

@@ -313,7 +313,8 @@ class GainExt(Gain):
         if len(chosen) == 0:  # another device may have pairs
             nothing = mean_over_classes_then_images(evidence.maps.new_zeros(0), chosen, len(masks))
             return evidence.maps.sum() * 0 + nothing
-        maps, image, label, cells = evidence.maps[chosen], evidence.image[chosen], evidence.label[chosen], evidence.cells
+        maps, image, label = evidence.maps[chosen], evidence.image[chosen], evidence.label[chosen]
+        cells = evidence.cells
         if options.ext_resize == "map_to_mask":
             maps, cells = cells_to_pixels(maps, (masks.shape[1], masks.shape[2]), cells), PIXELS
         maps = normalise_maps(maps, options.ext_norm, options.ext_norm_gradient)

@@ -72,9 +72,7 @@ def resample_maps(
     Returns:
         float32 (..., *size), also under autocast; same device.
     """
-    rows, columns = (
-        CellAxis.even(count, side_px) for count, side_px in zip(size, image_size, strict=True)
-    )
+    rows, columns = (CellAxis.even(count, side_px) for count, side_px in zip(size, image_size, strict=True))
     if is_flipped:
         columns = CellAxis(image_size[1] - 1 - columns.first_px, -columns.stride_px)
     with torch.autocast(maps.device.type, enabled=False):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from stages.nets.backbones.spec import BackboneSpec, CellRule, PackageFile
+from stages.nets.backbones.cell_rules import CellRule
+from stages.nets.backbones.spec import BackboneSpec, PackageFile
 from stages.nets.backbones.timm_nets import build_timm
 
 _HEAD = {"channels": 256, "batch_norm": True, "dropout": 0.1, "fc7": False}

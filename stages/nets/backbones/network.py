@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from stages.nets.backbones.spec import CellRule
+from stages.nets.backbones.cell_rules import CellRule
 from stages.ops.cells import CellAxis, CellGrid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

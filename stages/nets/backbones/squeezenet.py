@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stages.nets.backbones.spec import BackboneSpec, CellRule, torchvision_file
+from stages.nets.backbones.cell_rules import CellRule
+from stages.nets.backbones.spec import BackboneSpec, torchvision_file
 
 if TYPE_CHECKING:
     from stages.nets.backbones.network import Backbone

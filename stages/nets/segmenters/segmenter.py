@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from stages.contracts import Progress
+from stages.nets.backbones.cell_rules import CellRule
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.backbones.network import Backbone
-from stages.nets.backbones.spec import CellRule
 from stages.nets.layers import parameter_groups
 from stages.nets.weights import WeightsReport, load_pretrained
 

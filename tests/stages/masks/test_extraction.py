@@ -7,9 +7,9 @@ from stages.contracts import ImageRecord
 from stages.errors import EnvironmentFailure, InputError
 from stages.masks.extraction import AttentionExtractor, Views, build_inputs, plan_batches
 from stages.methods.cam import Cam
+from stages.nets.backbones.cell_rules import CellRule
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.backbones.network import IMAGENET_MEAN
-from stages.nets.backbones.spec import CellRule
 from stages.nets.classifier import Classifier
 from stages.nets.weights import build_backbone
 from tests.stages.linear_nets import linear_backbone
@@ -84,7 +84,7 @@ def test_maps_lie_where_the_image_is_at_every_scale_and_mirrored(size, flip):
     ],
 )
 def test_a_map_lies_on_the_object_that_was_seen(name, stride, shift_px, scales, flip, monkeypatch):
-    """A bright spot on the mean colour: centres of mass agree to a pixel, where evenly spread cells are half one off."""
+    """A bright spot on the mean colour: centres of mass agree to a pixel; evenly spread cells are half one off."""
     size, centre = (118, 150), np.array([54.0, 86.0])
     places = np.moveaxis(np.indices(size), 0, -1)
     spot = np.exp(-np.square(places - centre).sum(axis=-1, keepdims=True) / (2 * 14**2))
@@ -101,7 +101,6 @@ def test_a_map_lies_on_the_object_that_was_seen(name, stride, shift_px, scales, 
         weights = np.maximum(found.maps[0].reshape(-1).astype(float) - 50, 0)
         return np.average(places.reshape(-1, 2), axis=0, weights=weights)
 
-    print(name, scales, flip, find_centre()-centre)
     assert np.abs(find_centre() - centre).max() < 1
     if scales == (1.0,) and not flip and shift_px is not None:
         classifier.backbone.cell_rule = CellRule.EVEN_POOLS

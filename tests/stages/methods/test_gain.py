@@ -3,7 +3,6 @@
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import nn
 
 from stages.contracts import ImageRecord
 from stages.errors import ConfigError
@@ -98,7 +97,8 @@ def test_a_full_normalisation_gradient_ignores_the_scale_of_the_features_and_a_d
 
 def test_pixel_targets_average_areas_and_leave_void_out():
     masks = torch.tensor([[[2, 2, 255, 255], [2, 0, 255, 255], [0, 0, 2, 255], [0, 0, 1, 255]]], dtype=torch.uint8)
-    target, known = pixel_targets(masks, torch.tensor([0, 0]), torch.tensor([1, 0]), (2, 2), CellGrid.even((2, 2), (4, 4)))
+    even = CellGrid.even((2, 2), (4, 4))
+    target, known = pixel_targets(masks, torch.tensor([0, 0]), torch.tensor([1, 0]), (2, 2), even)
     torch.testing.assert_close(target, torch.tensor([[[0.75, 0.0], [0.0, 0.5]], [[0.0, 0.0], [0.0, 0.5]]]))
     assert known.tolist() == [[[1, 0], [1, 1]]] * 2
     attention = torch.tensor([[[1.0, 0.9], [0.5, 0.5]]])

@@ -44,9 +44,7 @@ def test_pixels_by_hand(first_px):
 def test_values_lie_where_the_cells_look_in_a_padded_and_mirrored_input(first_px, is_flipped):
     image_size, size = (70, 90), (18, 23)  # the input is 96 × 96
     maps = _ramps((6, 6), first_px, 16.0)
-    found = resample_maps(
-        maps, size=size, image_size=image_size, cells=_grid(first_px, 16.0), is_flipped=is_flipped
-    )
+    found = resample_maps(maps, size=size, image_size=image_size, cells=_grid(first_px, 16.0), is_flipped=is_flipped)
     rows, columns = ((torch.arange(count) + 0.5) * px / count - 0.5 for count, px in zip(size, image_size, strict=True))
     seen = image_size[1] - 1 - columns if is_flipped else columns
     ends = first_px, first_px + 5 * 16

@@ -15,11 +15,15 @@ from stages.nets.backbones.network import Backbone
 def linear_backbone(name: str, output_stride: int, monkeypatch: pytest.MonkeyPatch) -> Backbone:
     """The backbone with kernels ≥ 0 of sum 1 that fall off from their middle, and with means for maxima."""
     monkeypatch.setattr(functional, "max_pool2d", _mean_pool)
-    backbone = BackboneConfig(name=name, output_stride=output_stride, pretrained=False).build().eval()
+    with torch.device("meta"):  # nothing is drawn
+        backbone = BackboneConfig(name=name, output_stride=output_stride, pretrained=False).build().eval()
+    backbone.to_empty(device="cpu")
     backbone.half_normalised = False
     for path, layer in list(backbone.named_modules()):
         if isinstance(layer, nn.Conv2d):
             _blur(layer)
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_parameters()
         elif isinstance(layer, nn.ReLU6) or type(layer).__name__ == "SEModule":  # has a ceiling; sees the whole image
             parent, _, child = path.rpartition(".")
             setattr(backbone.get_submodule(parent), child, nn.Identity())

@@ -225,7 +225,7 @@ def test_cells_lie_at_corners(name):
 
 def test_corners_are_of_backbones_that_have_them_alone():
     with pytest.raises(
-        ValidationError, match=r"align_corners goes with vgg16, .*; those of squeezenet1_1 lie elsewhere"
+        ValidationError, match=r"align_corners goes with small, vgg16, .*; those of squeezenet1_1 lie elsewhere"
     ):
         parse({**SQUEEZENET, "align_corners": True})
     config = parse({**VGG, "align_corners": True})

@@ -45,7 +45,7 @@ from stages.masks.writing import explain_full_disk
 from stages.ops.devices import check_precision
 from stages.ops.rate import ImageRate
 
-VERSION = 2
+VERSION = 3
 """Raise when equal inputs give other bytes than before."""
 
 TASK = "attention maps"

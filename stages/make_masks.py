@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MakeMasksConfig", "make_masks", "refine_mask"]
 
-VERSION = 3
+VERSION = 4
 
 SWEEP_NEEDS_MAPS = (
     "make_masks.sweep compares thresholds on stored maps, and make_attention.keep_maps is false: set it to true, or "

@@ -148,9 +148,12 @@ class AttentionExtractor:
         for number, stack in enumerate(inputs):
             for position, maps in enumerate(self._attention(stack, batch)):
                 record = batch[position % len(batch)]
-                height, width = self.views.sizes(record.size)[number]
-                covered = (height / stack.shape[1], width / stack.shape[2])
-                means[position % len(batch)].add(maps, covered=covered, flipped=position >= len(batch))
+                means[position % len(batch)].add(
+                    maps,
+                    image_size=self.views.sizes(record.size)[number],
+                    cells=self._classifier.backbone.cells(maps.shape[1:], stack.shape[1:3]),
+                    is_flipped=position >= len(batch),
+                )
         merged = [self._from_zero(mean.mean()).cpu().numpy() for mean in means]
         finish = _finish_broken if is_nan_borne else _finish
         return [finish(record, maps) for record, maps in zip(batch, merged, strict=True)]

@@ -128,7 +128,8 @@ class Method(Protocol):
             labels: (B, K) float, 1 for the classes that are asked for.
 
         Returns:
-            (B, K, h, w), spanning the input evenly; only the maps of asked classes mean anything.
+            (B, K, h, w), on the cells of the backbone's output or of a layer before it, or on pixels; other maps are
+            taken to span the input evenly.  Only the maps of asked classes mean anything.
         """
         ...
 

@@ -296,14 +296,15 @@ class Gain(GradCam):
         """S_am: L_am, what the judge says of the images whose attention is erased (eq. 3-5)."""
         import torch
 
-        from stages.ops.mining import erase, mean_over_images, normalise_maps, soft_mask, upsample
+        from stages.ops.cells import cells_to_pixels
+        from stages.ops.mining import erase, mean_over_images, normalise_maps, soft_mask
 
         config = self.options
         if not self._mines(step) or len(evidence.image) == 0:
             return images.new_zeros(())
         chosen = self._choose(evidence)
         image, label = evidence.image[chosen], evidence.label[chosen]
-        maps = upsample(evidence.maps[chosen], (images.shape[2], images.shape[3]))
+        maps = cells_to_pixels(evidence.maps[chosen], (images.shape[2], images.shape[3]), evidence.cells)
         maps = normalise_maps(maps, config.attention_norm, config.norm_gradient)
         shown, row = image, torch.arange(len(image), device=image.device)
         if config.am_mode == "joint":
@@ -370,17 +371,19 @@ class GainExt(Gain):
 
     def _compare(self, evidence: Evidence, masks: Tensor) -> Tensor:
         """S_e: L_e, mean over the known cells, the classes of an image, then the batch; no mask is an error of 0."""
-        from stages.ops.mining import mean_over_images, normalise_maps, pixel_targets, squared_error, upsample
+        from stages.ops.cells import PIXELS, cells_to_pixels
+        from stages.ops.mining import mean_over_images, normalise_maps, pixel_targets, squared_error
 
         options = self.ext
         chosen = _pairs_in_masks(masks, evidence)
         if len(chosen) == 0:
             return evidence.maps.new_zeros(())
         maps, image, label = evidence.maps[chosen], evidence.image[chosen], evidence.label[chosen]
+        cells = evidence.cells
         if options.ext_resize == "map_to_mask":
-            maps = upsample(maps, (masks.shape[1], masks.shape[2]))
+            maps, cells = cells_to_pixels(maps, (masks.shape[1], masks.shape[2]), cells), PIXELS
         maps = normalise_maps(maps, options.ext_norm, options.ext_norm_gradient)
-        target, known = pixel_targets(masks, image, label, (maps.shape[1], maps.shape[2]))
+        target, known = pixel_targets(masks, image, label, (maps.shape[1], maps.shape[2]), cells)
         return mean_over_images(squared_error(maps, target, known), image, len(masks))
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from stages.nets.classifier import Classifier, ClassifierOutput
+    from stages.ops.cells import CellGrid
     from stages.ops.step import StepInfo
 
 ChannelWeights = Literal["auto", "gradient", "closed_form"]
@@ -79,6 +80,8 @@ class Evidence(NamedTuple):
     """(P,) image of each map."""
     label: Tensor
     """(P,) class of each map."""
+    cells: CellGrid
+    """Where the cells of the maps look in the images."""
 
 
 class GradCam:
@@ -190,7 +193,8 @@ def find_evidence(
         weights = gradient_weights(
             output.logits, features, image, label, second_order=second_order, loss_scale=float(scale)
         )
-    return Evidence(output.logits, weighted_maps(features, weights, image), image, label)
+    cells = classifier.backbone.cells(features.shape[2:], images.shape[2:])
+    return Evidence(output.logits, weighted_maps(features, weights, image), image, label, cells)
 
 
 def _forward(

@@ -143,7 +143,7 @@ class Spg(Cam):
         del step, masks
         output, b1, b2, c = self._forward(classifier, images)
         classification = classifier.classification_loss(output.logits, labels)
-        attention = _attention(output.scores, labels, (images.shape[2], images.shape[3]))
+        attention = _attention(output.scores, labels, images, classifier.backbone)
         guided = self._guidance_losses(attention, b1, b2, c)
         return {"loss": sum(guided.values(), start=classification), "classification": classification, **guided}
 
@@ -168,12 +168,12 @@ class Spg(Cam):
         ):
             output = classifier(images)
         b1, b2, shared, c = (classifier.get_submodule(f"guides.{name}") for name in ("b1", "b2", "shared", "c"))
-        size = (images.shape[2], images.shape[3])
+        backbone = classifier.backbone
         return _Branches(
             output,
-            _enlarge(shared(b1(at_b1.output)), size)[:, 0],
-            _enlarge(shared(b2(at_b2.output)), size)[:, 0],
-            _enlarge(c(at_c.output), size)[:, 0],
+            _enlarge(shared(b1(at_b1.output)), images, backbone)[:, 0],
+            _enlarge(shared(b2(at_b2.output)), images, backbone)[:, 0],
+            _enlarge(c(at_c.output), images, backbone)[:, 0],
         )
 
     def _guidance_losses(self, attention: Tensor, b1: Tensor, b2: Tensor, c: Tensor) -> dict[str, Tensor]:
@@ -239,15 +239,16 @@ def num_layer_channels(backbone: Backbone, names: tuple[str, ...]) -> list[int]:
     return [shapes[name][1] for name in names]
 
 
-def _attention(scores: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Guidance for B2: the normalised map of the image's classes at ``size``, (B, H, W), without a gradient."""
+def _attention(scores: Tensor, labels: Tensor, images: Tensor, backbone: Backbone) -> Tensor:
+    """Guidance for B2: the normalised map of the image's classes at the images' size, (B, H, W), without a gradient."""
     from stages.ops.attention import labelled_attention
 
-    return labelled_attention(_enlarge(scores.detach(), size), labels)[:, 0]
+    return labelled_attention(_enlarge(scores.detach(), images, backbone), labels)[:, 0]
 
 
-def _enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (B, D, h, w) at ``size`` (H, W), bilinearly, in float32."""
-    from torch.nn import functional
+def _enlarge(maps: Tensor, images: Tensor, backbone: Backbone) -> Tensor:
+    """Maps (B, D, h, w) of the backbone's cells at the images' size, bilinearly, in float32."""
+    from stages.ops.cells import cells_to_pixels
 
-    return functional.interpolate(maps.float(), size=size, mode="bilinear", align_corners=False)
+    size = (images.shape[2], images.shape[3])
+    return cells_to_pixels(maps, size, backbone.cells(maps.shape[2:], size))

@@ -3,8 +3,8 @@
 Pure tensor code, no I/O, no config.
 Shapes: B images, K foreground classes, n maps of one image, h w map cells (H W is always image pixels).
 
-Geometry.  A map of h × w cells spans its image evenly: the centre of cell i lies at (i + ½) / h of the image's height,
-whatever the network's stride and whatever padding was to the right of and below the image.
+Geometry.  A stored map of h × w cells spans its image evenly: the centre of cell i lies at (i + ½) / h of the image's
+height, wherever the network's own cells look and whatever padding was to the right of and below the image.
 Source: Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016 (the maps); Ahn et al., "Weakly
 Supervised Learning of Instance Segmentation with Inter-pixel Relations", CVPR 2019 (scales and flips).
 """
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from stages.contracts import IGNORE_INDEX
+from stages.ops.cells import CellGrid, resample_maps
 
 
 def normalise_attention(scores: Tensor) -> Tensor:
@@ -50,34 +50,10 @@ def map_size(image_size: tuple[int, int], map_stride: int) -> tuple[int, int]:
     return (-(-image_size[0] // map_stride), -(-image_size[1] // map_stride))
 
 
-def resample_maps(
-    maps: Tensor, *, size: tuple[int, int], covered: tuple[float, float] = (1.0, 1.0), flipped: bool = False
-) -> Tensor:
-    """Bring the maps of one padded, perhaps mirrored network input onto the image's own grid, bilinearly.
-
-    Args:
-        maps: (n, h, w) maps that span the padded input evenly.
-        size: (height, width) in cells of the result.
-        covered: (vertical, horizontal) share, in (0, 1], of the padded input that the image fills from its top left.
-        flipped: The image was mirrored left to right before it was padded; the result is mirrored back.
-
-    Returns:
-        (n, *size) maps that span the image evenly; same device and dtype.
-    """
-    rows, columns = _cell_centres(size[0], maps), _cell_centres(size[1], maps)
-    if flipped:
-        columns = columns.flip(0)
-    grid = torch.stack(torch.meshgrid(columns * covered[1], rows * covered[0], indexing="xy"), dim=-1)
-    return functional.grid_sample(maps[None], grid[None] * 2 - 1, padding_mode="border", align_corners=False)[0]
-
-
-def _cell_centres(count: int, like: Tensor) -> Tensor:
-    """Centres of ``count`` even cells of the unit interval."""
-    return (torch.arange(count, device=like.device, dtype=like.dtype) + 0.5) / count
-
-
 class MapMean:
-    """Mean of the maps of one image over scales and flips, at the stored resolution: memory stays that of one map.
+    """Mean of the maps of one image over scales and flips, on evenly spread cells of the stored resolution.
+
+    Memory stays that of one map.
 
     Source:
         irn (a2ece00) step/make_cam.py: the sum over scales and flips of the ReLU'd maps.  Differs: the mean, so that
@@ -90,9 +66,9 @@ class MapMean:
         self._sum: Tensor | None = None
         self._count = 0
 
-    def add(self, maps: Tensor, *, covered: tuple[float, float] = (1.0, 1.0), flipped: bool = False) -> None:
-        """Add one network input's maps (n, h, w) ≥ 0; ``covered`` and ``flipped`` as in ``resample_maps``."""
-        resampled = resample_maps(maps.float(), size=self.size, covered=covered, flipped=flipped)
+    def add(self, maps: Tensor, *, image_size: tuple[int, int], cells: CellGrid, is_flipped: bool = False) -> None:
+        """Add one network input's maps (n, h, w) ≥ 0; the other arguments as in ``resample_maps``."""
+        resampled = resample_maps(maps, size=self.size, image_size=image_size, cells=cells, is_flipped=is_flipped)
         self._sum = resampled if self._sum is None else self._sum + resampled
         self._count += 1
 

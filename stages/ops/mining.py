@@ -13,9 +13,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from stages.contracts import IGNORE_INDEX, ClassList
+from stages.ops.cells import CellGrid, pixels_to_cells
 
 EPSILON = 1e-6
 """Keeps a map without any evidence at zero instead of NaN."""
@@ -45,11 +45,6 @@ def normalise_maps(maps: Tensor, norm: Norm, gradient: NormGradient) -> Tensor:
     if gradient == "detached":
         high, low = high.detach(), low.detach()
     return (maps - low) / (high - low + EPSILON)
-
-
-def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (P, h, w) at ``size`` (H, W), bilinearly, both spanning the image evenly."""
-    return functional.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def soft_mask(attention: Tensor, *, sigma: float, omega: float) -> Tensor:
@@ -103,7 +98,9 @@ def class_pixels(masks: Tensor, image: Tensor, label: Tensor) -> Tensor:
     return (masks[image] == _class_indices(label)).sum(dim=(1, 2))
 
 
-def pixel_targets(masks: Tensor, image: Tensor, label: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def pixel_targets(
+    masks: Tensor, image: Tensor, label: Tensor, size: tuple[int, int], cells: CellGrid
+) -> tuple[Tensor, Tensor]:
     """True masks on the grid of the maps: in each cell the share of its known pixels that are of the class.
 
     Args:
@@ -111,13 +108,14 @@ def pixel_targets(masks: Tensor, image: Tensor, label: Tensor, size: tuple[int, 
         image: (P,) image of each pair.
         label: (P,) label index of each pair.
         size: (h, w).
+        cells: Where these cells look.
 
     Returns:
         H^c (P, h, w) in [0, 1], and whether the cell has any known pixel, float 0/1 (P, h, w).
     """
     chosen = masks[image]
-    known = functional.adaptive_avg_pool2d((chosen != IGNORE_INDEX).float()[:, None], size)[:, 0]
-    share = functional.adaptive_avg_pool2d((chosen == _class_indices(label)).float()[:, None], size)[:, 0]
+    known = pixels_to_cells(chosen != IGNORE_INDEX, size, cells)
+    share = pixels_to_cells(chosen == _class_indices(label), size, cells)
     return share / known.clamp(min=EPSILON), (known > 0).float()
 
 

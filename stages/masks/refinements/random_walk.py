@@ -203,13 +203,15 @@ class MapWalker:
         import torch
         from torch.nn import functional
 
-        from stages.ops.attention import quantise_attention, resample_maps
+        from stages.ops.attention import quantise_attention
+        from stages.ops.cells import resample_maps
 
         (height, width), *_ = self._views.sizes(record.size)
-        covered = (height / padded[0], width / padded[1])
-        grid = (max(1, round(features.shape[1] * covered[0])), max(1, round(features.shape[2] * covered[1])))
+        rows, columns = features.shape[1] * height / padded[0], features.shape[2] * width / padded[1]
+        grid = (max(1, round(rows)), max(1, round(columns)))
+        looking = self._backbone.cells(features.shape[1:], padded)
         with torch.inference_mode():
-            cells = resample_maps(features.float(), size=grid, covered=covered)
+            cells = resample_maps(features, size=grid, image_size=(height, width), cells=looking)
             maps = torch.tensor(record.maps).to(self._device)[None].float() / 255
             shrinks = grid[0] <= maps.shape[2] and grid[1] <= maps.shape[3]
             coarse = functional.interpolate(maps, grid, mode="area" if shrinks else "bilinear")[0]

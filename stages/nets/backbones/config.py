@@ -101,5 +101,6 @@ class BackboneConfig(StageConfig):
         """The backbone at a random start, in training mode."""
         backbone = self.spec.build(self.output_stride)
         backbone.name = self.name
+        backbone.cell_rule = self.spec.cells
         backbone.freeze_bn = self.freeze_bn
         return backbone.train()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from stages.nets.backbones.cell_rules import CellRule
 from stages.nets.backbones.spec import BackboneSpec, PackageFile
 from stages.nets.backbones.timm_nets import build_timm
 
@@ -32,6 +33,7 @@ def _spec(version: int, file_name: str, sha_prefix: str) -> BackboneSpec:
         public=PackageFile(package, f"models/{file_name}", sha_prefix, partial(_tensor_names, name)),
         largefov_head=_HEAD,
         decoder_layer=("blocks.1", 24),
+        cells=CellRule.TENSORFLOW_SAME,
     )
 
 

@@ -9,9 +9,12 @@ Source: Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
+
+from stages.nets.backbones.cell_rules import CellRule
+from stages.ops.cells import CellAxis, CellGrid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,9 +30,11 @@ class Backbone(nn.Module):
         name: As a config spells it; empty when built without one.
         num_channels: D.
         output_stride: Pixels per cell.
+        cell_rule: Where the cells look.
     """
 
     name: str = ""
+    cell_rule: CellRule = CellRule.PADDED_KERNELS
 
     def __init__(
         self,
@@ -71,6 +76,25 @@ class Backbone(nn.Module):
         if self.freeze_bn:
             freeze_batch_norm(self)
         return self
+
+    def cells(self, map_size: Sequence[int], image_size: Sequence[int]) -> CellGrid:
+        """Where the cells of a map look, be it of the output or of a layer before it.
+
+        The stride is the one that gives as many cells; a map that no stride gives is taken to span the image evenly.
+
+        Args:
+            map_size: (h, w).
+            image_size: (H, W) of the network's input.
+        """
+        rule, stride = self.cell_rule, self.output_stride
+        while stride > 1 and any(
+            rule.num_cells(stride, side_px) != cells for cells, side_px in zip(map_size, image_size, strict=True)
+        ):
+            stride //= 2
+        if stride == 1 and tuple(map_size) != tuple(image_size):
+            return CellGrid.even(map_size, image_size)
+        rows, columns = (CellAxis(rule.first_px(stride, side_px), stride) for side_px in image_size)
+        return CellGrid(rows, columns)
 
     def named_layers(self) -> tuple[str, ...]:
         """Names of all layers, in the order of execution; what a config may name as a position."""

@@ -31,7 +31,6 @@ RESNET50 = BackboneSpec(
     partial(_build, name="resnet50"),
     public=torchvision_file("resnet50-0676ba61.pth"),
     coco=torchvision_file("deeplabv3_resnet50_coco-cd0a2569.pth"),
-    has_corner_cells=True,
 )
 RESNET101 = BackboneSpec(
     "resnet101",
@@ -39,5 +38,4 @@ RESNET101 = BackboneSpec(
     partial(_build, name="resnet101"),
     public=torchvision_file("resnet101-63fe2227.pth"),
     coco=torchvision_file("deeplabv3_resnet101_coco-586e9e4e.pth"),
-    has_corner_cells=True,
 )

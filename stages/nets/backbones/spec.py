@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from stages.nets.backbones.cell_rules import CellRule
+
 if TYPE_CHECKING:
     from stages.nets.backbones.network import Backbone
 
@@ -72,10 +74,15 @@ class BackboneSpec:
     """A segmentation network trained on COCO whose backbone is this one."""
     largefov_head: Mapping[str, Any] = field(default_factory=lambda: {"batch_norm": True})
     """LargeFOV's options on it where they differ from the defaults of ``LargeFovConfig``, which are VGG16's."""
-    has_corner_cells: bool = False
-    """Whether cell (i, j) looks at pixel (stride · i, stride · j), so that LargeFOV can align corners."""
+    cells: CellRule = CellRule.PADDED_KERNELS
+    """Where its cells look."""
     decoder_layer: tuple[str, int] | None = None
     """The layer whose output, at stride 4, DeepLabV3+'s decoder reads too, and its channels; None where DeepLabV3 and
     V3+ do not stand on this backbone but on an encoder of segmentation-models-pytorch."""
     has_vgg_pools: bool = False
-    """Whether DeepLab makes its 2×2 pools 3×3 and puts pool5 behind it."""
+    """Whether DeepLab makes its 2×2 pools 3×3, whose cells are those of padded kernels, and puts pool5 behind it."""
+
+    @property
+    def has_corner_cells(self) -> bool:
+        """Whether a segmenter's cell i looks at pixel stride · i, so that LargeFOV can align corners."""
+        return self.has_vgg_pools or self.cells is CellRule.PADDED_KERNELS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stages.nets.backbones.cell_rules import CellRule
 from stages.nets.backbones.spec import BackboneSpec, torchvision_file
 
 if TYPE_CHECKING:
@@ -31,4 +32,5 @@ SQUEEZENET1_1 = BackboneSpec(
     _build,
     public=torchvision_file("squeezenet1_1-b8a52dc0.pth"),
     largefov_head={"dilation": 6, "batch_norm": True, "fc7": False, "channels": 256, "dropout": 0.1},
+    cells=CellRule.UNPADDED_KERNELS,
 )

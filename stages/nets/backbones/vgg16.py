@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from stages.nets.backbones.cell_rules import CellRule
 from stages.nets.backbones.spec import BackboneSpec, torchvision_file
 
 if TYPE_CHECKING:
@@ -35,6 +36,6 @@ VGG16 = BackboneSpec(
     _build,
     public=torchvision_file("vgg16-397923af.pth"),
     largefov_head={},
-    has_corner_cells=True,
+    cells=CellRule.EVEN_POOLS,
     has_vgg_pools=True,
 )

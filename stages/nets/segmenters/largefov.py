@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stages.contracts import Progress
@@ -21,6 +20,7 @@ from stages.nets.backbones.network import Backbone
 from stages.nets.layers import parameter_groups
 from stages.nets.segmenters.segmenter import Segmenter
 from stages.nets.weights import WeightsReport, fetch_weights, read_tensors
+from stages.ops.cells import CellAxis, CellGrid, resample_maps
 
 
 class LargeFov(Segmenter):
@@ -94,27 +94,13 @@ def _stage(
 def move_to_centres(logits: Tensor, size: Sequence[int], stride: int) -> Tensor:
     """Scores at the centres of the cells, where everybody takes them to be, from those at pixels 0, stride, 2·stride ….
 
-    Bilinear in between; float32 also under autocast.  Written as two products of matrices, whose gradient is exact to
-    the bit and which every format of exported networks knows.
-
     Args:
         logits: (B, C, h, w).
         size: (H, W) of the images in pixels.
         stride: Pixels between two cells.
     """
-    with torch.autocast(logits.device.type, enabled=False):
-        rows, columns = (
-            _weights_at_centres(cells, pixels, stride, logits.device)
-            for cells, pixels in zip(logits.shape[-2:], size, strict=True)
-        )
-        return rows @ logits.float() @ columns.T
-
-
-def _weights_at_centres(cells: int, pixels: int, stride: int, device: torch.device) -> Tensor:
-    """How much each of n cells counts at each centre (n, n); rows sum to 1."""
-    numbers = torch.arange(cells, dtype=torch.float32, device=device)
-    centres = ((numbers + 0.5) * (pixels / cells) - 0.5) / stride
-    return (1 - (centres.clamp(0, cells - 1)[:, None] - numbers).abs()).clamp(min=0)
+    corners = CellAxis(0.0, stride)
+    return resample_maps(logits, size=logits.shape[-2:], image_size=size, cells=CellGrid(corners, corners))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

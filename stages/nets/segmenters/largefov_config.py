@@ -44,7 +44,8 @@ class LargeFovConfig(SegmenterBase):
     VGG16's cells, 96 px apart, are so at ``dilation`` 12 with ``output_stride: 8``, at 6 with 16, at 24 with 4."""
     align_corners: bool = False
     """Take the scores for those of pixels 0, 8, 16 …, where padded 3×3 kernels of stride 2 look, as DeepLab's release
-    does; else outlines are up to half a cell off, in crops otherwise than in whole images.  vgg16 and ResNets."""
+    does; else outlines are up to half a cell off, in crops otherwise than in whole images.  Not where cells lie
+    elsewhere (squeezenet1_1, EfficientNets)."""
 
     @model_validator(mode="after")
     def _check_backbone(self) -> LargeFovConfig:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stages.contracts import Progress
+from stages.nets.backbones.cell_rules import CellRule
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.backbones.network import Backbone
 from stages.nets.layers import parameter_groups
@@ -66,6 +67,7 @@ def deeplab_backbone(config: BackboneConfig) -> tuple[Backbone, nn.Module]:
     backbone = config.build()
     if not config.spec.has_vgg_pools:
         return backbone, nn.Identity()
+    backbone.cell_rule = CellRule.PADDED_KERNELS
     for layer in backbone.modules():
         if isinstance(layer, nn.MaxPool2d):
             layer.kernel_size, layer.padding = 3, layer.dilation

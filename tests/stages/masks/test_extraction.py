@@ -6,9 +6,13 @@ from torch.nn import functional
 from stages.contracts import ImageRecord
 from stages.errors import EnvironmentFailure, InputError
 from stages.masks.extraction import AttentionExtractor, Views, build_inputs, plan_batches
+from stages.methods.cam import Cam
+from stages.nets.backbones.cell_rules import CellRule
 from stages.nets.backbones.config import BackboneConfig
+from stages.nets.backbones.network import IMAGENET_MEAN
 from stages.nets.classifier import Classifier
 from stages.nets.weights import build_backbone
+from tests.stages.linear_nets import linear_backbone
 
 CPU = torch.device("cpu")
 
@@ -42,6 +46,7 @@ class SignedBrightness(Brightness):
 
 def _extractor(method, views, warnings=None, **others):
     classifier = Classifier(build_backbone(BackboneConfig(name="small"), {}), 3).eval()
+    classifier.backbone.cell_rule = CellRule.EVEN_POOLS  # as Brightness looks
     warn = (warnings if warnings is not None else []).append
     options = {"views": views, "map_stride": 4, "num_foreground": 3, "device": CPU, "warn": warn, **others}
     return AttentionExtractor(classifier, method, **options)
@@ -76,6 +81,41 @@ def test_maps_lie_where_the_image_is_at_every_scale_and_mirrored(size, flip):
         inner = (slice(2, -3), slice(2, -3))  # border cells see the padding
         assert np.abs(grey[0] * 255 - red[None])[inner].max() < 3
         assert np.abs(grey[1] * 255 - green[:, None])[inner].max() < 3
+
+
+@pytest.mark.parametrize(("scales", "flip"), [((1.0,), False), ((1.0,), True), ((0.75, 1.5), True)])
+@pytest.mark.parametrize(
+    ("name", "stride", "shift_px"),
+    [
+        ("small", 4, 1.5),
+        ("vgg16", 16, 0),
+        ("resnet50", 16, 7.5),
+        ("squeezenet1_1", 16, None),
+        ("tf_efficientnet_lite0", 16, -7.5),
+    ],
+)
+def test_a_map_lies_on_the_object_that_was_seen(name, stride, shift_px, scales, flip, monkeypatch):
+    """A bright spot on the mean colour: centres of mass agree to a pixel; evenly spread cells are half one off."""
+    size, centre = (118, 150), np.array([54.0, 86.0])
+    places = np.moveaxis(np.indices(size), 0, -1)
+    spot = np.exp(-np.square(places - centre).sum(axis=-1, keepdims=True) / (2 * 14**2))
+    image = (255 * (np.array(IMAGENET_MEAN) * (1 - spot) + spot)).round().astype(np.uint8)
+    classifier = Classifier(linear_backbone(name, stride, monkeypatch), 1).eval()
+    torch.nn.init.ones_(classifier.head.weight)
+    views, record = Views(scales, flip, None), _record(0, size)
+
+    def find_centre():
+        extractor = AttentionExtractor(
+            classifier, Cam(), views=views, map_stride=1, num_foreground=1, device=CPU, warn=pytest.fail
+        )
+        (found,) = extractor.records([record], build_inputs([image], views))
+        weights = np.maximum(found.maps[0].reshape(-1).astype(float) - 50, 0)
+        return np.average(places.reshape(-1, 2), axis=0, weights=weights)
+
+    assert np.abs(find_centre() - centre).max() < 1
+    if scales == (1.0,) and not flip and shift_px is not None:
+        classifier.backbone.cell_rule = CellRule.EVEN_POOLS
+        assert find_centre() - centre == pytest.approx([shift_px, shift_px], abs=1)
 
 
 def test_the_mirrored_view_changes_nothing_for_a_method_that_does_not_care():

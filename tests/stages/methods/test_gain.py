@@ -15,6 +15,7 @@ from stages.nets.backbones.config import BackboneConfig
 from stages.nets.backbones.network import Backbone
 from stages.nets.classifier import Classifier
 from stages.nets.weights import build_backbone
+from stages.ops.cells import CellAxis, CellGrid, cells_to_pixels
 from stages.ops.mining import (
     erase,
     mean_over_images,
@@ -108,7 +109,8 @@ def test_a_full_normalisation_gradient_ignores_the_scale_of_the_features_and_a_d
 
 def test_pixel_targets_average_areas_and_leave_void_out():
     masks = torch.tensor([[[2, 2, 255, 255], [2, 0, 255, 255], [0, 0, 2, 255], [0, 0, 1, 255]]], dtype=torch.uint8)
-    target, known = pixel_targets(masks, torch.tensor([0, 0]), torch.tensor([1, 0]), (2, 2))
+    even = CellGrid.even((2, 2), (4, 4))
+    target, known = pixel_targets(masks, torch.tensor([0, 0]), torch.tensor([1, 0]), (2, 2), even)
     torch.testing.assert_close(target, torch.tensor([[[0.75, 0.0], [0.0, 0.5]], [[0.0, 0.0], [0.0, 0.5]]]))
     assert known.tolist() == [[[1, 0], [1, 1]]] * 2
     attention = torch.tensor([[[1.0, 0.9], [0.5, 0.5]]])
@@ -137,7 +139,7 @@ def _by_hand(classifier, judge, images, pairs, *, omega=None, sigma=None):
     features = classifier.backbone(images)
     for i, c in pairs:
         raw = torch.einsum("d,dhw->hw", classifier.head.weight.detach()[c, :, 0, 0], features[i]).relu()
-        up = nn.functional.interpolate(raw[None, None], size=(32, 48), mode="bilinear", align_corners=False)[0, 0]
+        up = cells_to_pixels(raw, (32, 48), CellGrid(CellAxis(0, 4), CellAxis(0, 4)))
         attention = up / (up.max().detach() + 1e-6)
         mask = attention if omega is None else torch.sigmoid(omega * (attention - sigma))
         yield judge((images[i] * (1 - mask))[None]).logits[0]
@@ -294,8 +296,8 @@ def test_the_pixel_loss_by_hand_and_its_weight(classifier, images):
     losses = method.objective(classifier, images, LABELS, STEP, masks=masks)
     maps = classifier(images).scores[1, 0].relu()
     attention = maps / maps.max()
-    target = torch.zeros_like(attention)
-    target[: attention.shape[0] // 2, : attention.shape[1] // 2] = 1
+    rows, columns = (torch.tensor([1.0] * half + [0.375] + [0.0] * (half - 1)) for half in (4, 6))
+    target = rows[:, None] * columns  # cell 4: pixel 14, half of it, and 15 of 14 to 18
     assert losses["pixel"].item() == pytest.approx(((attention - target) ** 2).mean().item() / 2, rel=1e-4), (
         "a mean over the batch, of which one image has an error"
     )

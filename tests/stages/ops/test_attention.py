@@ -3,13 +3,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn import functional
 
-from stages.ops.attention import MapMean, map_size, normalise_attention, quantise_attention, resample_maps
-
-
-def _maps(*shape: int) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+from stages.ops.attention import MapMean, map_size, normalise_attention, quantise_attention
+from stages.ops.cells import CellGrid
 
 
 def test_normalise_divides_each_map_by_its_own_peak():
@@ -41,38 +37,10 @@ def test_map_size_rounds_up():
     assert map_size((1, 2), 8) == (1, 1)
 
 
-@pytest.mark.parametrize("size", [(5, 7), (12, 9), (3, 4), (11, 2)])
-def test_resample_is_plain_bilinear_resizing_where_the_image_fills_the_input(size):
-    maps = _maps(2, 5, 7)
-    expected = functional.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
-    torch.testing.assert_close(resample_maps(maps, size=size), expected)
-
-
-def test_resample_mirrors_back():
-    maps = _maps(2, 5, 7)
-    torch.testing.assert_close(
-        resample_maps(maps, size=(6, 10), flipped=True), resample_maps(maps.flip(2), size=(6, 10))
-    )
-
-
-def test_resample_leaves_out_the_padding():
-    content = _maps(1, 4, 6)
-    padded = functional.pad(content, (0, 2, 0, 4), mode="replicate")  # 4 of 8 rows, 6 of 8 columns are the image
-    found = resample_maps(padded, size=(8, 12), covered=(0.5, 0.75))
-    torch.testing.assert_close(found, resample_maps(content, size=(8, 12)))
-
-
-def test_a_mirrored_padded_input_lands_on_the_same_cells():
-    content = _maps(1, 4, 6)
-    mirrored = functional.pad(content.flip(2), (0, 2, 0, 0), mode="replicate")
-    found = resample_maps(mirrored, size=(4, 6), covered=(1.0, 0.75), flipped=True)
-    torch.testing.assert_close(found, content)
-
-
 def test_map_mean_by_hand():
-    mean = MapMean((1, 2))
-    mean.add(torch.tensor([[[1.0, 3.0]]]))
-    mean.add(torch.tensor([[[1.0, 5.0]]]), flipped=True)
+    mean, even = MapMean((1, 2)), CellGrid.even((1, 2), (4, 8))
+    mean.add(torch.tensor([[[1.0, 3.0]]]), image_size=(4, 8), cells=even)
+    mean.add(torch.tensor([[[1.0, 5.0]]]), image_size=(4, 8), cells=even, is_flipped=True)
     torch.testing.assert_close(mean.mean(), torch.tensor([[[3.0, 2.0]]]))
 
 

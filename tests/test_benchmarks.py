@@ -1,14 +1,18 @@
 """Benchmarks print the document that every benchmark prints; their times are not judged here."""
 
 import importlib.util
+import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+
+from pipeline.config.run_config import load_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,3 +129,15 @@ def test_masks_scale_measures_both_paths_and_disk_grows_linearly():
     stored, fused = (row["bytes_per_image"] for row in document["rows"] if row["images"] == 160)
     assert fused < stored, "no map is on the disk"
     assert all(row["peak_mb"] > 50 for row in document["rows"])
+
+
+def test_every_row_of_the_ladder_is_a_config_that_loads_and_differs_from_the_others():
+    command = [sys.executable, "benchmarks/ablation.py", "--data", "VOC2012", "--labels", "labels.csv", "--commands"]
+    printed = subprocess.run([*command, "--seeds", "0"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    loaded = set()
+    for line in printed.splitlines():
+        _, verb, config, *options = shlex.split(line)
+        assert verb == "run"
+        sets = [value for flag, value in itertools.pairwise(options) if flag == "--set"]
+        loaded.add(load_config(ROOT / config, overrides=sets).model_dump_json())
+    assert len(loaded) == len(printed.splitlines()) == 12

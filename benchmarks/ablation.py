@@ -33,11 +33,14 @@ LONG = ("train_classifier.training.epochs=8",)
 MINED = (*LONG, "train_classifier.method={name: gain, am_warmup_epochs: 4}")
 MASKED = (
     *LONG,
-    "train_classifier.method={name: gain_ext, am_warmup_epochs: 4, ext_warmup_epochs: 4, pixel_images: 100, "
-    "pixel_repeat: 10}",
+    "train_classifier.method={name: gain_ext, ext_warmup_epochs: 4, pixel_images: 100, pixel_repeat: 10}",
 )
 BALANCED = ("train_segmenter.loss=balanced_cross_entropy",)
-AFFINITY = ("make_masks.refine=[affinity, crf]",)
+AFFINITY = (
+    "make_masks.refine=[affinity, crf]",
+    "make_masks.threshold=0.2",
+    "make_masks.affinity.augment={crop_px: 224, scale: [0.75, 1.5], short_side_px: 256}",
+)
 ROUND = ("train_segmenter.rounds=1", "train_segmenter.retraining={scales: [0.75, 1.0, 1.25], crf: {preset: irn}}")
 TRUE = ("train_segmenter.supervision=full", *BALANCED)
 

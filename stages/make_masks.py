@@ -102,7 +102,7 @@ def make_masks(
     views = read_views(attention)
     _check_inputs(config, views, classifier, image_set)
     precision = precision if views is None else views.precision
-    if views is not None or config.walks:
+    if views is not None or "random_walk" in config.chain:
         check_precision(precision, runtime, "make_attention.precision")
     processes = num_processes(runtime.processes)
     if config.learns_affinity and classifier is not None:

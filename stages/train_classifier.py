@@ -121,13 +121,25 @@ class TrainClassifierConfig(StageConfig):
     @model_validator(mode="after")
     def _check(self) -> TrainClassifierConfig:
         check_head(self.head, self.backbone, self.method)
-        warmup, epochs = self.method.warmup_epochs, self.training.epochs
-        if epochs is not None and 0 < epochs <= warmup:
-            raise ValueError(
-                f"the method's warm-up of {warmup} epochs leaves nothing of training.epochs {epochs:g}; train longer, "
-                "or shorten the warm-up"
-            )
+        if self.training.epochs is not None and self.training.epochs <= self.method.warmup_epochs:
+            raise ValueError(self._explain_warmup(f"training.epochs {self.training.epochs:g}"))
         return self
+
+    def _explain_warmup(self, length: str) -> str:
+        return (
+            f"the method's warm-up of {self.method.warmup_epochs} epochs leaves nothing of {length}; train longer, or "
+            "shorten the warm-up"
+        )
+
+    def check_length(self, num_samples: int) -> None:
+        """Refuse a training on so many samples an epoch that ends before the method's warm-up does.
+
+        Raises:
+            ConfigError: saying how many steps there are, and how many an epoch has.
+        """
+        steps, per_epoch = self.training.num_steps(num_samples), self.training.steps_per_epoch(num_samples)
+        if steps <= self.method.warmup_epochs * per_epoch:
+            raise ConfigError(self._explain_warmup(f"the training's {steps} steps, of which an epoch has {per_epoch}"))
 
 
 def train_classifier(
@@ -175,6 +187,7 @@ def train_classifier(
     config.check_labels(records)
     supervised = frozenset(config.method.pixel_labelled(records))
     epoch = [record for record in records for _ in range(config.method.repeats(record.id, supervised))]
+    config.check_length(len(epoch))
     description = ClassifierDescription(
         backbone=config.backbone,
         head=config.head,

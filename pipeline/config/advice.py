@@ -28,6 +28,9 @@ def _size_warnings(run: RunConfig) -> list[str]:
     trained = run.train_classifier.augment.seen_short_side_px
     if run.evaluate.segmentation and run.train_segmenter.supervision == "weak":
         pairs.append(("train_classifier", trained, "make_attention", run.make_attention.short_side_px))
+        if run.make_masks.learns_affinity:
+            used = run.make_masks.affinity.augment.seen_short_side_px
+            pairs.append(("train_classifier", trained, "make_masks.affinity.augment", used))
     if run.evaluate.localization is not None:
         used = run.evaluate.localization.short_side_px
         pairs.append(("train_classifier", trained, "evaluate.localization", used))

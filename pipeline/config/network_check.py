@@ -27,7 +27,8 @@ def needs_check(run: RunConfig, stages: Collection[str]) -> bool:
     config = run.train_segmenter
     is_late = {"train_classifier", "train_segmenter"} <= set(stages)
     is_tu = isinstance(config.net, DeepLabConfig) and config.net.encoder.startswith("tu-")
-    is_half = "fp16" in [value for name, value in _precisions(run).items() if name.partition(".")[0] in stages][1:]
+    later = [name for name in RunConfig.model_fields if name in stages][1:]
+    is_half = any(value == "fp16" and name.partition(".")[0] in later for name, value in _precisions(run).items())
     is_fetched = pretrained_name(config.net, config.init) is not None
     is_spread = run.runtime.devices not in (1, "auto") and bool({"train_classifier", "train_segmenter"} & set(stages))
     return ("train_classifier" in stages and is_named) or is_spread or is_half or (is_late and (is_tu or is_fetched))

@@ -143,12 +143,13 @@ def _weight_file(name: str, weights: Mapping[str, Path], progress: Progress | No
 
 def _check_classes(start: Path, classes: ClassList) -> None:
     """Refuse to go on from a classifier of other classes, which the description beside its weights names."""
-    if not start.with_name(DESCRIPTION_FILE).exists():
+    try:  # the description of another version may have options that this one does not know
+        found = ClassList.model_validate(read_json(start.with_name(DESCRIPTION_FILE))["classes"]).names
+    except (OSError, ValueError, KeyError, TypeError, DamagedFileError):
         return
-    found = read_description(start.parent).classes
-    if found.names != classes.names:
+    if found != classes.names:
         raise WeightsError(
-            f"weights.{START}: {start} is a classifier of {', '.join(found.names)}, and the data set's classes are "
+            f"weights.{START}: {start} is a classifier of {', '.join(found)}, and the data set's classes are "
             f"{', '.join(classes.names)}; give one that was trained on these, in this order"
         )
 

@@ -175,6 +175,11 @@ class GainExtConfig(GainOptions):
         """The GAIN_ext method."""
         return GainExt(self)
 
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs before mining and L_e have begun, where there is any of them."""
+        return max(super().warmup_epochs, self.ext_warmup_epochs if self.ext_weight else 0)
+
     def pixel_labelled(self, candidates: Sequence[Candidate]) -> tuple[str, ...]:
         """The subset: drawn from the images that have a mask for scores (VOC: official ones), or those of the list.
 
@@ -236,7 +241,7 @@ class Gain(GradCam):
 
     def state_dict(self) -> dict[str, Any]:
         """The frozen judge, once there is one."""
-        return {"judge": None if self._judge is None else self._judge.state_dict()}
+        return {"judge": self._judge_tensors if self._judge is None else self._judge.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the judge of a checkpoint."""
@@ -300,7 +305,11 @@ class Gain(GradCam):
         from stages.ops.mining import erase, mean_over_images, normalise_maps, soft_mask
 
         config = self.options
-        if not self._mines(step) or len(evidence.image) == 0:
+        if not self._mines(step):
+            return images.new_zeros(())
+        # taken at the first step of mining, whatever its images: every device then has the same
+        judge = classifier if config.judge == "self" else self._frozen_judge(classifier)
+        if len(evidence.image) == 0:
             return images.new_zeros(())
         chosen = self._choose(evidence)
         image, label = evidence.image[chosen], evidence.label[chosen]
@@ -312,7 +321,6 @@ class Gain(GradCam):
             maps = maps.new_zeros(len(shown), *maps.shape[1:]).index_add(0, row, maps).clamp(max=1)
         if config.mask == "sigmoid":
             maps = soft_mask(maps, sigma=config.mask_sigma, omega=config.mask_omega)
-        judge = classifier if config.judge == "self" else self._frozen_judge(classifier)
         logits = judge(erase(images[shown], maps)).logits.float()
         if config.target == "erased":
             if config.am_score == "sigmoid":

@@ -63,7 +63,7 @@ def ensure_affinity(
     from filelock import FileLock, Timeout
 
     out.mkdir(parents=True, exist_ok=True)
-    work, lock = out / "affinity", FileLock(out / ".tmp-affinity.lock")
+    work, lock = out / "affinity", FileLock(out / ".tmp-affinity.lock", fallback_to_soft=False)
     if is_trained(out) and not work.exists():
         return
     try:

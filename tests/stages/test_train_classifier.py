@@ -21,7 +21,7 @@ from stages.data.transforms import AugmentConfig, Augmenter
 from stages.errors import ConfigError, DataError, WeightsError
 from stages.methods.cam import Cam, CamConfig
 from stages.methods.classifier_files import load_classifier
-from stages.methods.gain import GainConfig
+from stages.methods.gain import GainConfig, GainExtConfig
 from stages.methods.gradcam import GradCamConfig
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.weights import read_tensors
@@ -410,6 +410,18 @@ def test_a_warm_up_as_long_as_the_training_is_refused():
     with pytest.raises(ValidationError, match=r"warm-up of 5 epochs leaves nothing of training\.epochs 5"):
         _config(GainConfig(am_warmup_epochs=5), steps=None, epochs=5)
     _config(GainConfig(am_warmup_epochs=5, alpha=0), steps=None, epochs=5)
+    with pytest.raises(ValidationError, match="warm-up of 6 epochs"):
+        _config(GainExtConfig(ext_warmup_epochs=6), steps=None, epochs=5)
+
+
+def test_a_warm_up_as_long_as_the_training_is_refused_once_its_steps_are_known(tmp_path):
+    data = write_tiny_data(tmp_path)  # six images, three steps an epoch
+    with pytest.raises(
+        ConfigError, match="warm-up of 2 epochs leaves nothing of the training's 6 steps, of which an epo"
+    ):
+        _train(data, tmp_path / "out", config=_config(GainConfig(am_warmup_epochs=2), steps=6))
+    assert not (tmp_path / "out").exists()
+    _train(data, tmp_path / "out", config=_config(GainConfig(am_warmup_epochs=2), steps=7))
 
 
 def test_a_classifier_of_another_net_is_refused_by_its_tensors(tmp_path):

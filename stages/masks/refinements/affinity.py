@@ -140,7 +140,7 @@ class AffinityWalker(MapWalker):
         Raises:
             DamagedFileError: the head or the classifier does not read back.
         """
-        seen = RandomWalkConfig(short_side_px=config.augment.short_side_px)
+        seen = RandomWalkConfig(short_side_px=config.augment.seen_short_side_px)
         super().__init__(seen, classifier=classifier, images=images, progress=progress, runtime=runtime)
         self._description, network = read_head(head)
         self._head, self._affinity = network.to(self._device), config

@@ -197,6 +197,8 @@ def test_half_precision_of_a_look_is_refused_before_the_training_it_would_come_a
     run = config(f"{stage}.precision=fp16", "runtime.device=cpu")
     assert needs_check(run, ALL)
     assert not needs_check(run, [stage]), "it refuses that itself, at once"
+    earlier = {"make_attention": "train_classifier", "evaluate": "make_masks"}[stage]
+    assert needs_check(run, {earlier, stage}), "whatever takes hours before it"
     with pytest.raises(ConfigError) as caught:
         check_networks(run, SilentProgress())
     assert caught.value.problems == (f"{stage}: precision fp16 needs CUDA, found cpu; use fp32 or bf16",)

@@ -213,6 +213,17 @@ def test_classes_that_exclude_each_other_leave_no_others_to_ask_for(classifier, 
     assert mining.item() == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_judge_is_taken_and_kept_whatever_the_labels_of_a_step(classifier, images):
+    nothing = torch.zeros_like(LABELS)
+    method = GainConfig(am_warmup_epochs=0).build()
+    assert method.objective(classifier, images, nothing, STEP)["mining"].item() == 0
+    kept = method.state_dict()["judge"]
+    assert kept is not None, "another device may mine in this step"
+    resumed = GainConfig(am_warmup_epochs=0).build()
+    resumed.load_state_dict({"judge": kept})
+    assert resumed.state_dict()["judge"] is kept, "a checkpoint before the next step has it too"
+
+
 def test_batch_norm_keeps_nothing_of_erased_images(classifier, images):
     def statistics(**options):
         net = copy.deepcopy(classifier)

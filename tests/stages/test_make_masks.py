@@ -38,6 +38,7 @@ from stages.make_masks import MakeMasksConfig, make_masks, refine_mask
 from stages.masks.label_rules import ConfidentThresholds, map_probabilities, upsample_maps
 from stages.masks.refinements.chain import refine_masks
 from stages.masks.refinements.random_walk import MapWalker
+from stages.ops.cells import CellAxis, CellGrid, resample_maps
 from stages.ops.crf.dense_crf import CrfConfig, dense_crf
 from stages.ops.par import ParBatch, ParConfig
 from stages.ops.pool import map_ordered, num_processes
@@ -517,6 +518,8 @@ def test_maps_walk_over_the_features_of_the_classifier(tmp_path: Path) -> None:
     with torch.inference_mode():
         features = network.backbone(to_network_input(torch.from_numpy(np.array(pixels))[None], torch.device("cpu")))[0]
     coarse = record.maps.reshape(2, 8, 3, 8, 4).mean(axis=(2, 4)) / 255
+    corners = CellGrid(CellAxis(0, 4), CellAxis(0, 4))  # where the small network's cells look
+    features = resample_maps(features, size=(8, 8), image_size=(32, 32), cells=corners)
     walked = walk_maps(torch.from_numpy(coarse).float(), features, SMALL_WALK).numpy()
     expected = 255 * walked / walked.max(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(found.maps, expected, atol=0.6)

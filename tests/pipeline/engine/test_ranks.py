@@ -250,7 +250,7 @@ def tiny(stage: str, devices: int) -> RunConfig:
             "prepare_data": {"holdout_ratio": 0},
             "train_classifier": {
                 "backbone": {"name": "small"},
-                "method": {"name": "gain", "am_warmup_epochs": 1},
+                "method": {"name": "gain", "am_warmup_epochs": 1, "am_mode": "per_class"},
                 "augment": {"crop_px": 64, "scale": [0.8, 1.2]},
                 "training": {"steps": 4, "batch_size": 5, "learning_rate": 0.02},
             },

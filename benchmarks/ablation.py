@@ -58,7 +58,7 @@ class Row:
 
 ROWS = (
     Row("CAM, threshold", ("make_masks.refine=none", "make_masks.threshold=0.2")),
-    Row("CAM, crf", ("make_masks.refine=crf", "make_masks.threshold=0.1")),
+    Row("CAM, crf", ("make_masks.refine=crf", "make_masks.threshold=0.2")),
     Row("CAM, random walk, crf", ()),
     Row("CAM, affinity, crf", AFFINITY),
     Row("… balanced loss", (*AFFINITY, *BALANCED)),

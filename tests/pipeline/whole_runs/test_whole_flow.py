@@ -157,7 +157,11 @@ def test_gain_ext_records_its_masks_scores_none_of_them_and_reads_no_other(folde
     write_made_set(folder)
     train = training_ids(folder)
     (folder / "subset.txt").write_text("\n".join(train[:3]))
-    method = ("--set", "train_classifier.method={name: gain_ext, pixel_list: subset.txt, pixel_repeat: 2, alpha: 0.1}")
+    mining = "alpha: 0.1, judge: self, am_warmup_epochs: 0"
+    method = (
+        "--set",
+        f"train_classifier.method={{name: gain_ext, pixel_list: subset.txt, pixel_repeat: 2, {mining}}}",
+    )
     found = run(folder, *method)
     classifier, evaluated = (folder / found["stages"][number]["path"] for number in (1, 5))
     manifest = json.loads((classifier / "manifest.json").read_text())

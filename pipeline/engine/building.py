@@ -117,7 +117,7 @@ def build(job: Job, store: Store, progress: KeepingProgress, *, force: bool = Fa
             "metrics": to_plain(result.metrics),
             "warnings": list(dict.fromkeys(progress.warnings)),
             **({"parts": job.num_parts} if job.num_parts > 1 else {}),
-            **describe_machine(),
+            **describe_machine((job.runtime or {}).get("device")),
         }
         content = {**job.content, "mask_supervision": sorted(result.mask_supervision)}
         artifact = store.publish(*job.place, content=content, run=run)

@@ -23,7 +23,10 @@ from pipeline.engine.plan import Plan
 from pipeline.store.artifacts import Store
 from pipeline.store.locks import LEASE_S, ArtifactLock
 from stages.contracts import read_json, write_json
-from stages.errors import DamagedFileError, EnvironmentFailure, WsssError
+from stages.errors import DamagedFileError, EnvironmentFailure, InputError, WsssError
+
+SHOWN_RUNS = 5
+"""Runs that an error names."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,29 @@ def read_runs(store: Store) -> list[RunRecord]:
             raise DamagedFileError(f"{path} is no run record ({error}); remove it") from error
         records.append(RunRecord(path, *fields))
     return sorted(records, key=lambda record: (record.started, record.run_id), reverse=True)
+
+
+def find_run(store: Store, text: str) -> RunRecord:
+    """The run that ``text`` means: ``last``, or the beginning of one run's name (``demo``, ``demo-20261130-1811``).
+
+    The run's id alone, ``20261130-181148-26df31``, will do too.
+
+    Raises:
+        InputError: no run, or several.
+        DamagedFileError: a record does not read back.
+    """
+    records = read_runs(store)
+    if not records:
+        raise InputError(f"{store.location} has no runs; name the store of the run with --artifacts")
+    if text == "last":
+        return records[0]
+    found = [record for record in records if text and (record.path.stem.startswith(text) or record.run_id == text)]
+    if len(found) == 1:
+        return found[0]
+    shown = [f"{record.path.stem} ({record.state})" for record in found or records][:SHOWN_RUNS]
+    if found:
+        raise InputError(f"'{text}' means {len(found)} runs; give more of the name. The newest:", shown)
+    raise InputError(f"no run '{text}' in {store.location}; give the beginning of a name, or last. The newest:", shown)
 
 
 @dataclass(frozen=True)

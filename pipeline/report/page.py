@@ -28,7 +28,7 @@ Manifests = Mapping[str, Mapping[str, Any]]
 """``manifest.json`` by stage."""
 
 CARDS = ("attention.miou", "masks.miou", "segmenter.miou", "segmenter.miou_ms", "localization.top1_loc")
-HARDWARE = ("host", "machine", "cpu", "cores", "memory", "device")
+HARDWARE = ("host", "machine", "cpu", "cpu_capability", "cores", "memory", "device")
 """What the ``run`` part of a manifest may say of the machine, in the order of the page."""
 WATCHED = {"peak_logit": "logit", "recall": "share", "kept": "share"}
 """What methods log beside their losses, with its unit: on charts of their own."""
@@ -169,6 +169,8 @@ def _facts(
         "Started": format_time(min((str(found["started"]) for found in runs if found.get("started")), default="")),
         "Stage time": format_seconds(sum(found.get("seconds") or 0.0 for found in runs)),
         "Hardware": _join_distinct(machines),
+        "Threads": _join_distinct(str(found.get("threads") or "") for found in runs),
+        "Math": ", ".join(sorted({name for found in runs for name in found.get("libraries") or ()})),
         "Code": _join_distinct(commits),
         "Python": _join_distinct(str(found.get("python") or "") for found in runs),
     }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -262,7 +263,36 @@ def test_run_status_artifacts_and_report(folder: Path, wsss, wsss_json):
     partial = Path(wsss_json("report", "tiny.yaml")["report"])
     assert partial.stem.endswith("-partial"), "a page of an unfinished run never stands where the finished one will"
 
+    check_reproduction(folder, wsss, wsss_json, Path(stage["path"]))
     check_artifacts(wsss, wsss_json, stage["key"], Path(stage["path"]))
+
+
+def check_reproduction(folder: Path, wsss, wsss_json, path: Path) -> None:
+    assert "'tiny' means 2 runs" in wsss_json("reproduce", "tiny", code=2)["error"]["message"]
+    found = wsss_json("reproduce", "last")
+    assert (found["verdict"], [stage["stage"] for stage in found["stages"]]) == ("equal", ["prepare_data"])
+    assert found["stages"][0]["files"] == found["stages"][0]["environment"] == {}
+    assert not (folder / "artifacts" / ".reproduced").exists()
+    out, _ = wsss("reproduce", "last", "prepare_data", "--out", "again")
+    assert out.splitlines()[-1].endswith(": 1 stage reproduced, byte for byte")
+    built = folder / "again" / "prepare_data" / path.name
+    assert (built / "index.json").read_bytes() == (path / "index.json").read_bytes()
+
+    # a store whose artifact says that it has other bytes, as another machine's would
+    manifest = json.loads((built / "manifest.json").read_text())
+    manifest["content"]["files"]["index.json"]["sha256"] = "0" * 64
+    manifest["run"] |= {"threads": 77, "metrics": {"data.num_train": 5, "data.num_val": 2}}
+    (built / "manifest.json").write_text(json.dumps(manifest))
+    failed = wsss_json("reproduce", "last", "--out", "again", code=4)
+    assert failed["verdict"] == "different"
+    assert failed["stages"][0]["files"] == {"index.json": "different"}
+    assert failed["stages"][0]["environment"]["threads"][1] == 77
+    first, second, third = failed["error"]["problems"]
+    assert re.search("built elsewhere: .*threads .* → 77", first), "the environment comes first"
+    assert second.endswith("index.json (different)")
+    assert third.endswith("1 of 2 metrics differ; 1 by more than 0.01: data.num_train 6 → 5")
+    assert wsss_json("reproduce", "last", "--out", "again", "--tolerance", "0.5")["verdict"] == "close"
+    assert "no run 'nothing'" in wsss_json("reproduce", "nothing", code=2)["error"]["message"]
 
 
 def check_artifacts(wsss, wsss_json, key: str, path: Path) -> None:

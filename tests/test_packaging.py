@@ -1,4 +1,4 @@
-"""The wheel holds the two packages, the shipped configs and the report's template, and nothing else."""
+"""The wheel holds the three packages, the shipped configs and the report's template, and nothing else."""
 
 import subprocess
 import sys
@@ -34,12 +34,15 @@ def test_the_wheel_holds_what_a_user_needs(tmp_path: Path):
     (wheel,) = tmp_path.glob("wsss_pipeline-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
 
-    modules = {str(p.relative_to(copy)) for top in ("pipeline", "stages") for p in (copy / top).rglob("*.py")}
+    modules = {str(p.relative_to(copy)) for top in ("wsss", "pipeline", "stages") for p in (copy / top).rglob("*.py")}
     configs = {f"pipeline/_configs/{p.name}" for p in (copy / "configs").glob("*.yaml")}
     deploy = {f"pipeline/_deploy/{name}.yaml" for name in ("prefect", "automations")}
-    assert modules | configs | deploy | {"pipeline/report/report.html", "pipeline/report/metrics.csv"} <= names
+    assert (
+        modules | configs | deploy | {"pipeline/report/report.html", "pipeline/report/metrics.csv", "wsss/py.typed"}
+        <= names
+    )
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"pipeline", "stages"}
+    assert tops == {"wsss", "pipeline", "stages"}
     assert (
         "pipeline.cli.main:main"
         in zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()

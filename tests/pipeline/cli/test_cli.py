@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.cli import doctor
 from pipeline.cli import main as cli
 from pipeline.cli.doctor import Check, check_packages, check_prefect, check_store
 from pipeline.engine import forecast
+from stages.contracts import write_index_mask
 from tests.machine_speed import slowness
 from tests.pipeline.whole_runs.tiny_run import tiny_yaml
 
@@ -412,3 +414,19 @@ def test_a_check_that_raises_is_a_failed_check():
     assert found.status == "failed"
     assert "torchvision::nms" in found.found
     assert "constraints.txt" in found.remedy
+
+
+# -- score ------------------------------------------------------------------------------------------------------------
+
+
+def test_score_says_every_class_and_what_is_left_out(folder: Path, wsss, wsss_json):
+    for name, values in {"t/a": [[0, 0, 1, 255]], "p/a": [[0, 1, 1, 1]], "p/b": [[0]]}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_index_mask(folder / f"{name}.png", np.array(values, np.uint8))
+    found = wsss_json("score", "t", "p", "--classes", "cat,dog")
+    assert found["iou"] == {"background": 0.5, "cat": 0.5, "dog": None}
+    assert (found["miou"], found["images"], found["not_scored"]) == (0.5, 1, ["b.png"])
+    out, _ = wsss("score", "t", "p")
+    assert out.splitlines()[-2] == "mIoU 50.0 %, pixel accuracy 66.7 %, 1 images"
+    assert "p have no true mask and are not scored: b.png" in out
+    assert "cannot be scored" in wsss_json("score", "p", "t", code=2)["error"]["message"]

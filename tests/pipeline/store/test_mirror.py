@@ -261,7 +261,7 @@ def escape(mirror: Mirror, folder: str) -> None:
         (lambda m, f: m.write(f"{f}/manifest.json", b"{"), "manifest.json is not readable JSON"),
         (lambda m, f: m.write(f"{f}/manifest.json", b"{}"), f"does not describe {STAGE} {KEY}"),
         (lambda m, f: m.write(f"{f}/manifest.json", b"[]"), f"does not describe {STAGE} {KEY}"),
-        (escape, "names a file outside of its artifact: ../../x"),
+        (escape, "names a file outside of its artifact: '../../x'"),
     ],
 )
 def test_damage_that_shows_is_no_hit_and_is_set_aside_and_built_again(

@@ -37,7 +37,7 @@ def test_published_artifact_is_found_with_its_manifest(store: Store) -> None:
     assert found.warnings == ("w",)
     assert found.mask_supervision == {"b", "c"}
     assert found.size_bytes == len("mask") + len("{}")
-    assert found.content["schema"] == 1
+    assert found.content["schema"] == 2
     digest = "48bf9b4f142ab45cac6f33cf99415bca6ca8e07608a031237aa76560fec2204b"  # sha256sum of "mask"
     assert found.content["files"]["masks/a.png"] == {"size": 4, "sha256": digest}
     assert not store.work_path(STAGE, KEY).exists()

@@ -61,7 +61,9 @@ class Worker:
 
         def check(outcome: RunOutcome) -> None:
             time.sleep(pause_s)
-            paths = {stage.stage: Store(self.root).require(stage.stage, str(stage.key)).path for stage in outcome.stages}
+            paths = {
+                stage.stage: Store(self.root).require(stage.stage, str(stage.key)).path for stage in outcome.stages
+            }
             expected = {"texts": [f"item {number}\n" for number in range(items)], "factor": factor, "root": "None"}
             if read_json(paths["combine"] / "sub" / "combined.json") != expected:
                 self.wrong.append(f"run: wrong content in {paths['combine']}")

@@ -25,6 +25,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ SCHEMA = 2
 """Version of the manifest's layout; another one is no hit."""
 
 _TEMPORARY = ".tmp-"
+_BETWEEN_RENAMES_S = 2.0
+"""How long a look-up waits for the second of the two renames that replace an artifact."""
 
 
 @dataclass(frozen=True)
@@ -151,10 +154,8 @@ class Store:
             return known[1]
         problem = ""
         try:
-            if self.path(stage, key).is_dir():
-                if not (self._mirror and self._unsent(stage, key).exists()):
-                    return self._open(stage, key)
-                return self._send(self._mirror, stage, key) if self._holds(stage, key) else None
+            if self._is_there(stage, key):
+                return self._look_here(stage, key)
         except DamagedFileError as error:
             problem = error.message
         try:
@@ -168,6 +169,19 @@ class Store:
             problem = error.message
         if problem and damaged is not None:
             damaged(problem)
+        return None
+
+    def _look_here(self, stage: str, key: str) -> Artifact | None:
+        """The artifact in its folder; None where it is only half in the mirror, or goes meanwhile."""
+        while self._is_there(stage, key):
+            stamp = _stamp(self.path(stage, key) / MANIFEST)
+            try:
+                if not (self._mirror and self._unsent(stage, key).exists()):
+                    return self._open(stage, key)
+                return self._send(self._mirror, stage, key) if self._holds(stage, key) else None
+            except DamagedFileError:
+                if stamp == _stamp(self.path(stage, key) / MANIFEST) and self._is_there(stage, key):
+                    raise  # else another process has replaced or removed it meanwhile
         return None
 
     def require(self, stage: str, key: str) -> Artifact:
@@ -412,7 +426,7 @@ class Store:
     def _put_in_place(self, folder: Path, stage: str, key: str) -> Artifact:
         """Rename ``folder`` to the artifact, in the place of an older one."""
         final = self.path(stage, key)
-        replaced = final.with_name(f".replaced-{key}")
+        replaced = self._replaced(stage, key)
         discard(replaced)
         if os.path.lexists(final):
             final.rename(replaced)
@@ -421,6 +435,18 @@ class Store:
         with contextlib.suppress(OSError):
             discard(replaced)
         return self._open(stage, key)
+
+    def _is_there(self, stage: str, key: str) -> bool:
+        """Whether there is a folder of the artifact; waits for a process that is just between its two renames."""
+        end = time.monotonic() + _BETWEEN_RENAMES_S
+        while not self.path(stage, key).is_dir():
+            if not os.path.lexists(self._replaced(stage, key)) or time.monotonic() > end:
+                return self.path(stage, key).is_dir()
+            time.sleep(0.02)
+        return True
+
+    def _replaced(self, stage: str, key: str) -> Path:
+        return self.root / stage / f".replaced-{key}"
 
     def _unsent(self, stage: str, key: str) -> Path:
         return self.root / stage / f".unsent-{key}"

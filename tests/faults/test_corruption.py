@@ -1,7 +1,7 @@
 """The corruption table: each kind of file of each stage's artifact, damaged in each way, is noticed and made again.
 
-The consumer of the damaged artifact is taken away, so that the run must build it from what is damaged.  In the end every
-file of the store has the bytes of the undamaged run.
+The consumer of the damaged artifact is taken away, so that the run must build it from what is damaged.  In the end
+every file of the store has the bytes of the undamaged run.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def flip(file: Path, other: Path) -> None:
 
 
 def truncate(file: Path, other: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
 
 
 def delete(file: Path, other: Path) -> None:

@@ -66,8 +66,8 @@ class Plan:
         view = None if spec.view is None else spec.view(self.run, digests.listing)
         if changed := find_changed_files(digests, view, cache_file):
             raise DataError(
-                f"{stage}: {len(changed):,} files of {self.data.root} are not what {self.table.names[0]} indexed; "
-                "put them back, or run the same command again: it indexes them anew",
+                f"{stage}: the data in {self.data.root} is not what {self.table.names[0]} indexed ({len(changed):,} "
+                "changed); put it back, or run the same command again: it indexes the data anew",
                 [*changed[:PROBLEMS_SHOWN], *(["…"] if len(changed) > PROBLEMS_SHOWN else [])],
             )
 

@@ -67,16 +67,19 @@ def verify_artifacts(
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every file and compare it with its manifest; exit 4 when one differs."""
+    """Read every file and compare it with its manifest, and the records of runs; exit 4 when one differs."""
+    from pipeline.engine.records import read_runs
     from pipeline.store.artifacts import open_store
 
     output = get_output(context)
     store = open_store(artifacts)
     found = list(store.folders()) if key is None else [_find(store, key)]
     problems = [problem for where in found for problem in store.verify(*where)]
+    if key is None:
+        read_runs(store, damaged=problems.append)
     output.document = {"verified": len(found), "problems": problems}
     if problems:
-        raise DamagedFileError("artifacts are damaged; remove each folder named here and run again", problems)
+        raise DamagedFileError("not as it was written; remove each artifact or file named here and run again", problems)
     output.tell(f"{len(found)} artifacts are as they were written")
 
 

@@ -44,18 +44,16 @@ def reproduce(
     output.document = {"run": None, "verdict": None, "tolerance": tolerance, "stages": []}
 
     from pipeline.cli.console import ConsoleListener, make_console
-    from pipeline.engine.records import find_run
+    from pipeline.engine.records import REPRODUCED, find_run, reproduction_lock
     from pipeline.engine.reproduce import agrees, judge
     from pipeline.engine.reproduce import reproduce as build_again
     from pipeline.engine.stage_table import STAGES
     from pipeline.store.artifacts import Store, open_store
-    from pipeline.store.locks import ArtifactLock
 
     store = open_store(artifacts)
     record = find_run(store, run)
     output.document["run"] = record.path.stem
-    beside = Store(out or store.root / ".reproduced")
-    lock = ArtifactLock(store.root / ".locks" / "reproduced")
+    beside, lock = Store(out or store.root / REPRODUCED), reproduction_lock(store)
     if out is None and not lock.try_acquire():
         raise EnvironmentFailure(
             f"{lock.holder()} reproduces a run of {store.location}; wait for it, or give --out DIR"

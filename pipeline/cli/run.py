@@ -9,7 +9,7 @@ import time
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, Ov
 from pipeline.cli.output import get_output, load_run, run_document
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
 from stages.errors import MissingArtifactError
+
+if TYPE_CHECKING:
+    from pipeline.engine.outcomes import RunOutcome
 
 
 class EngineName(enum.StrEnum):
@@ -65,17 +68,23 @@ def run(
     stages, plan = described.status()[: last + 1], described.plan
     known = partial(last_time, store, device=run_config.runtime.device)
     print_plan(console, stages, forced=max(first, forced), last_time=known)
+    page: Path | None = None
+
+    def write_page(outcome: RunOutcome) -> None:
+        nonlocal page
+        page = ensure_report(run_config, plan, store, outcome)
+
     is_local = engine is EngineName.LOCAL or (engine is EngineName.AUTO and not os.environ.get("PREFECT_API_URL"))
     try:
         if is_local:
-            outcome = described.run_pipeline(from_=from_, until=until, force=force or ())
+            outcome = described.run_pipeline(from_=from_, until=until, force=force or (), then=write_page)
         else:
             with prepared_flow() as run_flow:
                 outcome = run_flow(described, config, overrides or (), from_=from_, until=until, force=force or ())
+                write_page(outcome)
     finally:
         listener.close()
         output.document = run_document(config, stages=listener.outcomes)
-    page = ensure_report(run_config, plan, store, outcome)
     output.document = run_document(config, outcome.run_id, outcome.stages, page)
     print_metrics(console, outcome.metrics)
     print_end(console, [(stage.stage, text) for stage in outcome.stages for text in stage.warnings], page)

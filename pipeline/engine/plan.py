@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engine.stage_table import STAGES, TABLE, DataState, StageTable
+from stages.data.listing import find_changed_files
+from stages.data.records import PROBLEMS_SHOWN
+from stages.errors import DataError
 
 __all__ = ["STAGES", "Plan", "key_content", "plan_run", "stage_key"]
 
@@ -48,6 +51,25 @@ class Plan:
     def upstream(self, stage: str) -> tuple[str, ...]:
         """All stages that ``stage`` rests on, without itself, in order."""
         return self.table.needed(self.run, stage)[:-1]
+
+    def check_data(self, stage: str, cache_file: Path) -> None:
+        """Make sure, before ``stage`` is built, that what it reads of the user's files is what its key says.
+
+        Reads every byte of them.
+
+        Raises:
+            DataError: some were changed since they were digested; names them.  The next plan digests them anew.
+        """
+        digests, spec = self.data.digests, self.table.spec(stage)
+        if digests is None:
+            return
+        view = None if spec.view is None else spec.view(self.run, digests.listing)
+        if changed := find_changed_files(digests, view, cache_file):
+            raise DataError(
+                f"{stage}: the data in {self.data.root} is not what {self.table.names[0]} indexed ({len(changed):,} "
+                "changed); put it back, or run the same command again: it indexes the data anew",
+                [*changed[:PROBLEMS_SHOWN], *(["…"] if len(changed) > PROBLEMS_SHOWN else [])],
+            )
 
 
 def plan_run(run: Any, cache_file: Path, table: StageTable = TABLE, *, last: str | None = None) -> Plan:  # noqa: ANN401 - the table's run type

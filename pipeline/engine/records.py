@@ -2,7 +2,8 @@
 
 Reads and writes ``<store>/runs/<name>-<run id>.json``; pruning removes folders of the store.
 A run that used the same artifacts under the same name as an earlier one replaces its record.
-A run holds a lock for as long as it lives, however it ends: what it uses is never pruned.
+A run holds a lock for as long as it lives, however it ends: what it uses is never pruned.  A run writes its record, and
+pruning decides and takes away, under one more lock: a run that begins meanwhile is seen, or finds nothing to use.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
+import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,13 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.engine.plan import Plan
-from pipeline.store.artifacts import Store
+from pipeline.store.artifacts import Store, discard, survey
 from pipeline.store.locks import LEASE_S, ArtifactLock
 from stages.contracts import read_json, write_json
 from stages.errors import DamagedFileError, EnvironmentFailure, InputError, WsssError
 
 SHOWN_RUNS = 5
 """Runs that an error names."""
+
+REPRODUCED = ".reproduced"
+"""Folder in a store in which a run is built again and compared (``pipeline.engine.reproduce``)."""
+
+MAX_RECORD_BYTES = 2**24
+"""A larger file is no run record: a whole config takes a few thousand bytes."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +71,16 @@ class RunRecord:
             config=plan.run.model_dump(mode="json"),
         )
         lock = ArtifactLock(record._lock_path)
-        with contextlib.suppress(EnvironmentFailure):  # where it cannot be had, nothing can be pruned either
-            lock.try_acquire()
-        try:
-            record._write("running")
-        except OSError as error:
-            raise EnvironmentFailure(
-                f"{store.root} cannot be written ({error.strerror}); choose another folder with --artifacts DIR"
-            ) from error
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(EnvironmentFailure):  # where it cannot be had, nothing can be pruned either
+                lock.try_acquire()
+                stack.enter_context(_records_lock(store))
+            try:
+                record._write("running")
+            except OSError as error:
+                raise EnvironmentFailure(
+                    f"{store.root} cannot be written ({error.strerror}); choose another folder with --artifacts DIR"
+                ) from error
         store.share(record.path)
         state = "interrupted"
         try:
@@ -120,20 +129,23 @@ class RunRecord:
         write_json(self.path, {**fields, "keys": dict(self.keys), "config": dict(self.config)})
 
 
-def read_runs(store: Store) -> list[RunRecord]:
-    """All run records, newest first.
+def read_runs(store: Store, *, damaged: Callable[[str], None] | None = None) -> list[RunRecord]:
+    """All run records, newest first; those that another process removes meanwhile are left out.
 
     Raises:
-        DamagedFileError: a record does not read back; nothing must be pruned then.
+        DamagedFileError: a record does not read back, and there is no ``damaged`` to hear of it; nothing must be pruned
+            then.
     """
     records = []
-    for path in (store.root / "runs").glob("*.json"):
+    for path in sorted((store.root / "runs").glob("*.json")):
         try:
-            found = read_json(path)
-            fields = [found[name] for name in ("run", "name", "started", "state", "keys", "config")]
-        except (KeyError, TypeError) as error:
-            raise DamagedFileError(f"{path} is no run record ({error}); remove it") from error
-        records.append(RunRecord(path, *fields))
+            records.append(_read_record(path))
+        except DamagedFileError as error:
+            if not os.path.lexists(path):
+                continue
+            if damaged is None:
+                raise
+            damaged(error.message)
     return sorted(records, key=lambda record: (record.started, record.run_id), reverse=True)
 
 
@@ -144,9 +156,8 @@ def find_run(store: Store, text: str) -> RunRecord:
 
     Raises:
         InputError: no run, or several.
-        DamagedFileError: a record does not read back.
     """
-    records = read_runs(store)
+    records = read_runs(store, damaged=lambda _: None)
     if not records:
         raise InputError(f"{store.location} has no runs; name the store of the run with --artifacts")
     if text == "last":
@@ -158,6 +169,28 @@ def find_run(store: Store, text: str) -> RunRecord:
     if found:
         raise InputError(f"'{text}' means {len(found)} runs; give more of the name. The newest:", shown)
     raise InputError(f"no run '{text}' in {store.location}; give the beginning of a name, or last. The newest:", shown)
+
+
+def _read_record(path: Path) -> RunRecord:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DamagedFileError(f"{path} cannot be read ({error.strerror}); remove it") from error
+    is_small_file = stat.S_ISREG(found.st_mode) and found.st_size <= MAX_RECORD_BYTES
+    fields = read_json(path) if is_small_file else None
+    names = ("run", "name", "started", "state", "keys", "config")
+    *words, keys, config = (fields.get(name) if isinstance(fields, dict) else None for name in names)
+    if not isinstance(keys, dict) or not isinstance(config, dict):
+        raise DamagedFileError(f"{path} is no run record; remove it")
+    if not all(isinstance(text, str) for text in [*words, *keys.values()]):
+        raise DamagedFileError(f"{path} is no run record; remove it")
+    run_id, name, started, state = map(str, words)
+    return RunRecord(path, run_id, name, started, state, keys, config)
+
+
+def _records_lock(store: Store) -> ArtifactLock:
+    """Held while a run's record is written, and while is decided what no run needs."""
+    return ArtifactLock(store.root / ".locks" / "runs")
 
 
 @dataclass(frozen=True)
@@ -189,20 +222,32 @@ def prune(store: Store, *, keep: int | None = None, dry_run: bool = True) -> lis
     """
     if keep is not None and keep < 0:
         raise ValueError(f"keep must be at least 0 runs, got {keep}")
+    if dry_run or not store.root.is_dir():
+        return [Removal(path, reason, _size(path)) for path, reason in _unneeded(store, keep)]
+    with _records_lock(store):
+        taken = [(path, reason, _take_away(store, path)) for path, reason in _unneeded(store, keep)]
+    removals = []
+    for path, reason, doomed in taken:
+        if doomed is not None:
+            removals.append(Removal(path, reason, _size(doomed)))
+            discard(doomed)
+    return removals
+
+
+def _unneeded(store: Store, keep: int | None) -> list[tuple[Path, str]]:
+    """What no kept run needs, each with the reason."""
     records = read_runs(store)
     kept = [record for rank, record in enumerate(records) if keep is None or rank < keep or record.is_alive()]
     needed = {(stage, key) for record in kept for stage, key in record.keys.items()}
-    removals = [
-        Removal(record.path, "an older run", record.path.stat().st_size) for record in records if record not in kept
-    ]
+    found = [(record.path, "an older run") for record in records if record not in kept]
     for stage, key, folder in _candidates(store):
         if folder.name.startswith((".damaged-", ".replaced-")):
-            removals.append(Removal(folder, "set aside", _size(folder)))
+            found.append((folder, "set aside"))
         elif (stage, key) not in needed:
-            removals.append(Removal(folder, "no kept run needs it", _size(folder)))
-    if dry_run:
-        return removals
-    return [removal for removal in removals if _remove(store, removal.path)]
+            found.append((folder, "no kept run needs it"))
+    if (store.root / REPRODUCED).is_dir():
+        found.append((store.root / REPRODUCED, "a reproduction that was stopped"))
+    return found
 
 
 def _candidates(store: Store) -> Iterator[tuple[str, str, Path]]:
@@ -214,27 +259,36 @@ def _candidates(store: Store) -> Iterator[tuple[str, str, Path]]:
             yield folder.parent.name, _key_of(folder), folder
 
 
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _size(path: Path) -> int:
+    """Bytes that removing ``path`` sets free, as far as it is still there; a link frees nothing."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        found = path.lstat()
+        return sum(survey(path)[0].values()) if stat.S_ISDIR(found.st_mode) else found.st_size
+    return 0
 
 
-def _remove(store: Store, path: Path) -> bool:
-    """Remove a record or a folder; False when somebody is building that key."""
-    if path.is_file():
-        path.unlink(missing_ok=True)
-        return True
-    stage, key = path.parent.name, _key_of(path)
-    lock = store.lock(stage, key)
-    if not lock.try_acquire(patience_s=LEASE_S + 2.0):
-        return False
+def reproduction_lock(store: Store) -> ArtifactLock:
+    """Held while a run is reproduced under ``REPRODUCED``."""
+    return ArtifactLock(store.root / ".locks" / "reproduced")
+
+
+def _take_away(store: Store, path: Path) -> Path | None:
+    """Give a record or a folder a name under which nobody finds it; None when it is gone, or somebody builds that key.
+
+    Out of sight first: a removal that is interrupted must not leave half an artifact under its name.
+    """
+    is_record, is_whole = path.parent == store.root / "runs", path == store.root / REPRODUCED
+    key = path.stem if is_record or is_whole else _key_of(path)
+    doomed = path.with_name(f".replaced-{key}-{secrets.token_hex(4)}")
+    lock = reproduction_lock(store) if is_whole else store.lock(path.parent.name, key)
+    if not is_record and not lock.try_acquire(patience_s=LEASE_S + 2.0):
+        return None
     try:
-        # out of sight first: a removal that is interrupted must not leave half an artifact under its name
-        doomed = path.with_name(f".replaced-{key}-{os.getpid()}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        return path.rename(doomed)
+    except FileNotFoundError:
+        return None
     finally:
         lock.release()
-    return True
 
 
 def _key_of(folder: Path) -> str:

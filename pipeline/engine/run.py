@@ -10,12 +10,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.engine.building import parse_part
 from pipeline.engine.forecast import check_space
@@ -26,7 +26,9 @@ from pipeline.engine.records import RunRecord
 from pipeline.engine.spawn import Child, run_child
 from pipeline.engine.stage_table import TABLE, StageTable
 from pipeline.store.artifacts import Artifact, Store
-from stages.errors import ConfigError, EnvironmentFailure, MissingArtifactError, WsssError
+from stages.errors import ConfigError, DamagedFileError, EnvironmentFailure, MissingArtifactError, WsssError
+
+_T = TypeVar("_T")
 
 PARTS_PER_DEVICE = 4
 """Parts of a stage for each of several devices where the config names no number: the quicker one takes more of them."""
@@ -77,7 +79,12 @@ class Run:
     # -- the whole, one stage, parts of one -------------------------------------------------------------------------
 
     def run_pipeline(
-        self, *, from_: str | None = None, until: str | None = None, force: Collection[str] = ()
+        self,
+        *,
+        from_: str | None = None,
+        until: str | None = None,
+        force: Collection[str] = (),
+        then: Callable[[RunOutcome], None] = lambda outcome: None,
     ) -> RunOutcome:
         """Check the inputs, then bring the stages into being one after the other.
 
@@ -85,6 +92,7 @@ class Run:
             from_: First stage to run; the stages before it must be cached.
             until: Last stage to run.
             force: Stages to rebuild, each with all after it.
+            then: Called with what came of it, such as to write the report, while nobody may prune what the run used.
 
         Raises:
             WsssError: the first failure; the listener has heard the outcomes before it and a ``failed`` one.
@@ -110,7 +118,9 @@ class Run:
             outcomes = tuple(
                 self._around(name, partial(self.ensure, name, force=again)) for name, again in is_forced.items()
             )
-        return RunOutcome(record.run_id, outcomes, record.path)
+            outcome = RunOutcome(record.run_id, outcomes, record.path)
+            then(outcome)
+        return outcome
 
     def run_stage(self, stage: str, *, force: bool = False) -> RunOutcome:
         """Run one stage from cached inputs, also one that the whole run would skip; ``force`` builds it again.
@@ -161,16 +171,19 @@ class Run:
         check_space(self.store)
         request = self._request(stage) | {"num_parts": wanted.count if wanted else count, "part": part}
         with _terminate_as_interrupt(), RunRecord.open(self.store, plan):
-            return int(run_child(request, self.listener, threads=self._threads)["num_parts"])
+            plan.check_data(stage, self.store.digest_cache)
+            help_out = partial(run_child, request, self.listener, threads=self._threads)
+            return int(self._with_inputs(stage, help_out)["num_parts"])
 
     # -- one stage ---------------------------------------------------------------------------------------------------
 
     def ensure(self, stage: str, *, force: bool = False) -> StageOutcome:
         """Make sure that the artifact of ``stage`` is in the store, or with ``force`` build it again.
 
-        The artifacts that it reads must be there.
+        The artifacts that it reads must be there; one whose files are not as they were written is built again first.
 
         Raises:
+            DataError: the data set was changed since the run was planned; nothing was built.
             WsssError: the stage failed; the listener has heard of it.
             KeyboardInterrupt: the child has been ended; its work is kept and continued by the next call.
         """
@@ -186,7 +199,8 @@ class Run:
             if artifact is not None:
                 state, path, metrics, warnings = "cached", artifact.path, artifact.metrics, artifact.warnings
             else:
-                answer = self._build(stage, force=force)
+                self.plan.check_data(stage, self.store.digest_cache)
+                answer = self._with_inputs(stage, partial(self._build, stage, force=force))
                 state, path = answer["state"], Path(answer["path"])
                 metrics, warnings = answer["metrics"], tuple(answer["warnings"])
         except BaseException:
@@ -195,6 +209,23 @@ class Run:
         outcome = StageOutcome(stage, key, path, state, time.monotonic() - started, metrics, warnings)
         self.listener.stage_finished(outcome)
         return outcome
+
+    def _with_inputs(self, stage: str, build: Callable[[], _T]) -> _T:
+        """What ``build`` gives; an input that its child found damaged, and has set aside, is built again first."""
+        for _ in self.plan.inputs(stage):
+            try:
+                return build()
+            except (DamagedFileError, MissingArtifactError) as error:
+                lost = [name for name in self.plan.inputs(stage) if self._is_missing(name)]
+                if not lost:
+                    raise
+                self.listener.warn(
+                    f"{error.message} ({'; '.join(error.problems[:1])})" if error.problems else str(error)
+                )
+                for name in lost:
+                    self.ensure(name)
+                self.listener.stage_started(stage, self.plan.keys[stage])
+        return build()
 
     def _build(self, stage: str, *, force: bool) -> dict[str, Any]:
         """Let a child build the stage: alone, or in parts with helpers on other devices and whoever else is asked."""

@@ -189,12 +189,14 @@ def _run_all(call: FlowCall, from_stage: str | None, until: str | None, force: S
     run = _open(call)
     title = run_name(run.config, run.plan)
     _name_run(title)
-    outcome = run.run_pipeline(from_=from_stage, until=until, force=force)
-    report = ensure_report(run.config, run.plan, run.store, outcome)
-    picture = ensure_picture(report, run.config, run.plan, run.store) if report is not None else None
-    page = write_page(title, f"wsss run {run.invocation}", outcome.stages, report, picture)
-    _show_result(run.config.name, title, page)
-    return outcome
+
+    def show(outcome: RunOutcome) -> None:
+        report = ensure_report(run.config, run.plan, run.store, outcome)
+        picture = ensure_picture(report, run.config, run.plan, run.store) if report is not None else None
+        page = write_page(title, f"wsss run {run.invocation}", outcome.stages, report, picture)
+        _show_result(run.config.name, title, page)
+
+    return run.run_pipeline(from_=from_stage, until=until, force=force, then=show)
 
 
 def _run_one(call: FlowCall, stage: str, force: bool, part: str | None, key: str | None) -> RunOutcome | int:

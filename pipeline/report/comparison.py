@@ -23,7 +23,7 @@ from pipeline.engine.plan import plan_run
 from pipeline.engine.records import read_runs
 from pipeline.report.page import write_template
 from pipeline.report.tables import METRICS, MetricText, format_value
-from pipeline.store.artifacts import MANIFEST, Store
+from pipeline.store.artifacts import MANIFEST, Store, check_manifest, examine
 from stages.contracts import ImageRecord, open_image_set, read_json
 from stages.errors import ConfigError, DamagedFileError, InputError, MissingArtifactError
 from stages.ops.metrics.bootstrap import Interval, interval, mean_over_classes, resample_iou
@@ -172,10 +172,13 @@ def _find_key(word: str, store: Store) -> tuple[str, str]:
 def _read_folder(word: str, path: Path) -> ScoredRun:
     if not (path / _COUNTS).is_file():
         raise InputError(f"{word} is no folder of an {STAGE} artifact: it has no {_COUNTS}; name one, or a config")
-    manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
-    upstream = manifest.get("run", {}).get("upstream", {})
+    key, upstream = path.resolve().name, dict[str, str]()
+    if (path / MANIFEST).is_file():
+        manifest = check_manifest(read_json(path / MANIFEST), str(path / MANIFEST), STAGE)
+        key, upstream = manifest["content"]["key"], manifest["run"].get("upstream", {})
+        if damage := examine(path, manifest["content"]["files"])[0]:
+            raise DamagedFileError(f"{word} is not as it was written; rebuild {STAGE}", sorted(damage.values()))
     prepared = path.resolve().parent.parent / "prepare_data" / upstream.get("prepare_data", "none")
-    key = str(manifest.get("content", {}).get("key", path.resolve().name))
     return _read_files(word, key[:8], key, path, prepared if (prepared / "index.json").is_file() else None)
 
 

@@ -2,14 +2,16 @@
 
     <root>/<stage>/<key>/            a published artifact: its files and manifest.json
     <root>/<stage>/.work-<key>/      unfinished work; a later build of the same key continues there
-    <root>/<stage>/.damaged-<key>-n/ an artifact that lost a file, set aside
+    <root>/<stage>/.damaged-<key>-n/ an artifact that is not as it was written, set aside
     <root>/<stage>/.unsent-<key>     the artifact of this key is not wholly in the mirror yet
     <root>/.locks/<stage>-<key>      one lock per key; with .<part> behind it, one per part of the work
     <root>/runs/<name>-<run>.json    which artifacts a run used
 
 An artifact is published by writing manifest.json last and one rename.  ``content`` of the manifest is identical for
-identical results; ``run`` says when, where and how long.  A store behind a URL is such a folder in this machine's cache
-with a mirror (pipeline.store.mirror): what is not here is looked for there, what is published here is published there.
+identical results; ``run`` says when, where and how long; ``sha256`` is of the two as canonical JSON.  A look-up checks
+the manifest, and names and sizes of the files; ``require`` and ``verify`` read every byte.
+A store behind a URL is such a folder in this machine's cache with a mirror (pipeline.store.mirror): what is not here is
+looked for there, what is published here is published there.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +34,15 @@ from typing import Any
 
 from pipeline.store.locks import ArtifactLock
 from pipeline.store.mirror import DRIVERS, MANIFEST, Mirror, WorkCopy, find_changes, find_damage, is_inside
-from stages.contracts import read_json, write_json
+from stages.contracts import parse_json, read_json, write_json
 from stages.errors import DamagedFileError, EnvironmentFailure, InputError, MissingArtifactError
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the manifest's layout; another one is no hit."""
 
 _TEMPORARY = ".tmp-"
+_BETWEEN_RENAMES_S = 2.0
+"""How long a look-up waits for the second of the two renames that replace an artifact."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ class Store:
         self._locks: dict[tuple[str, str], ArtifactLock] = {}
         self._whole: dict[tuple[str, str], tuple[tuple[int, int], Artifact]] = {}
         """Artifacts whose files were found here; they are not looked at again until the manifest is another."""
+        self._sound: dict[tuple[str, str], tuple[int, int]] = {}
+        """Stamp of the manifest of those of them whose every byte was compared with it."""
 
     @property
     def location(self) -> str:
@@ -147,10 +154,8 @@ class Store:
             return known[1]
         problem = ""
         try:
-            if self.path(stage, key).is_dir():
-                if not (self._mirror and self._unsent(stage, key).exists()):
-                    return self._open(stage, key)
-                return self._send(self._mirror, stage, key) if self._holds(stage, key) else None
+            if self._is_there(stage, key):
+                return self._look_here(stage, key)
         except DamagedFileError as error:
             problem = error.message
         try:
@@ -166,29 +171,81 @@ class Store:
             damaged(problem)
         return None
 
+    def _look_here(self, stage: str, key: str) -> Artifact | None:
+        """The artifact in its folder; None where it is only half in the mirror, or goes meanwhile."""
+        while self._is_there(stage, key):
+            stamp = _stamp(self.path(stage, key) / MANIFEST)
+            try:
+                if not (self._mirror and self._unsent(stage, key).exists()):
+                    return self._open(stage, key)
+                return self._send(self._mirror, stage, key) if self._holds(stage, key) else None
+            except DamagedFileError:
+                if stamp == _stamp(self.path(stage, key) / MANIFEST) and self._is_there(stage, key):
+                    raise  # else another process has replaced or removed it meanwhile
+        return None
+
     def require(self, stage: str, key: str) -> Artifact:
-        """The artifact with its files here, each compared with the manifest's sha256 as it came from a mirror.
+        """The artifact with its files here, each compared with the manifest's sha256, once by each ``Store``.
+
+        One that is damaged is set aside, which needs the lock of its key; from a damaged copy of what is in the mirror
+        the mirror heals.
 
         Raises:
             MissingArtifactError: there is none that is whole.
-            DamagedFileError: a file in the mirror is damaged; it is set aside, so that the next run builds it again.
+            DamagedFileError: a file is damaged; the artifact is set aside, so that the next run builds it again.  Or a
+                file lies in it that is none of its own: a stage might read it.
             EnvironmentFailure: the mirror cannot be read, or the cache not written.
         """
-        if (artifact := self.lookup(stage, key)) is None:
-            place = f"{self.location}/{stage}/{key}"
-            raise MissingArtifactError(f"{place} is missing or damaged; run the stage {stage} again")
-        if not self._mirror or (stage, key) in self._whole:
-            return artifact
+        while True:
+            if (artifact := self.lookup(stage, key)) is None:
+                place = f"{self.location}/{stage}/{key}"
+                raise MissingArtifactError(f"{place} is missing or damaged; run the stage {stage} again")
+            if self._mirror and (stage, key) not in self._whole:
+                return self._bring(self._mirror, artifact)
+            stamp, files = self._whole[stage, key][0], artifact.content["files"]
+            if self._sound.get((stage, key)) == stamp:
+                return artifact
+            damage, strangers = examine(artifact.path, files)
+            # what a file manager or a network mount leaves behind has such a name, and no stage reads it
+            visible = [text for name, text in strangers.items() if not Path(name).name.startswith(".")]
+            if damage:
+                self._give_up(stage, key, stamp, sorted(damage.values()))
+            elif visible:
+                raise DamagedFileError(f"{stage} {key} has files that it was not written with; remove them", visible)
+            else:
+                self._sound[stage, key] = stamp
+
+    def _give_up(self, stage: str, key: str, stamp: tuple[int, int], problems: list[str]) -> None:
+        """Set the damaged artifact with this manifest aside, and say so where there is no other copy of it."""
+        try:
+            with self.lock(stage, key):
+                if _stamp(self.path(stage, key) / MANIFEST) != stamp:
+                    return  # another process has seen to it
+                if self._mirror and not self._unsent(stage, key).exists():
+                    self._set_aside_here(stage, key)
+                    return
+                aside = self.set_aside(stage, key)
+        except (OSError, EnvironmentFailure) as error:  # others may use this store, and read it only
+            text = f"{self.path(stage, key)} is damaged and cannot be set aside ({error}); remove it, then run {stage}"
+            raise DamagedFileError(f"{text} again", problems) from error
+        raise DamagedFileError(
+            f"{stage} {key} is damaged; set aside as {aside}. The next run that needs it builds it again", problems
+        )
+
+    def _bring(self, mirror: Mirror, artifact: Artifact) -> Artifact:
+        stage, key = artifact.stage, artifact.key
         with ArtifactLock(self.root / ".locks" / f"fetch-{stage}-{key}"):
             with contextlib.suppress(DamagedFileError):  # another process may have been first
                 return self._open(stage, key)
-            return self._fetch(self._mirror, artifact)
+            artifact = self._fetch(mirror, artifact)
+        self._sound[stage, key] = self._whole[stage, key][0]
+        return artifact
 
     def _fetch(self, mirror: Mirror, artifact: Artifact) -> Artifact:
         stage, key, files = artifact.stage, artifact.key, artifact.content["files"]
         part = artifact.path.with_name(f".fetch-{key}")
         part.mkdir(parents=True, exist_ok=True)
-        for stranger in {file.relative_to(part).as_posix() for file in _files(part)} - files.keys():
+        for stranger in survey(part)[0].keys() - files.keys():
             (part / stranger).unlink()
         problems = mirror.fetch(f"{stage}/{key}", files, part)
         if problems and (problems := mirror.fetch(f"{stage}/{key}", files, part)):  # not only damaged on its way
@@ -206,29 +263,28 @@ class Store:
     def _open(self, stage: str, key: str) -> Artifact:
         path = self.path(stage, key)
         stamp, manifest = _stamp(path / MANIFEST), self.manifest(stage, key)
-        files = manifest["content"]["files"]
-        if damage := find_damage(path, files, _sizes(path, files)):
+        sizes, others = survey(path)
+        if MANIFEST in others:
+            raise DamagedFileError(f"{path / MANIFEST} is a link, not a file")
+        if damage := find_damage(path, manifest["content"]["files"], sizes):
             raise DamagedFileError(next(iter(damage.values())))
         self._whole[stage, key] = (stamp, Artifact(stage, key, path, manifest))
         return self._whole[stage, key][1]
 
     def manifest(self, stage: str, key: str) -> dict[str, Any]:
-        """The manifest, checked to be one of this schema and of this artifact; the files are not looked at.
+        """The manifest, checked to be as it was written and of this artifact; the files are not looked at.
 
         Raises:
-            DamagedFileError: there is none, or it is another's.
+            DamagedFileError: there is none, it is another's, or it was edited.
         """
         path = self.path(stage, key) / MANIFEST
-        return _check_manifest(read_json(path), stage, key, str(path))
+        return check_manifest(read_json(path), str(path), stage, key)
 
     def _mirrored_manifest(self, mirror: Mirror, stage: str, key: str) -> dict[str, Any] | None:
         if (data := mirror.read(f"{stage}/{key}/{MANIFEST}")) is None:
             return None
         where = f"{mirror.url}/{stage}/{key}/{MANIFEST}"
-        try:
-            return _check_manifest(json.loads(data), stage, key, where)
-        except ValueError as error:
-            raise DamagedFileError(f"{where} is not readable JSON ({error})") from error
+        return check_manifest(parse_json(data, where), where, stage, key)
 
     def newest_manifests(self, stage: str) -> Iterator[dict[str, Any]]:
         """The manifests of a stage's artifacts, the newest first; damaged ones are left out."""
@@ -292,7 +348,7 @@ class Store:
 
     def has_work(self, stage: str, key: str) -> bool:
         """Whether there is unfinished work, here or in the mirror, that a build would continue."""
-        is_here = any(not file.name.startswith(_TEMPORARY) for file in _files(self.work_path(stage, key)))
+        is_here = any(not _is_temporary(name) for name in survey(self.work_path(stage, key))[0])
         return is_here or (self._mirror is not None and bool(self._work_copy(self._mirror, stage, key).index()))
 
     def work_dir(self, stage: str, key: str, *, fresh: bool = False) -> tuple[Path, bool]:
@@ -322,8 +378,12 @@ class Store:
             self._mirror.remove(f"{stage}/{key}/{MANIFEST}")
             if not self.path(stage, key).exists():
                 return f"{self._mirror.url}/{stage}/.damaged-{key}.json"
+        return self._set_aside_here(stage, key)
+
+    def _set_aside_here(self, stage: str, key: str) -> Path:
+        self._whole.pop((stage, key), None)
         targets = (self.root / stage / f".damaged-{key}-{number}" for number in itertools.count())
-        return self.path(stage, key).rename(next(target for target in targets if not target.exists()))
+        return self.path(stage, key).rename(next(target for target in targets if not os.path.lexists(target)))
 
     def publish(self, stage: str, key: str, *, content: Mapping[str, Any], run: Mapping[str, Any]) -> Artifact:
         """Turn the work folder into the artifact in one rename, replacing an older one, and mirror it.  Needs the lock.
@@ -340,16 +400,22 @@ class Store:
         work = self.work_path(stage, key)
         (work / MANIFEST).unlink(missing_ok=True)
         files = {}
-        for file in _files(work):
-            if file.name.startswith(_TEMPORARY):
-                file.unlink()  # half of an atomic write whose process was killed
+        sizes, others = survey(work)
+        if others:
+            raise DamagedFileError(
+                f"{work / min(others)} is neither file nor folder; remove {work} and run {stage} again"
+            )
+        for name, size in sorted(sizes.items()):
+            if _is_temporary(name):
+                (work / name).unlink()  # half of an atomic write whose process was killed
                 continue
-            with file.open("rb") as stream:
+            with (work / name).open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
                 os.fsync(stream.fileno())
-            files[file.relative_to(work).as_posix()] = {"size": file.stat().st_size, "sha256": digest}
+            files[name] = {"size": size, "sha256": digest}
         content = {**content, "schema": SCHEMA, "stage": stage, "key": key, "files": files}
-        write_json(work / MANIFEST, {"content": content, "run": dict(run)})
+        manifest = {"content": content, "run": dict(run)}
+        write_json(work / MANIFEST, {**manifest, "sha256": _digest(manifest)})
         for folder in [*(path for path in work.rglob("*") if path.is_dir()), work]:
             _sync_folder(folder)
         if self._mirror:
@@ -360,14 +426,27 @@ class Store:
     def _put_in_place(self, folder: Path, stage: str, key: str) -> Artifact:
         """Rename ``folder`` to the artifact, in the place of an older one."""
         final = self.path(stage, key)
-        replaced = final.with_name(f".replaced-{key}")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():
+        replaced = self._replaced(stage, key)
+        discard(replaced)
+        if os.path.lexists(final):
             final.rename(replaced)
         folder.rename(final)
         _sync_folder(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            discard(replaced)
         return self._open(stage, key)
+
+    def _is_there(self, stage: str, key: str) -> bool:
+        """Whether there is a folder of the artifact; waits for a process that is just between its two renames."""
+        end = time.monotonic() + _BETWEEN_RENAMES_S
+        while not self.path(stage, key).is_dir():
+            if not os.path.lexists(self._replaced(stage, key)) or time.monotonic() > end:
+                return self.path(stage, key).is_dir()
+            time.sleep(0.02)
+        return True
+
+    def _replaced(self, stage: str, key: str) -> Path:
+        return self.root / stage / f".replaced-{key}"
 
     def _unsent(self, stage: str, key: str) -> Path:
         return self.root / stage / f".unsent-{key}"
@@ -387,20 +466,32 @@ class Store:
         return self._open(stage, key)
 
     def verify(self, stage: str, key: str) -> list[str]:
-        """Read every file of an artifact, here and in the mirror, and compare it with the manifest; what is wrong."""
+        """Read every file of an artifact, here and in the mirror, and compare it with the manifest; what is wrong.
+
+        Nothing is wrong with an artifact that another process removes or replaces meanwhile.
+        """
         problems, mirrored, path = [], None, self.path(stage, key)
         try:
             if self._mirror and (mirrored := self._mirrored_manifest(self._mirror, stage, key)):
                 self.root.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=self.root, prefix=".verify-") as scratch:
                     problems += self._mirror.fetch(f"{stage}/{key}", mirrored["content"]["files"], Path(scratch))
-            if not mirrored or path.exists():
-                files = self.manifest(stage, key)["content"]["files"]
-                found = find_damage(path, files, _sizes(path, files))
-                problems += sorted((found | find_changes(path, files, files.keys() - found.keys(), path)).values())
         except DamagedFileError as error:
             problems.append(error.message)
+        while path.exists():
+            stamp = _stamp(path / MANIFEST)
+            found = self._verify_here(stage, key)
+            if not found or (stamp == _stamp(path / MANIFEST) and path.exists()):
+                return problems + found
         return problems
+
+    def _verify_here(self, stage: str, key: str) -> list[str]:
+        path = self.path(stage, key)
+        try:
+            damage, strangers = examine(path, self.manifest(stage, key)["content"]["files"])
+        except DamagedFileError as error:
+            return [error.message]
+        return sorted([*damage.values(), *strangers.values()])
 
 
 def open_store(location: str | Path) -> Store:
@@ -425,30 +516,95 @@ def open_store(location: str | Path) -> Store:
     return Store(root)
 
 
-def _check_manifest(manifest: Any, stage: str, key: str, where: str) -> dict[str, Any]:  # noqa: ANN401 - JSON is any
-    outside: list[str] = []
+def check_manifest(manifest: Any, where: str, stage: str, key: str | None = None) -> dict[str, Any]:  # noqa: ANN401 - JSON is any
+    """``manifest``, which stands at ``where``, if it is the one that was written for this artifact.
+
+    Args:
+        manifest: The parsed JSON.
+        where: Names it in the error.
+        stage: Whose it must be.
+        key: The artifact's key; None for one of any key.
+
+    Raises:
+        DamagedFileError: it is of another layout, of another artifact, or was edited.
+    """
+    outside = list[str]()
     try:
         content = manifest["content"]
-        is_ours = [content["schema"], content["stage"], content["key"]] == [SCHEMA, stage, key]
+        is_ours = [content["schema"], content["stage"], content["key"]] == [SCHEMA, stage, key or content["key"]]
         is_ours &= isinstance(content["mask_supervision"], list) and isinstance(manifest["run"], dict)
         is_ours &= all({"size", "sha256"} <= entry.keys() for entry in content["files"].values())
         outside = [name for name in content["files"] if not is_inside(name)]
     except (KeyError, TypeError, AttributeError):
         is_ours = False
     if not is_ours:
-        raise DamagedFileError(f"{where} does not describe {stage} {key}")
+        raise DamagedFileError(f"{where} does not describe {stage} {key or 'in this layout'}")
     if outside:
-        raise DamagedFileError(f"{where} names a file outside of its artifact: {outside[0]}")
+        raise DamagedFileError(f"{where} names a file outside of its artifact: {outside[0]!r}")
+    if manifest.get("sha256") != _digest({name: value for name, value in manifest.items() if name != "sha256"}):
+        raise DamagedFileError(f"{where} was edited: its content differs from its own sha256")
     return manifest
 
 
-def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """Sizes of the files of ``folder``, of those that are there."""
-    found = {}
-    for name in names:
-        with contextlib.suppress(OSError):
-            found[name] = (folder / name).stat().st_size
-    return found
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 of ``manifest`` as canonical JSON; of what was written and of what is read back it is the same."""
+    parsed = json.loads(json.dumps(manifest))  # keys as they come back: text
+    text = json.dumps(parsed, sort_keys=True, allow_nan=False, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def examine(folder: Path, files: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """What is wrong with an artifact's files, and which there are beside them: name to one line; reads every byte."""
+    sizes, others = survey(folder)
+    damage = find_damage(folder, files, sizes)
+    damage |= find_changes(folder, files, [name for name in files if name not in damage], folder)
+    if MANIFEST in others:
+        damage[MANIFEST] = f"{folder / MANIFEST} is a link, not a file"
+    strangers = (sizes.keys() | others) - files.keys() - {MANIFEST}
+    return damage, {name: f"{folder / name} is no file of this artifact" for name in sorted(strangers)}
+
+
+def survey(folder: Path) -> tuple[dict[str, int], set[str]]:
+    """Sizes in bytes of the regular files under ``folder``, and the names of what is neither file nor folder.
+
+    Links are not followed, but for ``folder`` itself; a folder that cannot be read is among the others, and what
+    another process removes meanwhile is left out.
+    """
+    sizes, others, waiting = dict[str, int](), set[str](), [""]
+    while waiting:
+        inner = waiting.pop()
+        try:
+            with os.scandir(folder / inner) as found:
+                entries = list(found)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            others.add(inner.rstrip("/"))
+            continue
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(f"{inner}{entry.name}/")
+                elif entry.is_file(follow_symlinks=False):
+                    sizes[inner + entry.name] = entry.stat(follow_symlinks=False).st_size
+                else:
+                    others.add(inner + entry.name)
+    return sizes, others
+
+
+def discard(path: Path) -> None:
+    """Remove a folder, a file, or a link without what it leads to; harmless when it is gone, or goes meanwhile."""
+    while os.path.lexists(path):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _is_temporary(name: str) -> bool:
+    """Whether it is half of an atomic write."""
+    return name.rpartition("/")[2].startswith(_TEMPORARY)
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -457,11 +613,6 @@ def _stamp(file: Path) -> tuple[int, int]:
         found = file.stat()
         return found.st_mtime_ns, found.st_ino
     return 0, 0
-
-
-def _files(folder: Path) -> list[Path]:
-    """The regular files under ``folder``, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _sync_folder(folder: Path) -> None:

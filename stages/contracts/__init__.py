@@ -13,6 +13,7 @@ from stages.contracts.attention import (
     write_attention_shard,
 )
 from stages.contracts.files import (
+    parse_json,
     read_json,
     write_atomic,
     write_json,
@@ -81,6 +82,7 @@ __all__ = [
     "iter_attention",
     "open_image_set",
     "option_texts",
+    "parse_json",
     "read_attention_shard",
     "read_index_mask",
     "read_json",

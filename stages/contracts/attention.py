@@ -66,7 +66,7 @@ def read_attention_shard(path: Path) -> list[AttentionRecord]:
                 )
                 for number, entry in enumerate(entries)
             ]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, KeyError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedFileError(f"{path} is not a readable attention shard ({error}); rebuild make_attention") from error
 
 

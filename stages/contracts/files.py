@@ -40,6 +40,24 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON is any
         DamagedFileError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = path.read_bytes()
+    except OSError as error:
         raise DamagedFileError(f"{path} is not readable JSON ({error}); rebuild the artifact that holds it") from error
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes, where: str) -> Any:  # noqa: ANN401 - JSON is any
+    """What ``write_json`` wrote, from its bytes; ``where`` names them in the error.
+
+    Raises:
+        DamagedFileError: it is no strict JSON in UTF-8, or nested deeper than the parser goes.
+    """
+    try:
+        return json.loads(data.decode(), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        words = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise DamagedFileError(f"{where} is not readable JSON ({words}); rebuild the artifact that holds it") from error
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")

@@ -75,6 +75,16 @@ class DataDigests:
         ]
         return _sha256_json([described, sorted(self.files.items())])
 
+    def files_of(self, view: DataView | None) -> tuple[str, ...]:
+        """Relative paths of the images and masks in ``view``, sorted; None stands for everything."""
+        if view is None:
+            return self.listing.files
+        images = {image.id: image for image in self.listing.images}
+        names = {images[image_id].image for ids in view.splits.values() for image_id in ids}
+        names |= {images[image_id].mask or "" for image_id in view.masks}
+        names |= {images[image_id].full_mask or "" for image_id in view.full_masks}
+        return tuple(sorted(names - {""}))
+
     def of(self, view: DataView) -> str:
         """Digest of the part: the class list, what ``view`` names, and what mask values mean where it has masks."""
         images = {image.id: image for image in self.listing.images}
@@ -119,11 +129,30 @@ def digest_data(
         options = config.model_dump(mode="json", exclude={"num_train", "num_val", "on_bad_image"})
         drawn = _sha256_json([GENERATOR_VERSION, options])
         return DataDigests(listing, {path: f"{drawn}/{path}" for path in listing.files})
-    digests = DataDigests(listing, dict(_file_digests(listing.root, listing.files, cache_file)))
+    files, problems = _file_digests(listing.root, listing.files, cache_file)
+    if problems:
+        raise DataError("files of the data set cannot be read; restore them or their permission", problems)
+    digests = DataDigests(listing, files)
     if warn is not None:
         for text in _same_contents(listing, digests.files):
             warn(text)
     return digests
+
+
+def find_changed_files(digests: DataDigests, view: DataView | None, cache_file: Path) -> list[str]:
+    """Which files of the user's are not what ``digests`` says any more, one line each; every byte of them is read.
+
+    Args:
+        digests: From ``digest_data``.
+        view: The part of the data to look at; None for all of it.
+        cache_file: The cache of ``digest_data``, which must not say the old digest again.
+    """
+    root = digests.listing.root
+    if root is None:  # pictures that prepare_data draws are in its own artifact
+        return []
+    found, problems = _file_digests(root, digests.files_of(view), cache_file, is_trusted=False)
+    changed = [name for name, digest in found.items() if digest != digests.files[name]]
+    return [*problems, *(f"{root / name}: the content was changed" for name in changed)]
 
 
 def _same_contents(listing: DataListing, digests: Mapping[str, str]) -> list[str]:
@@ -147,41 +176,48 @@ def _sha256_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _file_digests(root: Path, files: Iterable[str], cache_file: Path) -> list[tuple[str, str]]:
-    """(relative path, sha256) of every file; what is not in the cache is hashed, several files at once."""
+def _file_digests(
+    root: Path, files: Iterable[str], cache_file: Path, *, is_trusted: bool = True
+) -> tuple[dict[str, str], list[str]]:
+    """Relative path to sha256 of every file, and a line for each that cannot be read.
+
+    What is not in the cache is hashed, several files at once; all of it where the cache is not trusted.
+    """
     cache = _read_cache(cache_file)
     base = root.resolve()
     fresh: dict[str, list[object]] = {}
 
-    def digest(relative: str) -> tuple[str, str]:
+    def digest(relative: str) -> str | OSError:
         path = base / relative
         try:
             stat = path.stat()
             known = cache.get(str(path))
-            if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-                return relative, str(known[2])
+            if is_trusted and known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
+                return str(known[2])
             with path.open("rb") as file:
                 value = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); restore the file or its permission") from error
+            return error
         if time.time_ns() - stat.st_mtime_ns > _SETTLED_NS:
             fresh[str(path)] = [stat.st_size, stat.st_mtime_ns, value]
-        return relative, value
+        return value
 
+    names = tuple(files)
     with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = list(pool.map(digest, files))
-    if fresh:
+        found = dict(zip(names, pool.map(digest, names), strict=True))
+    if any(cache.get(path) != entry for path, entry in fresh.items()):
         # A store that cannot be written costs the next run some seconds of hashing, not this one its result.
         with contextlib.suppress(OSError):
             write_atomic(cache_file, json.dumps({**cache, **fresh}, sort_keys=True).encode())
-    return digests
+    problems = [f"{base / name}: cannot be read ({e.strerror})" for name, e in found.items() if isinstance(e, OSError)]
+    return {name: digest for name, digest in found.items() if isinstance(digest, str)}, problems
 
 
 def _read_cache(cache_file: Path) -> dict[str, list[object]]:
     """The cache; an absent or damaged one counts as empty, since it only saves time."""
     try:
         cache = json.loads(cache_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(cache, dict):
         return {}

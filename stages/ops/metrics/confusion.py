@@ -219,7 +219,7 @@ def read_confusions(path: Path) -> dict[str, SparseConfusions]:
                 )
                 for thing in things
             }
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
         raise DamagedFileError(f"{path} does not hold readable confusion counts ({error}); rebuild evaluate") from error
 
 

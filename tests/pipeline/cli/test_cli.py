@@ -313,6 +313,13 @@ def check_artifacts(wsss, wsss_json, key: str, path: Path) -> None:
     assert str(index) in problem
     index.write_bytes(text)
 
+    record = path.parents[1] / "runs" / "odd.json"
+    record.write_text("[" * 100_000)
+    for words in (("verify",), ("prune",)):
+        error = wsss_json("artifacts", *words, code=4)["error"]
+        assert f"{record} is not readable JSON (nested too deeply)" in " ".join([error["message"], *error["problems"]])
+    record.unlink()
+
     assert wsss_json("artifacts", "prune")["entries"] == [], "the run needs it"
     assert wsss_json("artifacts", "prune", "--keep", "0")["removed"] is False
     assert path.is_dir(), "nothing is removed without --yes"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
+import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from fake_stages.table import TABLE, FakeRun
 
+from pipeline.engine import records
 from pipeline.engine.plan import Plan, plan_run
 from pipeline.engine.records import RunRecord, prune, read_runs
 from pipeline.store.artifacts import Store
@@ -146,3 +151,108 @@ def test_prune_refuses_when_a_record_does_not_read_back(store: Store) -> None:
         prune(store, dry_run=False)
     with pytest.raises(ValueError, match="keep must be at least 0"):
         prune(store, keep=-1)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"keys": ["collect"]}, "is no run record; remove it"),
+        ({"keys": {"collect": 1}}, "is no run record; remove it"),
+        ({"config": None}, "is no run record; remove it"),
+        ({"started": 5}, "is no run record; remove it"),
+        ({"started": float("nan")}, "NaN is no JSON number"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"\xff\xfe", "is not readable JSON"),
+        (b" " * (records.MAX_RECORD_BYTES + 1), "is no run record; remove it"),
+        (None, "is no run record; remove it"),
+    ],
+)
+def test_an_odd_record_is_one_line_and_keeps_everything(store: Store, change: object, expected: str) -> None:
+    finished(store, 1.0)
+    (path,) = (store.root / "runs").iterdir()
+    odd = path.with_name("odd.json")
+    if isinstance(change, dict):
+        odd.write_text(json.dumps(json.loads(path.read_text()) | change))
+    elif isinstance(change, bytes):
+        odd.write_bytes(change)
+    else:
+        odd.mkdir()
+    with pytest.raises(DamagedFileError) as caught:
+        prune(store, keep=0, dry_run=False)
+    assert str(odd) in str(caught.value)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    heard: list[str] = []
+    assert [record.path for record in read_runs(store, damaged=heard.append)] == [path]
+    assert heard == [caught.value.message]
+    assert len(list(store.folders())) == 3
+
+
+def test_records_that_go_while_they_are_read_are_left_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(store, 1.0)
+    finished(store, 2.0)
+    read_json = records.read_json
+
+    def gone(path: Path) -> object:
+        if json.loads(path.read_text())["config"]["combine"]["factor"] == 1.0:
+            path.unlink()
+        return read_json(path)
+
+    monkeypatch.setattr(records, "read_json", gone)
+    assert [record.config["combine"]["factor"] for record in read_runs(store)] == [2.0]
+
+
+def test_prune_takes_nothing_that_a_run_found_which_began_meanwhile(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run begins when prune has decided already: it waits, or prune would see it."""
+    plan = finished(store, 1.0)
+    found: dict[str, object] = {}
+
+    def begin() -> None:
+        with RunRecord.open(store, plan):
+            for stage, key in plan.keys.items():
+                found[stage] = Store(store.root).lookup(stage, key)
+
+    threads: list[threading.Thread] = []
+    unneeded = records._unneeded
+
+    def slow(*arguments: object) -> object:
+        decided = unneeded(*arguments)
+        threads.append(threading.Thread(target=begin))
+        threads[0].start()
+        time.sleep(0.5)
+        return decided
+
+    monkeypatch.setattr(records, "_unneeded", slow)
+    prune(store, keep=0, dry_run=False)
+    threads[0].join()
+    assert list(found) == list(plan.keys)
+    lost = [stage for stage, artifact in found.items() if artifact is not None and not artifact.path.exists()]
+    assert lost == []
+
+
+def test_two_prunes_at_once_are_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(store, 1.0)
+    discard, inner = records.discard, []
+
+    def beside(path: Path) -> None:
+        if not inner:
+            inner.append(())
+            inner.extend(prune(store, keep=0, dry_run=False))
+        discard(path)
+
+    monkeypatch.setattr(records, "discard", beside)
+    assert len(prune(store, keep=0, dry_run=False)) == 4, "a record and three artifacts"
+    assert list(store.root.glob("[!.]*/*")) == []
+
+
+def test_prune_of_an_artifact_behind_a_link_takes_the_link(store: Store, tmp_path: Path) -> None:
+    plan = finished(store, 1.0)
+    path, disk = store.path("collect", plan.keys["collect"]), tmp_path / "other disk"
+    shutil.move(path, disk)
+    path.symlink_to(disk)
+    removals = {removal.path: removal for removal in prune(store, keep=0, dry_run=False)}
+    assert path in removals
+    assert not path.is_symlink()
+    assert (disk / "x.txt").read_text() == "12345"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from pipeline.engine import forecast
 from pipeline.engine.failures import InternalFailure
 from pipeline.engine.outcomes import RunOutcome, SilentListener, StageOutcome, StageStatus
 from pipeline.engine.plan import Plan, plan_run
+from pipeline.engine.records import prune
 from pipeline.engine.run import Run
 from pipeline.store.artifacts import Store
-from stages.errors import ConfigError, DataError, EnvironmentFailure, MissingArtifactError
+from stages.errors import ConfigError, DamagedFileError, DataError, EnvironmentFailure, MissingArtifactError
 
 NAMES = ("collect", "combine", "finish")
 ROOT = Path(__file__).parents[3]
@@ -143,6 +145,52 @@ def test_status_and_single_stages(store: Store) -> None:
     (work / "x").write_text("x")
     assert status(config, store)[2].state == "partial"
     assert open_run(config, store).finished_artifacts() == {}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_inputs_that_are_not_as_they_were_written_are_built_again_before_a_stage_reads_them(
+    store: Store, is_alone: bool
+) -> None:
+    paths = {stage.stage: stage.path for stage in run(store).stages}
+    combined = paths["combine"] / "sub" / "combined.json"
+    before = combined.read_bytes()
+    flip(combined)
+    flip(paths["collect"] / "1.txt")
+    shutil.rmtree(paths["finish"])
+    notes = Notes()
+    again = open_run(fake(), store, listener=notes).run_stage("finish") if is_alone else run(store, listener=notes)
+    assert states(again)[-1] == "built"
+    assert combined.read_bytes() == before, "of the right texts, which were built again too"
+    assert [path.parent.name for path in sorted(store.root.glob("*/.damaged-*"))] == ["collect", "combine"]
+    told = [text for level, text in notes.logs if level == "warning"]
+    assert [text.split()[0] for text in told] == ["combine", "collect"]
+    assert f"{combined}: the content differs from the manifest's sha256" in told[0]
+    assert [problem for place in store.folders() for problem in store.verify(*place)] == []
+    assert notes.started[-1] == "finish", "who listens knows whose progress follows"
+
+
+def test_a_file_that_an_input_was_not_written_with_is_named_and_nothing_is_built(store: Store) -> None:
+    paths = {stage.stage: stage.path for stage in run(store, until="combine").stages}
+    shutil.rmtree(paths["combine"])
+    (paths["collect"] / "9.txt").write_text("combine would read it")
+    with pytest.raises(DamagedFileError, match="has files that it was not written with; remove them") as caught:
+        run(store)
+    assert caught.value.problems == (f"{paths['collect']}/9.txt is no file of this artifact",)
+
+
+def test_what_a_run_used_is_kept_until_its_last_reader_is_done(store: Store) -> None:
+    def prune_all(outcome: RunOutcome) -> None:
+        assert prune(store, keep=0, dry_run=False) == []
+        assert all(stage.path.is_dir() for stage in outcome.stages)
+
+    open_run(fake(), store).run_pipeline(then=prune_all)
+    assert len(prune(store, keep=0)) == 4
 
 
 def test_from_needs_what_comes_before_it(store: Store) -> None:

@@ -261,7 +261,7 @@ def escape(mirror: Mirror, folder: str) -> None:
         (lambda m, f: m.write(f"{f}/manifest.json", b"{"), "manifest.json is not readable JSON"),
         (lambda m, f: m.write(f"{f}/manifest.json", b"{}"), f"does not describe {STAGE} {KEY}"),
         (lambda m, f: m.write(f"{f}/manifest.json", b"[]"), f"does not describe {STAGE} {KEY}"),
-        (escape, "names a file outside of its artifact: ../../x"),
+        (escape, "names a file outside of its artifact: '../../x'"),
     ],
 )
 def test_damage_that_shows_is_no_hit_and_is_set_aside_and_built_again(
@@ -290,6 +290,19 @@ def test_damaged_cache_is_filled_again(first: Store) -> None:
     assert (again.require(STAGE, KEY).path / "masks" / "a.png").read_text() == "mask"
     (path / "stats.json").write_text("[]")
     assert again.verify(STAGE, KEY) == [f"{path / 'stats.json'}: the content differs from the manifest's sha256"]
+    fresh = Store(first.root, Mirror(first.location))
+    assert (fresh.require(STAGE, KEY).path / "stats.json").read_text() == "{}"
+    assert fresh.verify(STAGE, KEY) == []
+
+
+def test_damage_of_what_the_mirror_does_not_have_yet_is_set_aside(first: Store, monkeypatch) -> None:
+    monkeypatch.setattr(Mirror, "put", lambda *_: (_ for _ in ()).throw(EnvironmentFailure("away")))
+    with pytest.raises(EnvironmentFailure, match="away"):
+        build(first)
+    (first.path(STAGE, KEY) / "stats.json").write_text("[]")
+    again = Store(first.root, Mirror(first.location))
+    assert again.lookup(STAGE, KEY) is None, "another machine could not use it"
+    assert len(again.verify(STAGE, KEY)) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
+from pipeline.store import artifacts
 from pipeline.store.artifacts import Artifact, Store
-from stages.errors import MissingArtifactError
+from stages.errors import DamagedFileError, MissingArtifactError
 
 STAGE, KEY = "make_masks", "0123456789abcdef0123"
 
@@ -37,7 +41,7 @@ def test_published_artifact_is_found_with_its_manifest(store: Store) -> None:
     assert found.warnings == ("w",)
     assert found.mask_supervision == {"b", "c"}
     assert found.size_bytes == len("mask") + len("{}")
-    assert found.content["schema"] == 1
+    assert found.content["schema"] == 2
     digest = "48bf9b4f142ab45cac6f33cf99415bca6ca8e07608a031237aa76560fec2204b"  # sha256sum of "mask"
     assert found.content["files"]["masks/a.png"] == {"size": 4, "sha256": digest}
     assert not store.work_path(STAGE, KEY).exists()
@@ -77,6 +81,24 @@ def rewrite(path: Path, **content: object) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
+def edit_metric(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["run"]["metrics"]["masks.miou"] = 0.99
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def link(path: Path) -> None:
+    """A link to where the right content lies now."""
+    elsewhere = path.parents[3] / f"elsewhere-{path.name}"
+    shutil.move(path, elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -90,6 +112,21 @@ def rewrite(path: Path, **content: object) -> None:
         (lambda path: rewrite(path, files={"stats.json": {"size": 2}}), f"does not describe {STAGE} {KEY}"),
         (lambda path: rewrite(path, files={"stats.json": 2}), f"does not describe {STAGE} {KEY}"),
         (lambda path: rewrite(path, mask_supervision=None), f"does not describe {STAGE} {KEY}"),
+        (lambda path: rewrite(path, schema=1), f"does not describe {STAGE} {KEY}"),
+        (lambda path: rewrite(path, files={"../a": {"size": 2, "sha256": "0"}}), "outside of its artifact: '../a'"),
+        (lambda path: rewrite(path, files={"/a": {"size": 2, "sha256": "0"}}), "outside of its artifact: '/a'"),
+        (lambda path: rewrite(path, files={"a\0b": {"size": 2, "sha256": "0"}}), "outside of its artifact: 'a\\x00b'"),
+        (lambda path: rewrite(path, files={"stats.json": {"size": 2, "sha256": "0"}}), "manifest.json was edited"),
+        (lambda path: rewrite(path, config={"threshold": 0.5}), "manifest.json was edited"),
+        (lambda path: edit_metric(path), "manifest.json was edited"),
+        (lambda path: (path / "manifest.json").write_text("[" * 100_000), "not readable JSON (nested too deeply)"),
+        (lambda path: (path / "manifest.json").write_text('{"run": NaN}'), "NaN is no JSON number"),
+        (lambda path: (path / "manifest.json").write_text("1" * 5000), "not readable JSON (Exceeds the limit"),
+        (lambda path: (path / "manifest.json").write_bytes(b"\xff{}"), "not readable JSON ('utf-8' codec"),
+        (lambda path: link(path / "manifest.json"), "manifest.json is a link, not a file"),
+        (lambda path: link(path / "stats.json"), "stats.json is missing"),
+        (lambda path: link(path / "masks"), "masks/a.png is missing"),
+        (lambda path: pipe(path / "stats.json"), "stats.json is missing"),
     ],
 )
 def test_damage_is_named_and_never_a_hit(store: Store, damage, expected: str) -> None:
@@ -98,8 +135,11 @@ def test_damage_is_named_and_never_a_hit(store: Store, damage, expected: str) ->
     assert store.lookup(STAGE, KEY, damaged=heard.append, fresh=True) is None
     assert len(heard) == 1
     assert expected in heard[0]
+    assert any(expected in problem for problem in store.verify(STAGE, KEY))
     with pytest.raises(MissingArtifactError, match="run the stage make_masks again"):
         store.require(STAGE, KEY)
+    store.set_aside(STAGE, KEY)
+    assert (build(store).path / "masks" / "a.png").read_text() == "mask"
 
 
 def test_another_artifacts_manifest_is_no_hit(store: Store) -> None:
@@ -132,11 +172,95 @@ def test_verify_reads_every_byte(store: Store) -> None:
     assert problems == ["masks/a.png: the content differs from the manifest's sha256", "stats.json is missing"]
 
 
-def test_same_size_change_passes_lookup_and_fails_verify(store: Store) -> None:
+def test_same_size_change_passes_lookup_fails_verify_and_is_set_aside_where_it_is_required(store: Store) -> None:
     artifact = build(store)
     (artifact.path / "masks" / "a.png").write_text("MASK")
     assert store.lookup(STAGE, KEY, fresh=True) is not None
     assert len(store.verify(STAGE, KEY)) == 1
+    with pytest.raises(DamagedFileError) as caught:
+        store.require(STAGE, KEY)
+    aside = store.root / STAGE / f".damaged-{KEY}-0"
+    assert caught.value.message == (
+        f"{STAGE} {KEY} is damaged; set aside as {aside}. The next run that needs it builds it again"
+    )
+    assert caught.value.problems == (
+        f"{artifact.path / 'masks' / 'a.png'}: the content differs from the manifest's sha256",
+    )
+    assert (aside / "masks" / "a.png").read_text() == "MASK"
+    assert store.lookup(STAGE, KEY) is None
+    build(store)
+    assert (store.require(STAGE, KEY).path / "masks" / "a.png").read_text() == "mask"
+
+
+def test_bytes_are_read_once_by_each_store_while_the_manifest_is_the_same(store: Store, monkeypatch) -> None:
+    build(store)
+    read: list[Path] = []
+    examine = artifacts.examine
+    monkeypatch.setattr(artifacts, "examine", lambda path, files: (read.append(path), examine(path, files))[1])
+    for _ in range(3):
+        store.require(STAGE, KEY)
+    assert len(read) == 1
+    build(Store(store.root), metrics={"m": 1.0})
+    store.require(STAGE, KEY)
+    assert len(read) == 2
+
+
+def test_files_that_are_no_artifacts_own_are_named_and_nothing_is_thrown_away_for_them(store: Store) -> None:
+    path = build(store).path
+    (path / "masks" / ".DS_Store").write_text("")
+    assert store.require(STAGE, KEY).path == path, "no stage reads it"
+    (path / "masks" / "b.png").write_text("one more")
+    strangers = [f"{path}/masks/{name} is no file of this artifact" for name in (".DS_Store", "b.png")]
+    assert store.verify(STAGE, KEY) == strangers
+    with pytest.raises(DamagedFileError, match="has files that it was not written with; remove them") as caught:
+        Store(store.root).require(STAGE, KEY)
+    assert caught.value.problems == (strangers[1],)
+    assert path.is_dir()
+
+
+def test_artifact_behind_a_link_is_one_like_any_other(store: Store, tmp_path: Path) -> None:
+    path, disk = build(store).path, tmp_path / "other disk"
+    shutil.move(path, disk)
+    path.symlink_to(disk)
+    assert Store(store.root).require(STAGE, KEY).metrics == {}
+    assert store.verify(STAGE, KEY) == []
+    build(store, metrics={"m": 1.0})
+    assert not path.is_symlink()
+    assert (disk / "manifest.json").is_file(), "what a link leads to is somebody else's"
+    assert sorted(found.name for found in (store.root / STAGE).iterdir()) == [KEY]
+    shutil.rmtree(path)
+    path.symlink_to(tmp_path / "gone")
+    assert store.lookup(STAGE, KEY) is None
+    build(store)
+    assert store.verify(STAGE, KEY) == []
+
+
+def test_an_artifact_that_is_being_replaced_is_found(store: Store) -> None:
+    """Two renames replace it, and a look-up may come between them."""
+    path = build(store).path
+    replaced = path.rename(path.with_name(f".replaced-{KEY}"))
+    threading.Timer(0.2, replaced.rename, [path]).start()
+    assert Store(store.root).lookup(STAGE, KEY) is not None
+
+
+@pytest.mark.parametrize("is_rebuilt", [True, False])
+def test_what_goes_or_is_replaced_while_it_is_verified_is_not_damaged(
+    store: Store, monkeypatch, is_rebuilt: bool
+) -> None:
+    path = build(store).path
+    find_changes, calls = artifacts.find_changes, []
+
+    def meanwhile(*arguments: object) -> dict[str, str]:
+        calls.append(1)
+        if len(calls) == 1:
+            shutil.rmtree(path)
+            if is_rebuilt:
+                build(Store(store.root), text="another")
+        return find_changes(*arguments)
+
+    monkeypatch.setattr(artifacts, "find_changes", meanwhile)
+    assert store.verify(STAGE, KEY) == []
+    assert len(calls) == 1 + is_rebuilt
 
 
 def test_artifacts_lists_whole_ones_and_folders_all(store: Store) -> None:

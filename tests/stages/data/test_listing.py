@@ -18,7 +18,7 @@ from stages.data.adapters.custom import CustomConfig
 from stages.data.adapters.synthetic import SyntheticConfig
 from stages.data.adapters.voc import VocConfig
 from stages.data.config import DataConfig, data_root
-from stages.data.listing import digest_data, list_data
+from stages.data.listing import DataView, digest_data, find_changed_files, list_data
 from stages.data.records import Problems, Scan
 from stages.data.subsets import hash_half, hash_share
 from stages.errors import DataError
@@ -100,6 +100,36 @@ def test_a_file_that_disappears_is_named(broken: Path, as_custom: AsCustom) -> N
     (broken / "JPEGImages/train_00001.jpg").unlink()
     with pytest.raises(DataError, match=r"train_00001\.jpg: cannot be read"):
         digest_data(listing, config, broken.parent / "cache.json")
+
+
+def test_files_that_changed_since_they_were_digested_are_named_whatever_the_cache_says(
+    broken: Path, as_custom: AsCustom
+) -> None:
+    config, cache = as_custom(broken), broken.parent / "cache.json"
+    for path in broken.rglob("*.*"):
+        os.utime(path, ns=(10**18, 10**18))
+    digests = digest_data(list_data(config), config, cache)
+    assert find_changed_files(digests, None, cache) == []
+    image, mask = broken / "JPEGImages/train_00001.jpg", broken / "SegmentationClass/val_00000.png"
+    for path in (image, mask):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(10**18, 10**18))  # a rotten disk tells no time
+    assert digest_data(list_data(config), config, cache) == digests, "by the cache nothing changed"
+    train = DataView({"train": digests.listing.splits["train"]})
+    assert find_changed_files(digests, train, cache) == [f"{image}: the content was changed"]
+    scored = DataView({"val": ("val_00000",)}, masks=("val_00000",))
+    assert find_changed_files(digests, scored, cache) == [f"{mask}: the content was changed"]
+    image.unlink()
+    assert find_changed_files(digests, None, cache) == [
+        f"{image.resolve()}: cannot be read (No such file or directory)",
+        f"{mask}: the content was changed",
+    ]
+    image.write_bytes(b"restored")
+    found = digest_data(list_data(config), config, cache)
+    changed = {name for name in digests.files if found.files[name] != digests.files[name]}
+    assert changed == {"JPEGImages/train_00001.jpg", "SegmentationClass/val_00000.png"}, "the cache learnt of it"
 
 
 def test_the_digest_of_a_synthetic_set_is_that_of_its_config(tmp_path: Path) -> None:

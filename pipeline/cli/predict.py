@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import ArtifactsOption, JsonOption, OverridesOption
+from pipeline.cli.options import ArtifactsOption, JsonOption, OverridesOption, as_path
 from pipeline.cli.output import get_output
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 from stages.errors import ConfigError, DataError
@@ -26,8 +26,10 @@ def predict(
         list[str],
         typer.Argument(metavar="[CONFIG] IMAGE...", help="A config (not with --model), then files, folders, patterns."),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write to.")],
-    model: Annotated[Path | None, typer.Option(metavar="DIR", help="What wsss export wrote, not a CONFIG.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=as_path, help="Folder to write to.")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", parser=as_path, help="What wsss export wrote, not a CONFIG.")
+    ] = None,
     scales: Annotated[str | None, typer.Option(metavar="A,B,…", help="Scales to average.")] = None,
     flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Mirror images too.")] = None,
     crf: Annotated[

@@ -13,6 +13,7 @@ from stages.contracts.attention import (
     write_attention_shard,
 )
 from stages.contracts.files import (
+    expand_path,
     read_json,
     write_atomic,
     write_json,
@@ -78,6 +79,7 @@ __all__ = [
     "attention_shards",
     "eight_bits",
     "encode_index_mask",
+    "expand_path",
     "iter_attention",
     "open_image_set",
     "option_texts",

@@ -1,14 +1,52 @@
-"""Write files whole or not at all, and JSON whose equal values are equal bytes."""
+"""Paths as a person writes them, files that appear whole or not at all, and JSON whose equal values are equal bytes."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from stages.errors import DamagedFileError
+from stages.errors import DamagedFileError, InputError
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+"""What ``os.path.expandvars`` takes for a variable."""
+
+
+def expand_path(text: str | Path) -> Path:
+    """The path that somebody means who writes ``~``, ``~name``, ``$VAR`` or ``${VAR}`` as in a shell.
+
+    A file that is there under a name that would mean no user and no variable (``price$5.jpg``) is that file.
+
+    Raises:
+        InputError: no such user, a variable that is not set or is empty, or no path at all.
+    """
+    written = os.fspath(text)
+    expanded = os.path.expanduser(written)  # noqa: PTH111 - pathlib's drops a trailing slash and raises RuntimeError
+    names = [first or second for first, second in _VARIABLE.findall(written)]
+    unset = [f"${name}" for name in names if not os.environ.get(name)]
+    problem = None
+    if not written or "\0" in written or not _is_encodable(written):
+        raise InputError(f"expected a path, found {written!r}; write the path of a file or a folder")
+    if expanded.startswith("~"):
+        user = expanded[1:].partition("/")[0]
+        problem = f"there is no user '{user}' on this machine" if user else "your home folder is not known"
+    elif unset:
+        problem = f"{' and '.join(unset)} {'is' if len(unset) == 1 else 'are'} not set"
+    if problem is not None and not os.path.lexists(written):
+        raise InputError(f"{written}: {problem}; write the path in full")
+    path = Path(written if problem is not None else os.path.expandvars(expanded))
+    return path.absolute() if path.parts[:1] and path.parts[0].startswith("~") else path  # so that it stays the same
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -41,5 +79,5 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON is any
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is not readable JSON ({error}); rebuild the artifact that holds it") from error

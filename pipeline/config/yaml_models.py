@@ -23,6 +23,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from stages.contracts import expand_path, option_texts
 from stages.errors import ConfigError, InputError
@@ -66,7 +68,7 @@ class _Loader(yaml.SafeLoader):
         self._measures: dict[int, tuple[int, int]] = {}
         """Of each node that is whole, by id: the number of values in it, and how deep they go."""
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Compose the next node; an alias counts as all that its anchor holds.
 
         Raises:
@@ -76,14 +78,14 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self._measures:
-                raise yaml.composer.ComposerError(None, None, "an anchor contains itself", event.start_mark)
+                raise ComposerError(None, None, "an anchor contains itself", event.start_mark)
             num_inside, depth_inside = self._measures[id(node)]
             self._check(event, num_inside, depth_inside)
             return node
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")[:_SHOWN_CHARACTERS]
             problem = f"tags are not read; remove {tag} and quote the value where it is text"
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+            raise ComposerError(None, None, problem, event.start_mark)
         before = self.num_values
         self._check(event, 1, 1)
         self._depth += 1
@@ -105,7 +107,7 @@ class _Loader(yaml.SafeLoader):
         elif self._depth + depth > _MAX_DEPTH:
             problem = f"more than {_MAX_DEPTH} sections or lists inside each other; make it flatter"
         if problem is not None:
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+            raise ComposerError(None, None, problem, event.start_mark)
 
     def construct_number(self, node: yaml.ScalarNode) -> int:
         """A whole number of at most ``_MAX_DIGITS`` digits."""
@@ -117,7 +119,7 @@ class _Loader(yaml.SafeLoader):
                 return self.construct_yaml_int(node)
             except ValueError:  # such as 0x_, which YAML 1.1 takes for a number
                 pass
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        raise ConstructorError(None, None, problem, node.start_mark)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -49,6 +49,26 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
+def stand_in(head: bytes) -> str | None:
+    """What stands in the place of a file that was never fetched, told by its first bytes; None where they do not tell.
+
+    Args:
+        head: The first bytes, at least 200 where there are as many.
+    """
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if not head:
+        return "the file is empty"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    if text.startswith((b"/annex/objects/", b"../.git/annex/")):
+        return "it is a git-annex pointer; fetch the file itself with `git annex get`"
+    if text.startswith((b"<!doctype html", b"<html", b"<head")) or (text.startswith(b"<?xml") and b"<error>" in text):
+        return "it is a web page, perhaps a login or an error; download the file itself"
+    if head.startswith(b"\x1f\x8b"):
+        return "it is packed by gzip; unpack it"
+    return None
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.data.pictures import decode_picture, find_pictures, read_picture_size
+from stages.contracts import read_image, read_image_size
+from stages.data.pictures import find_pictures
 from stages.errors import DataError, InputError
 
 
@@ -19,7 +20,7 @@ def save(path: Path, size: tuple[int, int] = (6, 9), **options) -> Path:
 
 
 def names(words: list[Path | str], out: Path) -> list[str]:
-    return [picture.name for picture in find_pictures([str(word) for word in words], out)]
+    return [picture.name for picture in find_pictures([str(word) for word in words], out).pictures]
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 def decode(data: bytes) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return decode_picture(data, Path("x"))
+        return read_image(Path("x"), data)[0]
 
 
 def test_sixteen_bits_are_scaled_not_cut_off():
@@ -123,7 +124,7 @@ def test_exif_turns_the_pixels_and_the_size(tmp_path: Path):
     path.write_bytes(encode(Image.fromarray(pixels), exif=exif))
     found = decode(path.read_bytes())
     assert found.shape == (16, 8, 3)
-    assert read_picture_size(path) == (16, 8)
+    assert read_image_size(path) == (16, 8)
     assert (found[:8] == 255).all()
     assert (found[8:] == 0).all()
 
@@ -131,7 +132,7 @@ def test_exif_turns_the_pixels_and_the_size(tmp_path: Path):
 def test_a_damaged_exif_tag_leaves_the_picture_as_it_is(tmp_path: Path):
     path = tmp_path / "x.png"
     path.write_bytes(encode(Image.new("RGB", (9, 6)), exif=b"Exif\0\0garbage!"))
-    assert read_picture_size(path) == (6, 9)
+    assert read_image_size(path) == (6, 9)
     assert decode(path.read_bytes()).shape == (6, 9, 3)
 
 
@@ -148,7 +149,7 @@ def test_what_is_no_image_is_named_with_its_reason(tmp_path: Path, data: bytes, 
     path = tmp_path / "x.jpg"
     path.write_bytes(data)
     with pytest.raises(DataError, match=reason) as error:
-        decode_picture(data, path)
+        read_image(path, data)
     assert str(error.value).startswith(str(path))
     assert "BytesIO" not in str(error.value)
 
@@ -156,4 +157,4 @@ def test_what_is_no_image_is_named_with_its_reason(tmp_path: Path, data: bytes, 
 def test_a_size_cannot_be_read_of_an_empty_file(tmp_path: Path):
     (tmp_path / "x.jpg").touch()
     with pytest.raises(DataError, match="the file is empty"):
-        read_picture_size(tmp_path / "x.jpg")
+        read_image_size(tmp_path / "x.jpg")

@@ -108,7 +108,7 @@ def test_a_damaged_image_and_a_mask_of_another_type_are_named(sbd: Path, tiny_vo
     (tiny_voc / "JPEGImages/d.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match="could not be made") as caught:
         convert_sbd(sbd, tiny_voc, SilentProgress(), expected=3)
-    assert "d.jpg: is no readable image" in caught.value.problems[0]
+    assert "d.jpg: not a readable image" in caught.value.problems[0]
     cells = np.empty((2, 2), dtype=object)
     cells[:] = "cell"
     write_mat(tmp_path / "x.mat", np.zeros((2, 2)))

@@ -48,7 +48,7 @@ def predict(
 ) -> PredictionSummary:
     return predict_pictures(
         trained_source(segmenter),
-        find_pictures([str(word) for word in words], out),
+        find_pictures([str(word) for word in words], out).pictures,
         options,
         out=out,
         progress=progress or SilentProgress(),

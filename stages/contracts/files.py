@@ -100,4 +100,5 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON is any
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is not readable JSON ({error}); rebuild the artifact that holds it") from error
+        reason = error if isinstance(error, OSError) else stand_in(path.read_bytes()[:512]) or error
+        raise DamagedFileError(f"{path} is not readable JSON ({reason}); rebuild the artifact that holds it") from error

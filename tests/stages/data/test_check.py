@@ -50,8 +50,8 @@ def test_truncated_missing_and_false_images(broken: Path, as_custom: AsCustom) -
     text = "\n".join(check(as_custom(broken)))
     assert f"{images / 'train_00001.jpg'}: not a readable image (image file is truncated" in text
     assert "train.txt line 3: image 'train_00002' has no file in JPEGImages" in text
-    assert f"{images / 'train_00003.jpg'}: not a readable image (cannot identify image file" in text
-    assert f"{images / 'val_00000.png'}: has I;16 pixels of more than 8 bits" in text
+    assert f"{images / 'train_00003.jpg'}: not a readable image (it is a web page, perhaps a login" in text
+    assert "val_00000" not in text  # 16 bits a pixel are read as everywhere
 
 
 def test_an_rgb_mask(broken: Path, as_custom: AsCustom) -> None:

@@ -92,7 +92,9 @@ def _expand(word: str, out: Path, problems: list[str], left_out: dict[str, None]
             )
         files = list(_walk(path, out, left_out))
         yield from files
-        if not files:
+        if not files and _is_called_image(path.name):
+            yield PictureFile(path, path.stem)  # as a shell's pattern gives it
+        elif not files:
             problems.append(f"{word}: no image in this folder; files are taken by their suffix: {_listed()}")
     elif os.path.lexists(path):
         yield PictureFile(path, path.stem)

@@ -213,6 +213,7 @@ def load_coco(
 
 _WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net", "params")
 """Where training programs put the state_dict into a larger one."""
+_MOST_WRAPPERS = 4
 
 _WRAPPER_PARTS = frozenset(
     {"module", "model", "net", "network", "backbone", "body", "encoder", "encoder_q", "trunk", "_orig_mod"}
@@ -235,11 +236,11 @@ def read_tensors(path: Path, wanted: Collection[str] = ()) -> dict[str, Tensor]:
     import torch
 
     content = _load(path)
-    while isinstance(content, dict):
-        inner = next((content[key] for key in _WRAPPER_KEYS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
-        content = inner
+    for _ in range(_MOST_WRAPPERS):
+        inner = [
+            content[key] for key in _WRAPPER_KEYS if isinstance(content, dict) and isinstance(content.get(key), dict)
+        ]
+        content = inner[0] if inner else content
     items = content.items() if isinstance(content, dict) else ()
     tensors = {str(key): value for key, value in items if isinstance(value, torch.Tensor)}
     if not tensors:

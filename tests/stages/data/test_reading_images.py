@@ -82,15 +82,15 @@ def test_a_mask_of_the_unturned_pixels_is_told_by_its_size(
     write_index_mask(mask, np.zeros((48, 64), dtype=np.uint8))
     progress = SilentProgress()
     assert check_data(as_custom(broken), progress, processes=1) == [
-        f"{mask}: is a mask of the unturned pixels, and its image is turned by its EXIF tag, as viewers show it; remove "
-        "the image's tag (exiftool -Orientation= FILE), or turn the mask"
+        f"{mask}: is a mask of the unturned pixels, and its image is turned by its EXIF tag, as viewers show it; "
+        "remove the image's tag (exiftool -Orientation= FILE), or turn the mask"
     ]
     write_index_mask(mask, np.zeros((64, 48), dtype=np.uint8))
     assert check_data(as_custom(broken), progress, processes=1) == []
     assert progress.warnings == []
 
 
-def test_where_sizes_do_not_tell_whether_a_mask_is_turned_the_images_are_named(
+def test_where_sizes_do_not_tell_whether_masks_are_turned_the_images_are_named(
     broken: Path, as_custom: Callable[..., CustomConfig], tmp_path: Path
 ) -> None:
     square = Image.fromarray(np.zeros((64, 64, 3), np.uint8))

@@ -54,7 +54,7 @@ _MAX_DEPTH = 32
 _MAX_DIGITS = 100
 """Of a whole number."""
 _SHOWN_CHARACTERS = 100
-"""Of an override in a message."""
+"""Of an override, a key or a tag in a message."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,8 +83,8 @@ class _Loader(yaml.SafeLoader):
             self._check(event, num_inside, depth_inside)
             return node
         if event.tag is not None:
-            tag = event.tag.replace("tag:yaml.org,2002:", "!!")[:_SHOWN_CHARACTERS]
-            problem = f"tags are not read; remove {tag} and quote the value where it is text"
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            problem = f"tags are not read; remove {_printable(tag)} and quote the value where it is text"
             raise ComposerError(None, None, problem, event.start_mark)
         before = self.num_values
         self._check(event, 1, 1)
@@ -111,7 +111,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_number(self, node: yaml.ScalarNode) -> int:
         """A whole number of at most ``_MAX_DIGITS`` digits."""
-        problem = f"expected a whole number, found {node.value[:_SHOWN_CHARACTERS]}"
+        problem = f"expected a whole number, found {_printable(node.value)}"
         if len(node.value) > _MAX_DIGITS:
             problem = f"a whole number of {len(node.value):,} characters; write one of at most {_MAX_DIGITS}"
         else:
@@ -197,8 +197,7 @@ class _Document:
         """Put in one ``a.b=value``; sections that do not exist yet are made."""
         name, equals, text = override.partition("=")
         keys = tuple(name.strip().split("."))
-        shown = override if len(override) <= _SHOWN_CHARACTERS else f"{override[:_SHOWN_CHARACTERS]}…"
-        source = f"--set {shown}"
+        source = f"--set {_printable(override)}"
         if not equals or not all(keys) or len(keys) > _MAX_DEPTH:
             raise ConfigError(f"{source}: expected dotted.path=value, for instance make_masks.crf.iterations=5")
         value = self.parse(text, source)
@@ -225,7 +224,7 @@ class _Document:
             mark = getattr(error, "problem_mark", None)
             where = source if mark is None else _place(source, mark)
             reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-            raise ConfigError(f"{where}: not valid YAML: {reason}") from error
+            raise ConfigError(f"{where}: not valid YAML: {_printable(reason)}") from error
 
     def _plain(self, loader: _Loader, node: yaml.Node, path: KeyPath, source: str) -> object:
         if not source.startswith("--set"):
@@ -272,8 +271,14 @@ _PLAIN_WORDS: Mapping[str, str] = {
 
 def dotted(path: KeyPath) -> str:
     """``("a", "b", 2)`` as ``a.b[2]``; the top level has a name of its own."""
-    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{_printable(key)}" for key in path)
     return text.removeprefix(".") or "top level"
+
+
+def _printable(text: str) -> str:
+    """``text`` for a message: short, and with control characters spelled out, which a terminal would obey."""
+    text = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def did_you_mean(word: object, allowed: Sequence[str]) -> str:
@@ -397,7 +402,7 @@ def _show(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return "a section with " + ", ".join(map(str, value)) if value else "an empty section"
+        return "a section with " + _printable(", ".join(map(str, value))) if value else "an empty section"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

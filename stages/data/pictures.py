@@ -100,12 +100,23 @@ def _expand(word: str, out: Path, problems: list[str], left_out: dict[str, None]
         yield PictureFile(path, path.stem)
     else:
         is_pattern = glob.has_magic(word)
-        matches = sorted(glob.glob(str(path), recursive=True)) if is_pattern else []  # noqa: PTH207 - may be absolute
-        if not matches:
+        files = _matches(path) if is_pattern else []
+        if not files:
             problems.append(f"{word}: {'no match' if is_pattern else 'no such file'}")
         # a folder is nobody's image, whoever calls it x.jpg means one
-        files = [Path(match) for match in matches]
         yield from (PictureFile(file, file.stem) for file in files if not file.is_dir() or _is_called_image(file.name))
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a pattern means, sorted; hidden files only where it has them; ``**`` follows no links, they may circle."""
+    first = next(place for place, part in enumerate(pattern.parts) if glob.has_magic(part))
+    root, parts = Path(*pattern.parts[:first]), list(pattern.parts[first:])
+    parts = [part if part == "**" else part.replace("**", "*") for part in parts]
+    parts += ["*"] if parts[-1] == "**" else []  # to pathlib ** alone means folders
+    found = set(root.glob("/".join(parts)))
+    if not any(part.startswith(".") for part in parts):
+        found = {file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)}
+    return sorted(found, key=str)
 
 
 def _walk(folder: Path, out: Path, left_out: dict[str, None]) -> Iterator[PictureFile]:

@@ -220,7 +220,7 @@ def test_a_malformed_override_hides_no_other_problem(tmp_path: Path) -> None:
         ("a..b=3", "--set a..b=3: expected dotted.path=value"),
         ("name.x=3", "--set name.x=3: name is the value 'demo', not a section"),
         ("seed=[1", "--set seed=[1: not valid YAML"),
-        ("name=\x07", "--set name=\x07: not valid YAML: unacceptable character #x0007"),
+        ("name=\x07", "--set name=\\x07: not valid YAML: unacceptable character #x0007"),
     ],
 )
 def test_malformed_overrides(tmp_path: Path, override: str, expected: str) -> None:
@@ -286,6 +286,17 @@ def test_the_overrides_together_are_counted_too(tmp_path: Path) -> None:
     assert "more than 5,000 values" in problems(tmp_path, GOOD, *overrides)[0]
     assert "expected dotted.path=value" in problems(tmp_path, GOOD, f"{'a.' * 100_000}b=1")[0]
     assert max(map(len, problems(tmp_path, GOOD, f"name=[{'x' * 90_000}"))) < 300
+
+
+def test_keys_are_shown_short_and_without_control_characters(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path, f'{GOOD}"a\\e[31m": 1\n? {"k" * 50_000}\n: 1\nseed: {{{"s" * 900}: 1}}\nflip: *{"b" * 50_000}\n'
+    )
+    assert len(found[0]) < 300
+    found = problems(tmp_path, f'{GOOD}"a\\e[31m": 1\n? {"k" * 50_000}\n: 1\nseed: {{{"s" * 900}: 1}}\n')
+    assert found[0].startswith("seed: expected a whole number, found a section with sss")
+    assert {line.partition(":")[0] for line in found[1:]} == {"a\\x1b[31m", "k" * 100 + "…"}
+    assert max(map(len, found)) < 500
 
 
 def test_anchors_of_a_sensible_size_are_read(tmp_path: Path) -> None:

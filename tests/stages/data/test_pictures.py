@@ -110,6 +110,18 @@ def test_odd_files_are_named_and_left_out_and_nothing_hangs(tmp_path: Path):
     assert list(error.value.problems) == left_out[1:4]
 
 
+def test_patterns_do_not_circle_in_links(tmp_path: Path):
+    for name in ("a/b/1.jpg", "a/.hidden/2.jpg", "a/.3.jpg", "a/c**d.jpg"):
+        save(tmp_path / name)
+    for name in ("x", "y", "b/z"):
+        (tmp_path / "a" / name).symlink_to(tmp_path / "a")
+    out = tmp_path / "out"
+    assert names([f"{tmp_path}/**/*.jpg"], out) == ["1", "c**d"]
+    assert names([f"{tmp_path}/a/**"], out) == ["1", "c**d"]
+    assert names([f"{tmp_path}/a/?**.jpg"], out) == ["c**d"]
+    assert names([f"{tmp_path}/a/.*.jpg"], out) == [".3"]
+
+
 def test_home_and_variables_in_words_and_names_that_look_like_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SHOTS", str(tmp_path / "shots"))

@@ -16,7 +16,7 @@ from stages.contracts import ImageIndex, ImageRecord, Progress, Runtime, StageCo
 from stages.data.adapters.synthetic import SyntheticConfig
 from stages.data.adapters.synthetic_images import generate_synthetic
 from stages.data.boxes import clip_boxes, clipped_warning
-from stages.data.check import CheckedImage, check_any_object, check_images, palette_warnings
+from stages.data.check import CheckedImage, check_any_object, check_images, palette_warnings, turned_warnings
 from stages.data.config import DataConfig
 from stages.data.listing import list_data
 from stages.data.records import PROBLEMS_SHOWN, DataListing, some
@@ -69,7 +69,7 @@ def prepare_data(
     val = set(listing.splits["val"])
     checked = {image.id: image for image in check_images(listing, root, val, progress, processes=processes)}
     kept = _keep_good(listing, checked, data, progress)
-    for text in palette_warnings(checked.values()):
+    for text in (*palette_warnings(checked.values()), *turned_warnings(checked.values())):
         progress.warn(text)
     useless = check_any_object(listing, checked.values())
     if useless:

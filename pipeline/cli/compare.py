@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import ArtifactsOption, JsonOption
+from pipeline.cli.options import ArtifactsOption, JsonOption, as_path
 from pipeline.cli.output import get_output
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 from stages.errors import InputError
@@ -27,7 +27,9 @@ def compare(
         typer.Argument(metavar="RUN RUN...", help="Config, run name or id, key or folder of an evaluate artifact."),
     ],
     per_class: Annotated[bool, typer.Option("--per-class", help="Show every class too.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also write an HTML page.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", parser=as_path, help="Also write an HTML page.")
+    ] = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import ConfigArgument, JsonOption, OverridesOption
+from pipeline.cli.options import ConfigArgument, JsonOption, OverridesOption, as_path
 from pipeline.cli.output import get_output, load_run
 from stages.errors import ConfigError, DataError
 
 data_app = typer.Typer(help="Make, fetch, convert and check data sets.", no_args_is_help=True, rich_markup_mode=None)
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", parser=as_path, help="Folder to write to.")]
 
 
 @data_app.command()
@@ -69,8 +69,10 @@ def voc(context: typer.Context, folder: Folder, as_json: JsonOption = False) -> 
 @data_app.command()
 def sbd(
     context: typer.Context,
-    sbd_folder: Annotated[Path, typer.Argument(metavar="SBD", help="SBD's folder with cls/*.mat.")],
-    voc_folder: Annotated[Path, typer.Argument(metavar="VOC2012", help="The folder that has JPEGImages.")],
+    sbd_folder: Annotated[Path, typer.Argument(metavar="SBD", parser=as_path, help="SBD's folder with cls/*.mat.")],
+    voc_folder: Annotated[
+        Path, typer.Argument(metavar="VOC2012", parser=as_path, help="The folder that has JPEGImages.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Convert SBD's .mat masks into VOC2012/SegmentationClassAug and write trainaug.txt."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
+from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption, as_path
 from pipeline.cli.output import get_output
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 
@@ -15,7 +15,7 @@ from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 def export(
     context: typer.Context,
     config: ConfigArgument,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write to.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=as_path, help="Folder to write to.")],
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="Write model.onnx too (extra 'export').")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
     overrides: OverridesOption = None,

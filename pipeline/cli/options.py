@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def as_path(text: str | Path) -> Path:
+    """The ``parser`` of every option and argument that is a path: ``~`` and ``$VAR`` mean what they mean in a shell.
+
+    Raises:
+        InputError: the path means nothing.
+    """
+    from stages.contracts import expand_path
+
+    return expand_path(text)
+
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped config.")]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import ArtifactsOption, JsonOption, OverridesOption
+from pipeline.cli.options import ArtifactsOption, JsonOption, OverridesOption, as_path
 from pipeline.cli.output import get_output
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 from stages.errors import ConfigError, DataError
@@ -26,8 +26,10 @@ def predict(
         list[str],
         typer.Argument(metavar="[CONFIG] IMAGE...", help="A config (not with --model), then files, folders, patterns."),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write to.")],
-    model: Annotated[Path | None, typer.Option(metavar="DIR", help="What wsss export wrote, not a CONFIG.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=as_path, help="Folder to write to.")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", parser=as_path, help="What wsss export wrote, not a CONFIG.")
+    ] = None,
     scales: Annotated[str | None, typer.Option(metavar="A,B,…", help="Scales to average.")] = None,
     flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Mirror images too.")] = None,
     crf: Annotated[
@@ -57,7 +59,7 @@ def predict(
     images = words if model is not None else words[1:]
     if not images:
         raise typer.BadParameter("name images, folders or patterns" + ("" if model else " after CONFIG"))
-    pictures = find_pictures(images, out)
+    found = find_pictures(images, out)
     source, config, runtime = _find_source(model, words[0], overrides, artifacts)
     given = {"scales": scales and scales.split(","), "flip": flip, "precision": precision, "window_px": window}
     options = _options(config, given, crf)
@@ -67,12 +69,15 @@ def predict(
         except ValidationError as error:
             raise ConfigError(f"--device: expected auto, cpu, mps, cuda or cuda:N, found {device}") from error
     with output.progress("predict") as progress:
-        summary = predict_pictures(source, pictures, options, out=out, progress=progress, runtime=runtime, force=force)
+        summary = predict_pictures(
+            source, found.pictures, options, out=out, progress=progress, runtime=runtime, force=force
+        )
+    unread = [*found.left_out, *summary.problems]
     output.document |= {
         "predicted": summary.predicted,
         "skipped": summary.skipped,
         "windowed": summary.windowed,
-        "unreadable": summary.problems,
+        "unreadable": unread,
         "seconds": round(summary.seconds, 3),
         "images_per_s": round(summary.images_per_s, 3),
         "areas": summary.out / AREAS_FILE,
@@ -81,9 +86,9 @@ def predict(
     there += f", {summary.skipped} were there already" if summary.skipped else ""
     pace = f" in {summary.seconds:.1f} s ({summary.images_per_s:.2f} images/s)" if summary.predicted else ""
     output.tell(f"{summary.predicted} images predicted{pace}{there}: {summary.out}")
-    if summary.problems:
-        count = f"{len(summary.problems)} image{'s' if len(summary.problems) > 1 else ''}"
-        raise DataError(f"{count} could not be read; the others are done", summary.problems)
+    if unread:
+        count = f"{len(unread)} image{'s' if len(unread) > 1 else ''}"
+        raise DataError(f"{count} could not be read; the others are done", unread)
 
 
 def _find_source(

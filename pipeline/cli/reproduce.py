@@ -69,12 +69,11 @@ def reproduce(
 
     try:
         found = build_again(record, store, beside, stage=stage, listener=listener, done=tell)
+        if out is None:
+            shutil.rmtree(beside.root, ignore_errors=True)
     finally:
         listener.close()
-        if out is None:
-            lock.release()
-    if out is None:
-        shutil.rmtree(beside.root, ignore_errors=True)
+        lock.release()
     verdict = output.document["verdict"] = judge(found, tolerance)
     name, stages = record.path.stem, f"{len(found)} stage{'' if len(found) == 1 else 's'}"
     if verdict == "different":

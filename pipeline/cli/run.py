@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
+from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption, as_path
 from pipeline.cli.output import get_output, load_run, run_document
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
 from stages.errors import MissingArtifactError
@@ -165,7 +165,9 @@ def status(
 def report(
     context: typer.Context,
     config: ConfigArgument,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The HTML file to write.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", parser=as_path, help="The HTML file to write.")
+    ] = None,
     overrides: OverridesOption = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,

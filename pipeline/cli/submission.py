@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import ArtifactsOption, JsonOption, OverridesOption
+from pipeline.cli.options import ArtifactsOption, JsonOption, OverridesOption, as_path
 from pipeline.cli.output import get_output, load_run
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
 
@@ -30,14 +30,24 @@ def submission(
     config: Annotated[
         str | None, typer.Argument(metavar="CONFIG", help="Pack this run's predictions, or check against its images.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The .tar.gz to write.")] = None,
-    check: Annotated[Path | None, typer.Option(metavar="FILE", help="Check this archive, whoever made it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", parser=as_path, help="The .tar.gz to write.")
+    ] = None,
+    check: Annotated[
+        Path | None, typer.Option(metavar="FILE", parser=as_path, help="Check this archive, whoever made it.")
+    ] = None,
     competition: Annotated[
         CompetitionName | None, typer.Option(help="comp5: trained on VOC trainval alone; comp6 (default): more.")
     ] = None,
-    image_list: Annotated[Path | None, typer.Option(metavar="FILE", help="The test list, one id a line.")] = None,
-    images: Annotated[Path | None, typer.Option(metavar="DIR", help="The images, to compare sizes with.")] = None,
-    predictions: Annotated[Path | None, typer.Option(metavar="DIR", help="Pack these <id>.png instead.")] = None,
+    image_list: Annotated[
+        Path | None, typer.Option(metavar="FILE", parser=as_path, help="The test list, one id a line.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", parser=as_path, help="The images, to compare sizes with.")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(metavar="DIR", parser=as_path, help="Pack these <id>.png instead.")
+    ] = None,
     overrides: OverridesOption = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,

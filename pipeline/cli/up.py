@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import JsonOption
+from pipeline.cli.options import JsonOption, as_path
 from pipeline.cli.output import get_output
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 
-Home = Annotated[Path, typer.Option(metavar="DIR", envvar="PREFECT_HOME", help="Prefect's files and our logs.")]
+Home = Annotated[
+    Path, typer.Option(metavar="DIR", parser=as_path, envvar="PREFECT_HOME", help="Prefect's files and our logs.")
+]
 DEFAULT_HOME = Path(".prefect")
 
 

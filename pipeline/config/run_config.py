@@ -1,6 +1,7 @@
 """The config of a run: one YAML file, one section per stage, checked without torch and without Prefect.
 
-Reads YAML files; writes nothing.  Paths in a config are relative to the working directory of the command.
+Reads YAML files; writes nothing.  Paths in a config are relative to the working directory of the command; ``~`` and
+``$VAR`` mean what they mean in a shell.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from pipeline.config.yaml_models import did_you_mean, load_model
-from stages.contracts import Runtime, StageConfig
+from stages.contracts import Runtime, StageConfig, expand_path
 from stages.data.config import DataConfig
 from stages.errors import ConfigError
 from stages.evaluate import EvaluateConfig
@@ -65,7 +66,7 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigError: there is no such file and no such shipped config.
     """
-    path = Path(name).expanduser()
+    path = expand_path(name)
     if path.is_file():
         return path
     shipped = {file.stem: file for file in shipped_configs()}

@@ -2,6 +2,8 @@
 
 Reads one YAML file and overrides of the form ``a.b=value``; writes nothing; imports neither torch nor Prefect.
 YAML here is YAML 1.1 without tags, with ``1e-4`` as a number, without timestamps, and with duplicate keys refused.
+Anchors are counted as what they stand for before anything is built from them, so that no document is larger than it
+looks.  In a value that is a path, ``~`` and ``$VAR`` mean what they mean in a shell.
 Values are checked strictly: ``"5"`` is text and ``true`` is no number, wherever a number is asked for.
 A problem names the path, the found value, what is allowed, and the nearest valid spelling.
 """
@@ -21,9 +23,11 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
-from stages.contracts import option_texts
-from stages.errors import ConfigError
+from stages.contracts import expand_path, option_texts
+from stages.errors import ConfigError, InputError
 
 KeyPath = tuple[str | int, ...]
 """Keys and list positions from the top level to one value."""
@@ -41,15 +45,91 @@ _FLOAT = re.compile(
 )
 
 
+_MAX_CHARACTERS = 100_000
+"""The shipped configs have 2,000.  All limits together keep the worst document under a second."""
+_MAX_VALUES = 5_000
+"""Values of a file and its overrides, each anchor counted as often as it is used."""
+_MAX_DEPTH = 32
+"""Sections and lists inside each other."""
+_MAX_DIGITS = 100
+"""Of a whole number."""
+_SHOWN_CHARACTERS = 100
+"""Of an override, a key or a tag in a message."""
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's floats (1e-4) and without timestamps."""
+    """SafeLoader with YAML 1.2's floats (1e-4), without timestamps and tags, and with limits to what it composes."""
+
+    def __init__(self, text: str, num_values: int = 0) -> None:
+        """Read ``text``; ``num_values`` were composed before."""
+        super().__init__(text)
+        self.num_values = num_values
+        self._depth = 0
+        self._measures: dict[int, tuple[int, int]] = {}
+        """Of each node that is whole, by id: the number of values in it, and how deep they go."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose the next node; an alias counts as all that its anchor holds.
+
+        Raises:
+            ComposerError: a tag, an anchor inside itself, or more or deeper values than any config has.
+        """
+        event: Any = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            node = super().compose_node(parent, index)
+            if id(node) not in self._measures:
+                raise ComposerError(None, None, "an anchor contains itself", event.start_mark)
+            num_inside, depth_inside = self._measures[id(node)]
+            self._check(event, num_inside, depth_inside)
+            return node
+        if event.tag is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            problem = f"tags are not read; remove {_printable(tag)} and quote the value where it is text"
+            raise ComposerError(None, None, problem, event.start_mark)
+        before = self.num_values
+        self._check(event, 1, 1)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        inside = (item for child in children for item in (child if isinstance(child, tuple) else (child,)))
+        depth = 1 + max((self._measures[id(item)][1] for item in inside), default=0)
+        self._measures[id(node)] = self.num_values - before, depth
+        return node
+
+    def _check(self, event: yaml.Event, num_values: int, depth: int) -> None:
+        self.num_values += num_values
+        problem = None
+        if self.num_values > _MAX_VALUES:
+            problem = (
+                f"more than {_MAX_VALUES:,} values, each anchor counted as often as it is used; shorten the config"
+            )
+        elif self._depth + depth > _MAX_DEPTH:
+            problem = f"more than {_MAX_DEPTH} sections or lists inside each other; make it flatter"
+        if problem is not None:
+            raise ComposerError(None, None, problem, event.start_mark)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int:
+        """A whole number of at most ``_MAX_DIGITS`` digits."""
+        problem = f"expected a whole number, found {_printable(node.value)}"
+        if len(node.value) > _MAX_DIGITS:
+            problem = f"a whole number of {len(node.value):,} characters; write one of at most {_MAX_DIGITS}"
+        else:
+            try:
+                return self.construct_yaml_int(node)
+            except ValueError:  # such as 0x_, which YAML 1.1 takes for a number
+                pass
+        raise ConstructorError(None, None, problem, node.start_mark)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] not in {"float", "timestamp"}]
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] not in {"float", "timestamp", "value"}
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
 
 
 def load_model(model: type[Model], path: Path, overrides: Sequence[str] = ()) -> Model:
@@ -63,8 +143,9 @@ def load_model(model: type[Model], path: Path, overrides: Sequence[str] = ()) ->
     """
     document = _Document()
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_CHARACTERS + 1)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not readable as UTF-8 text ({error}); name a YAML config") from error
     values = document.parse(text, str(path))
     if not isinstance(values, dict):
@@ -87,6 +168,8 @@ class _Document:
     origins: dict[KeyPath, str] = field(default_factory=dict)
     """Path to ``file:line`` or ``--set a.b=c``."""
     problems: list[str] = field(default_factory=list)
+    num_values: int = 0
+    """Of the file and the overrides."""
 
     def build(self, model: type[Model], overrides: Sequence[str], source: str) -> Model:
         for text in overrides:
@@ -94,7 +177,7 @@ class _Document:
                 self.override(text)
             except ConfigError as error:
                 self.problems.append(error.message)
-        found = dict(_loose_values(model, self.values))
+        found = dict(_loose_values(model, self.values)) | dict(_expand_paths(model, self.values))
         validated: Model | None = None
         try:
             validated = model.model_validate(self.values)
@@ -114,8 +197,8 @@ class _Document:
         """Put in one ``a.b=value``; sections that do not exist yet are made."""
         name, equals, text = override.partition("=")
         keys = tuple(name.strip().split("."))
-        source = f"--set {override}"
-        if not equals or not all(keys):
+        source = f"--set {_printable(override)}"
+        if not equals or not all(keys) or len(keys) > _MAX_DEPTH:
             raise ConfigError(f"{source}: expected dotted.path=value, for instance make_masks.crf.iterations=5")
         value = self.parse(text, source)
         section: dict[str, Any] = self.values
@@ -128,16 +211,20 @@ class _Document:
 
     def parse(self, text: str, source: str) -> object:
         """The plain value of ``text``; the lines of a file's values and what is wrong with its form are kept."""
+        if len(text) > _MAX_CHARACTERS:
+            raise ConfigError(
+                f"{source}: expected a config of at most {_MAX_CHARACTERS:,} characters; name a YAML config"
+            )
         try:
-            node = yaml.compose(text, _Loader)
-            return None if node is None else self._plain(_Loader(""), node, (), source)
+            loader = _Loader(text, self.num_values)
+            node = loader.get_single_node()
+            self.num_values = loader.num_values
+            return None if node is None else self._plain(loader, node, (), source)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = source if mark is None else _place(source, mark)
             reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-            raise ConfigError(f"{where}: not valid YAML: {reason}") from error
-        except RecursionError as error:
-            raise ConfigError(f"{source}: an anchor contains itself, or sections are nested too deeply") from error
+            raise ConfigError(f"{where}: not valid YAML: {_printable(reason)}") from error
 
     def _plain(self, loader: _Loader, node: yaml.Node, path: KeyPath, source: str) -> object:
         if not source.startswith("--set"):
@@ -184,8 +271,14 @@ _PLAIN_WORDS: Mapping[str, str] = {
 
 def dotted(path: KeyPath) -> str:
     """``("a", "b", 2)`` as ``a.b[2]``; the top level has a name of its own."""
-    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{_printable(key)}" for key in path)
     return text.removeprefix(".") or "top level"
+
+
+def _printable(text: str) -> str:
+    """``text`` for a message: short, and with control characters spelled out, which a terminal would obey."""
+    text = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def did_you_mean(word: object, allowed: Sequence[str]) -> str:
@@ -232,6 +325,16 @@ def _loose_values(model: type[BaseModel], values: Mapping[str, Any]) -> Iterator
         if isinstance(value, str) or (is_truth and bool not in kinds) or (not is_truth and kinds == {bool}):
             wanted = "true or false" if kinds == {bool} else "a number"
             yield path, f"{dotted(path)}: expected {wanted}, found {_show(value)}"
+
+
+def _expand_paths(model: type[BaseModel], values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Put the meant path in place of each path of ``values``; where it means none, say so."""
+    for path, value in list(_leaves(values, ())):
+        if isinstance(value, str) and set(_members(_annotation_at(model, values, path))) == {Path}:
+            try:
+                _value_at(values, path[:-1])[path[-1]] = str(expand_path(value))
+            except InputError as error:
+                yield path, f"{dotted(path)}: {error.message}"
 
 
 def _leaves(value: Raw, path: KeyPath) -> Iterator[tuple[KeyPath, object]]:
@@ -299,7 +402,7 @@ def _show(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return "a section with " + ", ".join(map(str, value)) if value else "an empty section"
+        return "a section with " + _printable(", ".join(map(str, value))) if value else "an empty section"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

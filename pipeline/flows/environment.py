@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import MutableMapping
-from pathlib import Path
+
+from stages.contracts import expand_path
 
 HOST = "127.0.0.1"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -18,7 +19,7 @@ HOME = "PREFECT_HOME"
 
 def set_private(environment: MutableMapping[str, str] = os.environ) -> None:
     """Make Prefect send nothing outside and keep its files here, in ``.prefect``; what the user has set stands."""
-    environment[HOME] = str(Path(environment.get(HOME) or ".prefect").absolute())
+    environment[HOME] = str(expand_path(environment.get(HOME) or ".prefect").absolute())
     environment.setdefault("DO_NOT_TRACK", "1")
     environment.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 

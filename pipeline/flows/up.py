@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from pipeline.engine.gpus import VARIABLE, find_gpus, short_name
 from pipeline.engine.spawn import find_our_code
 from pipeline.flows.environment import API_URL, HOST, LOOPBACK, STARTUP_TIMEOUT_S, bypass_proxy, set_private
-from stages.contracts import write_atomic
+from stages.contracts import expand_path, write_atomic
 from stages.errors import EnvironmentFailure, InputError
 
 Say = Callable[[str], None]
@@ -247,7 +247,7 @@ def _variables(call: UpCall, url: str, *, is_ours: bool) -> dict[str, str]:
         origin = url.removesuffix("/api")
         variables["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = f"{origin},{origin.replace(HOST, 'localhost')}"
     variables = {name: os.environ.get(name, value) for name, value in variables.items()}
-    store = call.artifacts if "://" in call.artifacts else str(Path(call.artifacts).absolute())
+    store = call.artifacts if "://" in call.artifacts else str(expand_path(call.artifacts).absolute())
     variables |= {"PREFECT_HOME": str(call.home), API_URL: url, "WSSS_ARTIFACTS": store}
     return variables | {"PREFECT_DEFAULT_WORK_POOL_NAME": call.pool, "PWD": str(Path.cwd())}
 

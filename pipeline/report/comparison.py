@@ -24,7 +24,7 @@ from pipeline.engine.records import read_runs
 from pipeline.report.page import write_template
 from pipeline.report.tables import METRICS, MetricText, format_value
 from pipeline.store.artifacts import MANIFEST, Store, check_manifest, examine
-from stages.contracts import ImageRecord, open_image_set, read_json
+from stages.contracts import ImageRecord, expand_path, open_image_set, read_json
 from stages.errors import ConfigError, DamagedFileError, InputError, MissingArtifactError
 from stages.ops.metrics.bootstrap import Interval, interval, mean_over_classes, resample_iou
 from stages.ops.metrics.confusion import SparseConfusions, read_confusions
@@ -113,7 +113,7 @@ def find_scored_run(word: str, store: Store) -> ScoredRun:
         MissingArtifactError: the evaluation has not been made, or is gone.
         DamagedFileError: it does not read back.
     """
-    path, config = Path(word).expanduser(), None
+    path, config = expand_path(word), None
     if not (path / _COUNTS).is_file():  # a folder may be called as a shipped config
         try:
             config = find_config(word)

@@ -34,7 +34,7 @@ from typing import Any
 
 from pipeline.store.locks import ArtifactLock
 from pipeline.store.mirror import DRIVERS, MANIFEST, Mirror, WorkCopy, find_changes, find_damage, is_inside
-from stages.contracts import parse_json, read_json, write_json
+from stages.contracts import expand_path, parse_json, read_json, write_json
 from stages.errors import DamagedFileError, EnvironmentFailure, InputError, MissingArtifactError
 
 SCHEMA = 2
@@ -498,7 +498,7 @@ def open_store(location: str | Path) -> Store:
     """The store at a folder, with ``file://`` or without, or at ``s3://bucket/folder`` and the like.
 
     Raises:
-        InputError: a URL that cannot be a store.
+        InputError: a URL that cannot be a store, or a path that means nothing.
         EnvironmentFailure: a file stands where the folder should be.
     """
     location = str(location).removeprefix("file://")
@@ -509,8 +509,8 @@ def open_store(location: str | Path) -> Store:
         base = os.environ.get("WSSS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wsss"
         name = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2])[:40].strip("-.")
         digest = hashlib.sha256(url.encode()).hexdigest()[:12]
-        return Store(Path(base) / "artifacts" / f"{name}-{digest}", Mirror(url))
-    root = Path(location)
+        return Store(expand_path(base) / "artifacts" / f"{name}-{digest}", Mirror(url))
+    root = expand_path(location)
     if root.exists() and not root.is_dir():
         raise EnvironmentFailure(f"{root} is no folder; choose another one with --artifacts DIR")
     return Store(root)

@@ -1,14 +1,72 @@
-"""Write files whole or not at all, and JSON whose equal values are equal bytes."""
+"""Paths as a person writes them, files that appear whole or not at all, and JSON whose equal values are equal bytes."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from stages.errors import DamagedFileError
+from stages.errors import DamagedFileError, InputError
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+"""What ``os.path.expandvars`` takes for a variable."""
+
+
+def expand_path(text: str | Path) -> Path:
+    """The path that somebody means who writes ``~``, ``~name``, ``$VAR`` or ``${VAR}`` as in a shell.
+
+    A file that is there under a name that would mean no user and no variable (``price$5.jpg``) is that file.
+
+    Raises:
+        InputError: no such user, a variable that is not set or is empty, or no path at all.
+    """
+    written = os.fspath(text)
+    expanded = os.path.expanduser(written)  # noqa: PTH111 - pathlib's drops a trailing slash and raises RuntimeError
+    names = [first or second for first, second in _VARIABLE.findall(written)]
+    unset = [f"${name}" for name in names if not os.environ.get(name)]
+    problem = None
+    if not written or "\0" in written or not _is_encodable(written):
+        raise InputError(f"expected a path, found {written!r}; write the path of a file or a folder")
+    if expanded.startswith("~"):
+        user = expanded[1:].partition("/")[0]
+        problem = f"there is no user '{user}' on this machine" if user else "your home folder is not known"
+    elif unset:
+        problem = f"{' and '.join(unset)} {'is' if len(unset) == 1 else 'are'} not set"
+    if problem is not None and not os.path.lexists(written):
+        raise InputError(f"{written}: {problem}; write the path in full")
+    path = Path(written if problem is not None else os.path.expandvars(expanded))
+    return path.absolute() if path.parts[:1] and path.parts[0].startswith("~") else path  # so that it stays the same
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def stand_in(head: bytes) -> str | None:
+    """What stands in the place of a file that was never fetched, told by its first bytes; None where they do not tell.
+
+    Args:
+        head: The first bytes, at least 200 where there are as many.
+    """
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if not head:
+        return "the file is empty"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    if text.startswith((b"/annex/objects/", b"../.git/annex/")):
+        return "it is a git-annex pointer; fetch the file itself with `git annex get`"
+    if text.startswith((b"<!doctype html", b"<html", b"<head")) or (text.startswith(b"<?xml") and b"<error>" in text):
+        return "it is a web page, perhaps a login or an error; download the file itself"
+    if head.startswith(b"\x1f\x8b"):
+        return "it is packed by gzip; unpack it"
+    return None
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -55,7 +113,7 @@ def parse_json(data: bytes, where: str) -> Any:  # noqa: ANN401 - JSON is any
     try:
         return json.loads(data.decode(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        words = "nested too deeply" if isinstance(error, RecursionError) else error
+        words = "nested too deeply" if isinstance(error, RecursionError) else stand_in(data[:512]) or error
         raise DamagedFileError(f"{where} is not readable JSON ({words}); rebuild the artifact that holds it") from error
 
 

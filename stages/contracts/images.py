@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
+import stat
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +15,10 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from pydantic import Field
 
-from stages.contracts.files import read_json
+from stages.contracts.files import read_json, stand_in
 from stages.contracts.masks import MASK_MODES, OBJECT_MASK_MODES, read_index_mask
 from stages.contracts.running import StageConfig
 from stages.errors import DataError
@@ -20,8 +26,23 @@ from stages.errors import DataError
 LEAST_INPUT_PX = 32
 """Shortest side of what a network sees of a whole image: of less, its stride leaves nothing."""
 
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
-"""What an image file may hold, whatever its name says; a phone's MPO opens as JPEG.  No other decoder is tried."""
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif"),
+)
+"""Names of image files in folders of the user's, whatever their case; what a file holds is told by its bytes."""
+
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
+"""What every Pillow reads; a phone's MPO opens as JPEG."""
+_HAS_AVIF = "avif" in features.modules and bool(features.check("avif"))
+IMAGE_FORMATS = (*_FORMATS, "AVIF") if _HAS_AVIF else _FORMATS
+"""What an image file may hold, whatever its name says, and HEIC where pillow-heif is installed.  No other decoder is
+tried."""
+
+_AVIF_BRANDS = (b"avif", b"avis")
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+"""The kinds of ISO 23008-12's files, which say at byte 4 that they are one and at byte 8 which."""
+_HEAD_BYTES = 512
 
 Box = tuple[int, int, int, int]
 """(x0, y0, x1, y1): first column, first row, last column and last row, counted from 0, all inside the box."""
@@ -161,21 +182,129 @@ def open_image_set(prepared: Path, data_root: Path | None) -> ImageSet:
 
 
 def read_rgb(path: Path) -> NDArray[np.uint8]:
-    """Decode an image file to RGB, uint8 (H, W, 3), turned upright where its EXIF tag says that it lies.
+    """Decode an image file to RGB, uint8 (H, W, 3), as ``read_image`` does."""
+    return read_image(path)[0]
 
-    Grey becomes RGB, 16 bits a pixel become 8.
+
+def read_image(path: Path, data: bytes | None = None) -> tuple[NDArray[np.uint8], int]:
+    """Decode an image file; whoever looks at images of the user's reads them by this, so that all see the same.
+
+    It is turned upright by its EXIF orientation; grey becomes RGB; transparency is left aside; 0 … 65535 becomes
+    0 … 255; of an animation or a stack of pages, the first picture is taken.
+
+    Args:
+        path: The file.
+        data: Its content, where that was read already.
+
+    Returns:
+        RGB, uint8 (H, W, 3), upright; and the EXIF orientation, 1 … 8, that the file has (1 is upright).
 
     Raises:
-        DataError: missing, truncated, no image, or of numbers that have no known white; the path is named.
+        DataError: missing, no file, no image, cut off, or of numbers that have no known white; the path is named.
     """
+    with _open_image(path, data) as image:
+        orientation = orientation_of(image)
+        image.load()  # a TIFF is turned by this already
+        turn = _UPRIGHT.get(orientation_of(image))
+        image = _eight_bits(image if turn is None else image.transpose(turn), path)
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # straight to RGB Pillow warns of what we mean
+        return np.array(image.convert("RGB")), orientation
+
+
+def read_image_size(path: Path) -> tuple[int, int]:
+    """The upright size that the head of an image file tells.
+
+    Raises:
+        DataError: no image, or the file cannot be read.
+    """
+    with _open_image(path) as image:
+        width, height = image.size
+        return (width, height) if orientation_of(image) >= 5 else (height, width)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 … 8 (EXIF 2.32, tag 0x0112); 1, upright, where that is absent or unreadable."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return np.array(eight_bits(upright(image), path).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error}); replace the file or remove the image") from error
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever a damaged tag does to Pillow's parser, the pixels are there
+        return 1
+    return found if isinstance(found, int) and found in _UPRIGHT else 1
 
 
-def eight_bits(image: Image.Image, path: Path) -> Image.Image:
+def odd_kind(path: Path) -> str | None:
+    """What ``path`` is where it is no plain file (or a link to one), and so nothing to read; else None.
+
+    Raises:
+        OSError: it is not there or cannot be looked at.
+    """
+    mode = path.stat().st_mode
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return None if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "a device")
+
+
+@contextlib.contextmanager
+def _open_image(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
+    """The opened image; whatever goes wrong with it before the end of ``with`` becomes a DataError."""
+    try:
+        formats = _formats_of(path, _head(path) if data is None else data[:_HEAD_BYTES])
+        with warnings.catch_warnings():
+            # up to twice the number of pixels that this warns of an image is read, above Pillow refuses it
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path if data is None else io.BytesIO(data), formats=formats) as image:
+                yield image
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # a decoder answers damaged bytes with whatever it trips over
+        reason = _reason(error, path, data)
+        raise DataError(f"{path}: not a readable image ({reason}); replace the file or remove the image") from error
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file; of a pipe they might never come."""
+    if (kind := odd_kind(path)) is not None:
+        raise DataError(f"{path}: expected an image file, found {kind}; name a file")
+    with path.open("rb") as file:
+        return file.read(_HEAD_BYTES)
+
+
+def _formats_of(path: Path, head: bytes) -> tuple[str, ...]:
+    """The decoders to try.
+
+    Raises:
+        DataError: it is an image of a kind that none of those that are installed reads.
+    """
+    brand = head[8:12] if head[4:8] == b"ftyp" else b""
+    if brand in _HEIC_BRANDS and not (brand in {b"mif1", b"msf1"} and b"avif" in head[12:64]):
+        try:
+            importlib.import_module("pillow_heif").register_heif_opener()
+        except ImportError as error:
+            raise DataError(
+                f"{path}: a HEIC image, which Pillow cannot read; convert it to JPEG or PNG, or pip install pillow-heif"
+            ) from error
+        return ("HEIF",)
+    if brand in _AVIF_BRANDS and not _HAS_AVIF:
+        raise DataError(
+            f"{path}: an AVIF image, which this Pillow cannot read; convert it to JPEG or PNG, or pip install "
+            "--upgrade pillow (11.3 or later)"
+        )
+    return IMAGE_FORMATS
+
+
+def _reason(error: Exception, path: Path, data: bytes | None) -> str:
+    """Why an image cannot be read, in words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if isinstance(error, UnidentifiedImageError):
+        found = stand_in(_head(path) if data is None else data[:_HEAD_BYTES])
+        return found or f"it holds none of {', '.join(IMAGE_FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError):
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return f"it has more than {limit:,} pixels, which is taken for an attack; cut it into tiles"
+    return str(error) or type(error).__name__
+
+
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     """``image`` with 0 … 65535 as 0 … 255 where it has 16 bits a pixel, which Pillow would clip; others as they are.
 
     Raises:
@@ -204,15 +333,4 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation to what undoes it (EXIF 2.32, tag 0x0112)."""
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """``image`` as viewers show it: turned by its EXIF orientation; as it is where that is absent or unreadable."""
-    image.load()  # a TIFF is turned by this already
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # whatever a damaged tag does to Pillow's parser, the pixels are there
-        return image
-    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+"""EXIF orientation to what undoes it."""

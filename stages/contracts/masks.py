@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from stages.contracts.files import write_atomic
 from stages.errors import DataError
@@ -25,6 +25,9 @@ MAX_MASK_CLASSES = 254
 
 MASK_FORMATS = ("PNG",)
 """What a mask file may hold."""
+
+MASK_SUFFIXES = (".png",)
+"""Names of mask files in folders of the user's, whatever their case."""
 
 MASK_MODES = ("P", "L")
 """Pixel modes of a mask of class indices."""
@@ -80,11 +83,27 @@ def read_index_mask(path: Path, *, modes: Sequence[str] = MASK_MODES) -> NDArray
     """
     try:
         with Image.open(path, formats=MASK_FORMATS) as image:
-            if image.mode not in modes:
-                raise DataError(
-                    f"{path}: expected a mask of class indices (PNG mode P or L), found mode {image.mode}; "
-                    "save the indices with VOC's palette, not the colours"
-                )
-            return np.array(image.getchannel(0) if image.mode == "LA" else image, dtype=np.uint8)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            mode = image.mode
+            pixels = np.array(image.getchannel(0) if mode == "LA" else image) if mode in modes else None
+            turned = turned_mask_problem(path, image)
+    except MemoryError:
+        raise
+    except Exception as error:  # a decoder answers damaged bytes with whatever it trips over
         raise DataError(f"{path}: not a readable mask ({error})") from error
+    if pixels is None:
+        raise DataError(
+            f"{path}: expected a mask of class indices (PNG mode P or L), found mode {mode}; "
+            "save the indices with VOC's palette, not the colours"
+        )
+    if turned is not None:
+        raise DataError(turned)
+    return pixels.astype(np.uint8, copy=False)
+
+
+def turned_mask_problem(path: Path, mask: Image.Image) -> str | None:
+    """Why a mask with an EXIF tag that turns it is refused; None where it has none, as far as was read of it."""
+    if "exif" not in mask.info or mask.getexif().get(ExifTags.Base.Orientation, 1) in {0, 1}:
+        return None
+    return (
+        f"{path}: its EXIF tag turns it, and a mask is read pixel by pixel; turn its pixels and save it without the tag"
+    )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,18 +20,18 @@ from PIL import Image
 
 from stages.contracts import (
     IGNORE_INDEX,
-    IMAGE_FORMATS,
     MASK_FORMATS,
     MASK_MODES,
     OBJECT_MASK_MODES,
     Progress,
-    upright,
+    read_image,
+    turned_mask_problem,
     voc_palette,
 )
 from stages.data.boxes import box_problems, clipped_warning
 from stages.data.config import DataConfig
-from stages.data.records import DataListing, ListedImage
-from stages.errors import EnvironmentFailure
+from stages.data.records import DataListing, ListedImage, some
+from stages.errors import DataError, EnvironmentFailure
 
 _BATCH = 32
 _FILES_PER_PROCESS = 400
@@ -41,7 +40,8 @@ _FILES_PER_PROCESS = 400
 MIN_SIDE_PX = 16
 """A network of output stride 8 or more has nothing to look at in a smaller image."""
 
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+_REMOVE_TAG = "exiftool -Orientation= FILE"
+_OR_SKIP = ", or set data.on_bad_image=skip"
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class CheckedImage:
     """Whether the mask for scores has a pixel of a class; None where its pixels were not read."""
     moved_palettes: tuple[str, ...] = ()
     """Its masks that have VOC's colours in another order, where that may be meant."""
+    turned: str | None = None
+    """The image's path where its EXIF tag turns it and nothing tells whether its masks and boxes are turned too."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def check_data(config: DataConfig, progress: Progress, *, processes: int = 0) ->
     deep = {image.id for image in scan.listing.images}
     checked = list(check_images(scan.listing, scan.listing.root, deep, progress, processes=processes))
     sizes = (image.size for image in checked)
-    for text in (*palette_warnings(checked), *clipped_warning(zip(scan.listing.images, sizes, strict=True))):
+    clipped = clipped_warning(zip(scan.listing.images, sizes, strict=True))
+    for text in (*palette_warnings(checked), *turned_warnings(checked), *clipped):
         progress.warn(text)
     for image in checked:
         lines.extend((*image.image_problems, *image.mask_problems))
@@ -150,16 +153,21 @@ def _check_batch(tasks: Sequence[_Task]) -> list[CheckedImage]:
 
 
 def _check_one(task: _Task) -> CheckedImage:
-    size, image_problems = check_image(task.root / task.image.image)
+    path = task.root / task.image.image
+    size, image_problems, orientation = check_image(path)
     image_problems += box_problems(task.image, size) if size is not None else []
     mask_problems: list[str] = []
     moved_palettes: list[str] = []
     values: NDArray[np.uint8] | None = None
-    for relative in dict.fromkeys((task.image.mask, task.image.full_mask)):
-        if relative is None:
-            continue
+    masks = [relative for relative in dict.fromkeys((task.image.mask, task.image.full_mask)) if relative is not None]
+    for relative in masks:
         found, texts, moved = check_mask(
-            task.root / relative, size, task.mask_values, is_deep=task.is_deep, modes=task.mask_modes
+            task.root / relative,
+            size,
+            task.mask_values,
+            is_deep=task.is_deep,
+            modes=task.mask_modes,
+            is_lying=orientation >= 5,
         )
         mask_problems += [*texts, *moved] if task.has_voc_palette else texts
         moved_palettes += moved
@@ -168,34 +176,38 @@ def _check_one(task: _Task) -> CheckedImage:
     if values is not None:
         has_object = any(task.mask_values.get(int(v), 0) not in {0, IGNORE_INDEX} for v in values)
     moved_palettes = [] if task.has_voc_palette else moved_palettes
+    # of an image that lies on its side, a mask's size tells
+    is_told = orientation >= 5 and size is not None and size[0] != size[1] and not task.image.boxes
+    is_unsure = orientation != 1 and bool(masks or task.image.boxes) and not is_told
     return CheckedImage(
-        task.image.id, size, tuple(image_problems), tuple(mask_problems), has_object, tuple(moved_palettes)
+        task.image.id,
+        size,
+        tuple(image_problems),
+        tuple(mask_problems),
+        has_object,
+        tuple(moved_palettes),
+        str(path) if is_unsure else None,
     )
 
 
-def check_image(path: Path) -> tuple[tuple[int, int] | None, list[str]]:
-    """Decode an image to its last row.
+def check_image(path: Path) -> tuple[tuple[int, int] | None, list[str], int]:
+    """Decode an image to its last row, as whoever uses it does.
 
     Returns:
-        (height, width) in pixels as ``read_rgb`` gives it, or None where it is of no use; and what is wrong with it.
+        (height, width) in pixels as ``read_rgb`` gives it, or None where it is of no use; what is wrong with it; and
+        its EXIF orientation, 1 … 8.
     """
+    if not os.path.lexists(path):
+        return None, [f"{path}: the image is missing; add it or remove it from the lists and labels"], 1
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                if image.mode == "F" or image.mode.startswith("I"):
-                    return None, [f"{path}: has {image.mode} pixels of more than 8 bits; save it with 8 bits a channel"]
-                seen = upright(image)
-                if min(seen.size) < MIN_SIDE_PX:
-                    return None, [
-                        f"{path}: expected at least {MIN_SIDE_PX} pixels on each side, found "
-                        f"{seen.height}×{seen.width} (height×width); replace the file, or set data.on_bad_image=skip"
-                    ]
-                return (seen.height, seen.width), []
-    except FileNotFoundError:
-        return None, [f"{path}: the image is missing; add it or remove it from the lists and labels"]
-    except _UNREADABLE as error:
-        return None, [f"{path}: is no readable image ({error}); replace the file, or set data.on_bad_image=skip"]
+        pixels, orientation = read_image(path)
+    except DataError as error:
+        return None, [error.message + _OR_SKIP], 1
+    size = pixels.shape[0], pixels.shape[1]
+    if min(size) < MIN_SIDE_PX:
+        text = f"{path}: expected at least {MIN_SIDE_PX} pixels on each side, found {size[0]}×{size[1]} (height×width)"
+        return None, [f"{text}; replace the file{_OR_SKIP}"], orientation
+    return size, [], orientation
 
 
 def check_mask(
@@ -205,6 +217,7 @@ def check_mask(
     *,
     is_deep: bool,
     modes: Sequence[str] = MASK_MODES,
+    is_lying: bool = False,
 ) -> tuple[NDArray[np.uint8] | None, list[str], list[str]]:
     """Check a mask's mode and size, and with ``is_deep`` its values and palette.
 
@@ -214,6 +227,7 @@ def check_mask(
         mask_values: The allowed raw values.
         is_deep: Whether the pixels may be read.
         modes: Pixel modes that are taken.
+        is_lying: Whether its image lies on its side and is turned by its EXIF tag.
 
     Returns:
         The raw values in it, sorted (None when they were not read); what is wrong with it; and a line where it has
@@ -221,18 +235,22 @@ def check_mask(
     """
     try:
         with Image.open(path, formats=MASK_FORMATS) as mask:
-            texts = _check_header(path, mask, size, modes)
+            texts = _check_header(path, mask, size, modes, is_lying=is_lying)
             if not is_deep or mask.mode not in modes:
                 return None, texts, []
             values = np.unique(np.asarray(mask.getchannel(0) if mask.mode == "LA" else mask, dtype=np.uint8))
             palette = mask.getpalette("RGB") if mask.mode == "P" else None
-    except _UNREADABLE as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a decoder answers damaged bytes with whatever it trips over
         return None, [f"{path}: is no readable mask ({error}); restore the file"], []
     moved = _check_palette(path, values, palette, mask_values)
     return values, texts + _check_values(path, values, mask_values), moved
 
 
-def _check_header(path: Path, mask: Image.Image, size: tuple[int, int] | None, modes: Sequence[str]) -> list[str]:
+def _check_header(
+    path: Path, mask: Image.Image, size: tuple[int, int] | None, modes: Sequence[str], *, is_lying: bool
+) -> list[str]:
     texts: list[str] = []
     if mask.mode not in modes:
         texts.append(
@@ -240,7 +258,14 @@ def _check_header(path: Path, mask: Image.Image, size: tuple[int, int] | None, m
             f"{' (colours instead of indices)' if mask.mode.startswith('RGB') else ''}; "
             "save the class index of each pixel, with VOC's palette if it shall look like VOC"
         )
-    if size is not None and (mask.height, mask.width) != size:
+    if (turned := turned_mask_problem(path, mask)) is not None:
+        texts.append(turned)
+    if size is not None and is_lying and size[0] != size[1] and (mask.width, mask.height) == size:
+        texts.append(
+            f"{path}: is a mask of the unturned pixels, and its image is turned by its EXIF tag, as viewers show it; "
+            f"remove the image's tag ({_REMOVE_TAG}), or turn the mask"
+        )
+    elif size is not None and (mask.height, mask.width) != size:
         texts.append(
             f"{path}: expected {size[0]}×{size[1]} pixels (height×width) as its image has, "
             f"found {mask.height}×{mask.width}; make the mask at the image's size"
@@ -299,6 +324,18 @@ def palette_warnings(checked: Iterable[CheckedImage]) -> list[str]:
     if not moved:
         return []
     return [f"{len(moved):,} masks have VOC's colours in another order; fine where that is meant, but e.g. {moved[0]}"]
+
+
+def turned_warnings(checked: Iterable[CheckedImage]) -> list[str]:
+    """One line where images are turned by their EXIF tag and masks or boxes may be of the pixels as they are stored."""
+    turned = [image.turned for image in checked if image.turned is not None]
+    if not turned:
+        return []
+    return [
+        f"{len(turned):,} images are turned by their EXIF tag and used as viewers show them, and nothing tells whether "
+        f"their masks or boxes are turned too: {some(turned)}; look at one: where they fit the unturned pixels, remove "
+        f"the tag ({_REMOVE_TAG}), else turn the pixels for good (mogrify -auto-orient FILE)"
+    ]
 
 
 def check_any_object(listing: DataListing, checked: Iterable[CheckedImage]) -> list[str]:

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.contracts import Progress
-from stages.data.readers import file_names, read_id_list
+from stages.contracts import IMAGE_SUFFIXES, MASK_SUFFIXES, Progress
+from stages.data.readers import files_by_id, read_id_list
 from stages.data.records import Problems
 from stages.data.sbd import NUM_TRAINAUG, convert_sbd
 from stages.errors import EnvironmentFailure, InputError
@@ -100,12 +100,13 @@ def fetch_voc(
 
 def _has_voc(root: Path) -> bool:
     """Whether every image and mask of VOC's train and val lists is there."""
-    images, masks = file_names(root / "JPEGImages"), file_names(root / "SegmentationClass")
+    images = files_by_id(root, "JPEGImages", IMAGE_SUFFIXES, Problems())
+    masks = files_by_id(root, "SegmentationClass", MASK_SUFFIXES, Problems())
     for name in ("train", "val"):
         listed = read_id_list(root / f"ImageSets/Segmentation/{name}.txt", name, Problems())
         if listed is None or not listed.ids:
             return False
-        if not all(f"{i}.jpg" in images and f"{i}.png" in masks for i in listed.ids):
+        if not all(i in images and i in masks for i in listed.ids):
             return False
     return (root / "Annotations").is_dir()
 

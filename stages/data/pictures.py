@@ -1,27 +1,18 @@
-"""Anybody's image files: find them, name what comes out of them, and decode whatever camera or scanner wrote them.
+"""Anybody's image files: find them and name what comes out of them.
 
-Reads images; writes nothing.  Torch-free.
-Sizes are (height, width) in pixels.
+Opens no file; writes nothing.  Torch-free.
 """
 
 from __future__ import annotations
 
 import glob
-import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
-
-from stages.contracts import IMAGE_FORMATS, eight_bits, upright
-from stages.errors import DataError, InputError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-"""File names that are taken from folders; a file that is named itself may be called anything."""
+from stages.contracts import IMAGE_SUFFIXES, expand_path, odd_kind
+from stages.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -33,13 +24,23 @@ class PictureFile:
     """Path of the results inside the output folder, without a suffix; forward slashes."""
 
 
-def find_pictures(words: Sequence[str], out: Path) -> list[PictureFile]:
+@dataclass(frozen=True)
+class FoundPictures:
+    """What words mean."""
+
+    pictures: tuple[PictureFile, ...]
+    left_out: tuple[str, ...] = ()
+    """One line for each thing that is called as an image and cannot be read as a file: a pipe, a broken link."""
+
+
+def find_pictures(words: Sequence[str], out: Path) -> FoundPictures:
     """The files that ``words`` mean, each once, in order.
 
     A file gives its stem as the name; a file in a folder its path inside that folder; of a pattern, every match.
 
     Args:
-        words: Files, folders (searched to the bottom, hidden files left out) and patterns such as ``shots/**/*.jpg``.
+        words: Files, folders (searched to the bottom, hidden files left out) and patterns such as ``shots/**/*.jpg``;
+            ``~`` and ``$VAR`` as in a shell.  A file that is named itself may be called anything.
         out: Output folder; nothing in it is taken from a folder, so that a second call does not see the first one's.
 
     Raises:
@@ -47,53 +48,95 @@ def find_pictures(words: Sequence[str], out: Path) -> list[PictureFile]:
             Or a folder is ``out`` itself.
     """
     problems: list[str] = []
+    left_out: dict[str, None] = {}
     found: dict[Path, PictureFile] = {}
     for word in words:
-        files = list(_expand(word, out, problems))
-        for file in files:
-            found.setdefault(file.path.resolve(), file)
+        for file in _expand(word, out, problems, left_out):
+            if (why := _why_left_out(file.path)) is not None:
+                left_out[f"{file.path}: {why}; left out"] = None
+            else:
+                found.setdefault(file.path.resolve(), file)
     if problems:
         raise InputError("these images are not there; nothing was done", problems)
     if not found:
-        raise InputError(f"expected images, found none in {', '.join(words) or 'an empty list'}; name files or folders")
-    pictures = list(found.values())
+        text = f"expected images, found none in {', '.join(words) or 'an empty list'}; name files or folders"
+        raise InputError(text, left_out)
+    pictures = tuple(found.values())
     _check_names(pictures)
-    return pictures
+    return FoundPictures(pictures, tuple(left_out))
 
 
-def _expand(word: str, out: Path, problems: list[str]) -> Iterator[PictureFile]:
+def _why_left_out(path: Path) -> str | None:
+    """Why ``path`` cannot be read as a file; None where it can, as far as that shows from outside."""
+    try:
+        kind = odd_kind(path)
+    except FileNotFoundError:
+        return f"a link to {path.readlink()}, which is not there" if path.is_symlink() else "not there any more"
+    except OSError as error:  # a link to itself has too many levels
+        return (error.strerror or str(error)).lower()
+    return None if kind is None else f"{kind}, not an image file"
+
+
+def _expand(word: str, out: Path, problems: list[str], left_out: dict[str, None]) -> Iterator[PictureFile]:
     """The files of one word; says so where there are none."""
-    path = Path(word).expanduser()
+    try:
+        path = Path(word) if os.path.lexists(word) else expand_path(word)
+    except InputError as error:
+        problems.append(error.message)
+        return
     if path.is_dir():
         if path.resolve() == out.resolve():
             raise InputError(
                 f"{word} is the output folder too: the next call would take masks and overlays for images; choose "
                 "another --out, or name the images by a pattern"
             )
-        files = list(_walk(path, out))
+        files = list(_walk(path, out, left_out))
         yield from files
-        if not files:
+        if not files and _is_called_image(path.name):
+            yield PictureFile(path, path.stem)  # as a shell's pattern gives it
+        elif not files:
             problems.append(f"{word}: no image in this folder; files are taken by their suffix: {_listed()}")
-    elif path.exists():
+    elif os.path.lexists(path):
         yield PictureFile(path, path.stem)
     else:
         is_pattern = glob.has_magic(word)
-        matches = sorted(glob.glob(str(path), recursive=True)) if is_pattern else []  # noqa: PTH207 - may be absolute
-        if not matches:
+        files = _matches(path) if is_pattern else []
+        if not files:
             problems.append(f"{word}: {'no match' if is_pattern else 'no such file'}")
-        yield from (PictureFile(file, file.stem) for file in map(Path, matches) if file.is_file())
+        # a folder is nobody's image, whoever calls it x.jpg means one
+        yield from (PictureFile(file, file.stem) for file in files if not file.is_dir() or _is_called_image(file.name))
 
 
-def _walk(folder: Path, out: Path) -> Iterator[PictureFile]:
+def _matches(pattern: Path) -> list[Path]:
+    """What a pattern means, sorted; hidden files only where it has them; ``**`` follows no links, they may circle."""
+    first = next(place for place, part in enumerate(pattern.parts) if glob.has_magic(part))
+    root, parts = Path(*pattern.parts[:first]), list(pattern.parts[first:])
+    parts = [part if part == "**" else part.replace("**", "*") for part in parts]
+    parts += ["*"] if parts[-1] == "**" else []  # to pathlib ** alone means folders
+    found = set(root.glob("/".join(parts)))
+    if not any(part.startswith(".") for part in parts):
+        found = {file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)}
+    return sorted(found, key=str)
+
+
+def _walk(folder: Path, out: Path, left_out: dict[str, None]) -> Iterator[PictureFile]:
     """The images below ``folder``, sorted; neither hidden ones nor those in ``out``."""
     skipped = out.resolve()
-    for parent, folders, names in os.walk(folder):
+
+    def cannot_enter(error: OSError) -> None:
+        left_out[f"{error.filename}: {(error.strerror or str(error)).lower()}; left out with all in it"] = None
+
+    for parent, folders, names in os.walk(folder, onerror=cannot_enter):
         here = Path(parent)
         folders[:] = sorted(name for name in folders if name[0] != "." and (here / name).resolve() != skipped)
         for name in sorted(names):
-            if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES):
+            if name[0] != "." and _is_called_image(name):
                 path = here / name
                 yield PictureFile(path, path.relative_to(folder).with_suffix("").as_posix())
+
+
+def _is_called_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _listed() -> str:
@@ -112,74 +155,3 @@ def _check_names(pictures: Iterable[PictureFile]) -> None:
             "rename them, or use one --out for each",
             clashes,
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_picture_size(path: Path) -> tuple[int, int]:
-    """The upright size that the head of the file tells.
-
-    Raises:
-        DataError: no image, or the file cannot be read.
-    """
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            lies = _lies(image)
-    except Exception as error:
-        raise _unreadable(path, error) from error
-    return (width, height) if lies else (height, width)
-
-
-def _lies(image: Image.Image) -> bool:
-    """Whether EXIF turns height and width; not where that is unreadable, as ``upright`` has it."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # whatever a damaged tag does to Pillow's parser, the pixels are there
-        return False
-    return isinstance(orientation, int) and 5 <= orientation <= 8
-
-
-def decode_picture(data: bytes, path: Path) -> NDArray[np.uint8]:
-    """Decode an image as ``read_rgb`` does.
-
-    It is turned upright by its EXIF orientation; grey becomes RGB; transparency is left aside; 0 … 65535 becomes
-    0 … 255; of an animation or a stack of pages, the first picture is taken.
-
-    Args:
-        data: The file's content.
-        path: For the message.
-
-    Returns:
-        RGB, uint8 (H, W, 3).
-
-    Raises:
-        DataError: no image, cut off, or of numbers that have no known white.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
-            image = eight_bits(upright(opened), path)
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # straight to RGB Pillow warns of what we mean
-            return np.array(image.convert("RGB"))
-    except DataError:
-        raise
-    except Exception as error:  # a decoder answers damaged bytes with whatever it trips over
-        if isinstance(error, MemoryError):
-            raise
-        raise _unreadable(path, error, data) from error
-
-
-def _unreadable(path: Path, error: Exception, data: bytes | None = None) -> DataError:
-    empty = path.stat().st_size == 0 if data is None and path.exists() else data == b""
-    if isinstance(error, UnidentifiedImageError):
-        reason = "the file is empty" if empty else f"it holds none of {', '.join(IMAGE_FORMATS)}"
-    elif isinstance(error, Image.DecompressionBombError):
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        reason = f"it has more than {limit:,} pixels, which is taken for an attack; cut it into tiles"
-    else:
-        reason = str(error) or type(error).__name__
-    return DataError(f"{path}: not a readable image ({reason})")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from xml.etree import ElementTree
 
-from stages.data.records import IMAGE_SUFFIXES, IdList, Problems
+from stages.contracts import IMAGE_SUFFIXES
+from stages.data.records import IdList, Problems
 
 CSV_HEADER = ["image", "labels"]
 
@@ -24,7 +25,27 @@ def file_names(folder: Path) -> set[str]:
     if not folder.is_dir():
         return set()
     with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if entry.is_file()}
+        # of a link an entry's own is_file() fails where it leads to itself
+        return {entry.name for entry in entries if (Path(entry.path) if entry.is_symlink() else entry).is_file()}
+
+
+def files_by_id(root: Path, folder: str, suffixes: tuple[str, ...], problems: Problems) -> dict[str, str]:
+    """Id (the name without its suffix) to file, relative to ``root``, of a folder's files that end in ``suffixes``.
+
+    Case does not count; two files of one id are a problem.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(file_names(root / folder)):
+        suffix = next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)
+        if suffix is None or name.startswith("."):
+            continue
+        file_id, path = name[: -len(suffix)], f"{folder}/{name}"
+        if file_id in found:
+            problems.add(
+                "same id", f"{root / path}: {found[file_id]} gives the same id '{file_id}'; remove one of the two"
+            )
+        found.setdefault(file_id, path)
+    return found
 
 
 def check_mask_folder(root: Path, folder: str, key: str, problems: Problems) -> None:

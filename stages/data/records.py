@@ -11,9 +11,6 @@ from pathlib import Path
 
 from stages.contracts import ClassList, LabelledBox
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""File names that count as images in a folder of the user's (compared in lower case)."""
-
 PROBLEMS_SHOWN = 25
 """Problems of one kind that an error shows; ``wsss data check`` shows all."""
 

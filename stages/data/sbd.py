@@ -8,15 +8,14 @@ Source: Hariharan et al., "Semantic Contours from Inverse Detectors", ICCV 2011;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
-from stages.contracts import Progress, write_atomic, write_index_mask
-from stages.data.readers import file_names, read_id_list
+from stages.contracts import IMAGE_SUFFIXES, MASK_SUFFIXES, Progress, read_image_size, write_atomic, write_index_mask
+from stages.data.readers import files_by_id, read_id_list
 from stages.data.records import PROBLEMS_SHOWN, Problems, some
 from stages.errors import DataError
 
@@ -48,9 +47,14 @@ def convert_sbd(sbd: Path, voc: Path, progress: Progress, *, expected: int = NUM
     """
     classes = _find_classes(sbd)
     train, val = _voc_list(voc, "train"), set(_voc_list(voc, "val"))
-    in_sbd = {name.removesuffix(".mat") for name in file_names(classes) if name.endswith(".mat")}
-    ids = sorted((in_sbd | set(train)) - val)
-    _check_ids(ids, voc, expected)
+    found = Problems()
+    mats = {image_id: classes / name for image_id, name in files_by_id(classes, ".", (".mat",), found).items()}
+    jpegs = {i: voc / name for i, name in files_by_id(voc, "JPEGImages", IMAGE_SUFFIXES, found).items()}
+    pngs = {i: voc / name for i, name in files_by_id(voc, "SegmentationClass", MASK_SUFFIXES, found).items()}
+    if found:
+        raise DataError("files of SBD and VOC have one name:", found.lines(PROBLEMS_SHOWN))
+    ids = sorted((set(mats) | set(train)) - val)
+    _check_ids(ids, voc, jpegs, expected)
     problems: list[str] = []
     official = set(train)
     for number, image_id in enumerate(ids):
@@ -58,7 +62,10 @@ def convert_sbd(sbd: Path, voc: Path, progress: Progress, *, expected: int = NUM
         target = voc / "SegmentationClassAug" / f"{image_id}.png"
         if not target.exists():
             try:
-                _write_mask(image_id, classes, voc, target, is_official=image_id in official)
+                if image_id in official:
+                    _copy_mask(pngs.get(image_id, voc / "SegmentationClass" / target.name), target)
+                else:
+                    _write_mask(mats[image_id], jpegs[image_id], target)
             except DataError as error:
                 problems.append(str(error))
     progress.step("converting SBD", len(ids), len(ids), unit="masks")
@@ -85,35 +92,34 @@ def _voc_list(voc: Path, name: str) -> tuple[str, ...]:
     return listed.ids
 
 
-def _check_ids(ids: Sequence[str], voc: Path, expected: int) -> None:
+def _check_ids(ids: Sequence[str], voc: Path, jpegs: Collection[str], expected: int) -> None:
     if len(ids) != expected:
         raise DataError(
             f"SBD and VOC train less VOC val are {len(ids):,} images, expected {expected:,}; "
             "unpack both archives again, one of them is incomplete or another release"
         )
-    images = file_names(voc / "JPEGImages")
-    missing = [image_id for image_id in ids if f"{image_id}.jpg" not in images]
+    missing = [image_id for image_id in ids if image_id not in jpegs]
     if missing:
         text = f"{voc}/JPEGImages has no file for {len(missing):,} images of trainaug: {some(missing)}"
         raise DataError(f"{text}; unpack VOCtrainval_11-May-2012.tar again")
 
 
-def _write_mask(image_id: str, classes: Path, voc: Path, target: Path, *, is_official: bool) -> None:
-    if is_official:
-        source = voc / "SegmentationClass" / f"{image_id}.png"
-        if not source.is_file():
-            raise DataError(f"{source}: VOC's mask is missing; unpack VOCtrainval_11-May-2012.tar again")
-        write_atomic(target, source.read_bytes())
-        return
-    mask = read_sbd_mask(classes / f"{image_id}.mat")
-    jpeg = voc / "JPEGImages" / f"{image_id}.jpg"
+def _copy_mask(source: Path, target: Path) -> None:
+    """VOC's own mask, byte for byte."""
+    if not source.is_file():
+        raise DataError(f"{source}: VOC's mask is missing; unpack VOCtrainval_11-May-2012.tar again")
+    write_atomic(target, source.read_bytes())
+
+
+def _write_mask(mat: Path, jpeg: Path, target: Path) -> None:
+    """SBD's mask, which must have the size of its image."""
+    mask = read_sbd_mask(mat)
     try:
-        with Image.open(jpeg) as image:
-            height, width = image.height, image.width
-    except UnidentifiedImageError as error:
-        raise DataError(f"{jpeg}: is no readable image; unpack VOCtrainval_11-May-2012.tar again") from error
+        height, width = read_image_size(jpeg)
+    except DataError as error:
+        raise DataError(f"{error.message}; unpack VOCtrainval_11-May-2012.tar again") from error
     if (height, width) != mask.shape:
-        text = f"{classes / image_id}.mat: expected {height}×{width} pixels as its image"
+        text = f"{mat}: expected {height}×{width} pixels as its image"
         raise DataError(f"{text}, found {mask.shape[0]}×{mask.shape[1]}; unpack benchmark.tgz again")
     write_index_mask(target, mask)
 
@@ -137,6 +143,13 @@ def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
     except Exception as error:  # scipy's reader answers damaged bytes with whatever its parser trips over
         text = f"{path}: is no readable SBD mask ({type(error).__name__}: {error}); unpack benchmark.tgz again"
         raise DataError(text) from error
-    if mask.dtype.kind not in "iuf" or mask.ndim != 2 or mask.size == 0 or mask.min() < 0 or mask.max() > _NUM_CLASSES:
+    if mask.dtype.kind not in "iuf" or mask.ndim != 2 or mask.size == 0:
         raise DataError(f"{path}: expected class indices 0 … {_NUM_CLASSES} in two dimensions; it is no mask of SBD")
+    is_class = np.isin(mask, np.arange(_NUM_CLASSES + 1))  # of floats NaN, infinity and fractions are none
+    if not is_class.all():
+        odd = mask[~is_class]
+        raise DataError(
+            f"{path}: expected class indices 0 … {_NUM_CLASSES}, found {odd.size:,} other values, e.g. {odd[0]}; "
+            "unpack benchmark.tgz again"
+        )
     return mask.astype(np.uint8)

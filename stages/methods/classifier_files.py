@@ -170,7 +170,8 @@ def load_start(classifier: Classifier, weights: Mapping[str, Path], *, has_own_h
     from stages.nets.weights import WeightsReport, load_tensors, read_tensors
 
     path = _weight_file(START, weights)
-    tensors, state = read_tensors(path), classifier.state_dict()
+    state = classifier.state_dict()
+    tensors = read_tensors(path, state.keys())
     is_other_head = has_own_head and not any(key in tensors for key in state if key.startswith("head."))
     if is_other_head:
         tensors = {key: value for key, value in tensors.items() if not key.startswith("head.")}

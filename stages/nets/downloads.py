@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from stages.contracts import Progress
+from stages.contracts import Progress, expand_path
 from stages.errors import EnvironmentFailure, WeightsError
 from stages.nets.backbones.config import BACKBONES
 from stages.nets.backbones.spec import PackageFile, PublicWeights, torchvision_file
@@ -74,7 +74,7 @@ def default_cache_dir() -> Path:
     """Torch hub's folder of checkpoints, so that files torchvision fetched earlier are found."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("TORCH_HOME", f"{cache}/torch")
-    return Path(home).expanduser() / "hub" / "checkpoints"
+    return expand_path(home) / "hub" / "checkpoints"
 
 
 def download_weights(

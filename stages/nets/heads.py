@@ -105,10 +105,10 @@ def load_vgg16(backbone: Backbone, head: FcHead, path: Path) -> WeightsReport:
     Raises:
         WeightsError: the file is not readable, lacks tensors or does not fit; the tensors are named.
     """
-    tensors = read_tensors(path)
     source = f"vgg16 with fc6 and fc7 from {path.name}"
     layers = nn.ModuleDict({"classifier": nn.ModuleDict({"0": head.fc6, "3": head.fc7})})  # their names in the file
     wanted = tuple(layers.state_dict())
+    tensors = read_tensors(path, (*backbone.state_dict(), *wanted))
     features = load_tensors(backbone, tensors, source=source)
     lacking = [f"{name}: missing in the file" for name in wanted if name not in tensors]
     if lacking:

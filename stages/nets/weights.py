@@ -1,6 +1,6 @@
 """Network weights: what goes into cache keys, loading with a report, saving.
 
-Reads .pth (never unpickles objects) and .safetensors; writes .safetensors.
+Reads torch's files (never unpickles objects) and safetensors, told apart by their bytes; writes safetensors.
 Public files come from ``stages.nets.downloads``.
 Torch-free at import: identities and checks work without torch.
 Weights are looked up by backbone name; one entry of ``weights:`` serves the classifier and the segmenter.
@@ -8,12 +8,14 @@ Weights are looked up by backbone name; one entry of ``weights:`` serves the cla
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+import zipfile
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from stages.contracts import Progress, write_atomic
+from stages.contracts import Progress, stand_in, write_atomic
 from stages.errors import DamagedFileError, WeightsError
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.backbones.spec import PackageFile
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 
     from stages.nets.backbones.network import Backbone
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
-"""Weight files that are read."""
+_HEAD_BYTES = 512
+_LARGEST_HEADER = 100_000_000
+"""Bytes of the longest header that safetensors reads."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,10 +50,10 @@ def weights_identity(name: str, weights: Mapping[str, Path]) -> str:
 
 
 def weights_problems(name: str, weights: Mapping[str, Path]) -> list[str]:
-    """Why the weights of ``name`` cannot be used, as far as that shows without reading them; empty when fine."""
+    """Why the weights of ``name`` cannot be used, as far as their first bytes show; empty when fine."""
     try:
         if name in weights:
-            _given_file(name, weights[name])
+            _kind_of(_given_file(name, weights[name]))
         elif isinstance(source := public_source(name), PackageFile):
             package_file(source, name)
     except WeightsError as error:
@@ -61,9 +64,35 @@ def weights_problems(name: str, weights: Mapping[str, Path]) -> list[str]:
 def _given_file(name: str, path: Path) -> Path:
     if not path.is_file():
         raise WeightsError(f"weights.{name}: there is no file {path}; correct the path or remove the entry")
-    if path.suffix not in SUFFIXES:
-        raise WeightsError(f"weights.{name}: expected a file ending in {', '.join(SUFFIXES)}, found {path}")
     return path
+
+
+def _kind_of(path: Path) -> Literal["safetensors", "torch"]:
+    """What a file of weights is by its first bytes, whatever it is called.
+
+    Raises:
+        WeightsError: it is something else; the message says what, and what to give instead.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise WeightsError(f"{path}: not a readable weight file ({error.strerror})") from error
+    if (reason := stand_in(head)) is not None:
+        raise WeightsError(f"{path}: not a readable weight file ({reason})")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LARGEST_HEADER:
+        return "safetensors"
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return "torch"
+    reason = "it holds neither tensors of torch nor safetensors"
+    if head[:1] == b"\x08" and head[2:3] in {b"\x12", b"\x3a", b"\x42"}:  # ir_version, then producer, graph or opset
+        reason = "it is an ONNX model"
+    elif head.startswith(b"\x89HDF"):
+        reason = "it is an HDF5 file, as Keras writes it"
+    raise WeightsError(f"{path}: not a readable weight file ({reason}); {_SAVE}")
+
+
+_SAVE = "save a plain state_dict() of tensors, with torch.save or as safetensors"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,8 +149,9 @@ def load_pretrained(
         WeightsError: no file, not readable, or it does not fit; every tensor that differs in shape is named.
     """
     file = fetch_weights(name, path, cache_dir=cache_dir, progress=progress)
-    tensors, public = read_tensors(file), PUBLIC_WEIGHTS.get(name)
-    if isinstance(public, PackageFile) and public.tensor_names and not tensors.keys() & module.state_dict().keys():
+    wanted = module.state_dict().keys()
+    tensors, public = read_tensors(file, wanted), PUBLIC_WEIGHTS.get(name)
+    if isinstance(public, PackageFile) and public.tensor_names and not tensors.keys() & wanted:
         names = public.tensor_names()
         if len(names) != len(tensors):
             raise WeightsError(f"{file}: expected {len(names)} tensors, found {len(tensors)}: it is of another net")
@@ -159,10 +189,6 @@ def fetch_weights(
     return _given_file(name, path) if path is not None else download_weights(name, cache_dir, progress=progress)
 
 
-COCO_PREFIXES = ("backbone.body.", "backbone.")
-"""Where torchvision's detection and segmentation networks have their ResNet."""
-
-
 def load_coco(
     module: nn.Module, name: str, path: Path | None = None, *, progress: Progress | None = None
 ) -> WeightsReport:
@@ -182,47 +208,98 @@ def load_coco(
         WeightsError: no file, not readable, or its backbone does not fit.
     """
     file = fetch_weights(name, path, progress=progress)
-    tensors = read_tensors(file)
-    for prefix in COCO_PREFIXES:
-        if any(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            break
-    return load_tensors(module, tensors, source=f"{name} from {file.name}")
+    return load_tensors(module, read_tensors(file, module.state_dict().keys()), source=f"{name} from {file.name}")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a weight file as a flat dict; ``{"state_dict": …}`` and a ``module.`` prefix are taken off.
+_WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "net", "params")
+"""Where training programs put the state_dict into a larger one."""
+_MOST_WRAPPERS = 4
+
+_WRAPPER_PARTS = frozenset(
+    {"module", "model", "net", "network", "backbone", "body", "encoder", "encoder_q", "trunk", "_orig_mod"}
+)
+"""What programs put before the names of a network inside of theirs: DDP, Lightning, torchvision, MMSegmentation, MoCo,
+torch.compile."""
+
+
+def read_tensors(path: Path, wanted: Collection[str] = ()) -> dict[str, Tensor]:
+    """Read a weight file as a flat dict; what wraps the state_dict is taken off.
+
+    Args:
+        path: The file, whatever it is called.
+        wanted: Names of the network's tensors.  A known prefix of the file's names (``module.``, ``model.backbone.``)
+            is taken off where more of them fit then; names without it stay as they are.
 
     Raises:
-        WeightsError: not a weight file, or a pickle of objects instead of tensors.
+        WeightsError: not a weight file, or a pickle of objects instead of tensors; the message says what it is.
     """
+    import torch
+
+    content = _load(path)
+    for _ in range(_MOST_WRAPPERS):
+        inner = [
+            content[key] for key in _WRAPPER_KEYS if isinstance(content, dict) and isinstance(content.get(key), dict)
+        ]
+        content = inner[0] if inner else content
+    items = content.items() if isinstance(content, dict) else ()
+    tensors = {str(key): value for key, value in items if isinstance(value, torch.Tensor)}
+    if not tensors:
+        keys = f" with {shorten(map(str, content), 5)}" if isinstance(content, dict) and content else ""
+        raise WeightsError(f"{path}: expected a dict of tensors, found {type(content).__name__}{keys}; {_SAVE}")
+    counts = {prefix: sum(prefix + name in tensors for name in wanted) for prefix in _prefixes(tensors)}
+    best = max(counts, key=lambda prefix: counts[prefix])  # the shortest of equals
+    return {name.removeprefix(best): value for name, value in tensors.items()}
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """The known prefixes that some of ``names`` have, shortest first, beginning with none at all."""
+    found = {""}
+    for name in names:
+        prefix = ""
+        for part in name.split(".")[:-1]:
+            if part not in _WRAPPER_PARTS:
+                break
+            prefix += f"{part}."
+            found.add(prefix)
+    return sorted(found, key=lambda prefix: (len(prefix), prefix))
+
+
+def _load(path: Path) -> Any:  # noqa: ANN401 - whatever a file holds
     import torch
     from safetensors.torch import load_file
 
+    kind = _kind_of(path)
     try:
-        content = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if kind == "safetensors":
+            return load_file(path)
+        with path.open("rb") as file:  # by its name torch would take some for safetensors
+            return torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # torch's readers answer damaged bytes with whatever their parsers trip over
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise WeightsError(
-            f"{path}: not a readable weight file ({reason}); save a plain state_dict() of tensors"
-        ) from error
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    tensors = (
-        {str(k): v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
-    )
-    if not tensors:
-        raise WeightsError(f"{path}: expected a dict of tensors, found {type(content).__name__}; save state_dict()")
-    if all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    return tensors
+        reason = f"it is cut off or damaged: {path.stat().st_size:,} bytes; get it again"
+        if kind == "torch":
+            reason = _why_not_torch(path, str(error)) or reason
+        raise WeightsError(f"{path}: not a readable weight file ({reason}); {_SAVE}") from error
+
+
+def _why_not_torch(path: Path, complaint: str) -> str | None:
+    """What a zip archive or a pickle is that torch does not load; None where it is only damaged."""
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    try:
+        names = zipfile.ZipFile(path).namelist() if is_zip else []
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return None
+    if any(name.endswith("constants.pkl") for name in names):
+        return "it is a TorchScript program"
+    if is_zip and not any(name.endswith("data.pkl") for name in names):
+        return f"it is a zip archive of {shorten(names, 3)}"
+    if "weights_only" in complaint or "Unsupported" in complaint:  # torch's advice to load it all the same is not ours
+        objects = re.findall(r"GLOBAL (\S+)", complaint)
+        named = f" ({objects[0]})" if objects else ""
+        return f"it holds objects of a program{named}, and loading those would run foreign code"
+    return None
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> WeightsReport:
@@ -232,7 +309,8 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: st
     ResNet-101's file does not pass for ResNet-50.
 
     Raises:
-        WeightsError: nothing matches, shapes differ, or tensors of the backbone are missing; all are named.
+        WeightsError: nothing matches, shapes differ, tensors of the backbone are missing, or values are no numbers; all
+            are named.
     """
     wanted = module.state_dict()
     matched = tuple(key for key in wanted if key in tensors)
@@ -246,8 +324,21 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, source: st
     problems = _misfits(wanted, tensors, missing, unexpected)
     if problems:
         raise WeightsError(f"{source}: the weights are of another net ({len(problems)} tensors differ)", problems)
-    module.load_state_dict({**wanted, **{key: tensors[key] for key in matched}})
+    used = {key: tensors[key] for key in matched}
+    if problems := non_finite(used):
+        raise WeightsError(f"{source}: values are no numbers; get the file again or give another", problems)
+    module.load_state_dict({**wanted, **used})
     return WeightsReport(source, matched, missing, unexpected)
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """One line per tensor with NaN or infinity in it."""
+    counts = {key: int((~value.isfinite()).sum()) for key, value in tensors.items() if value.is_floating_point()}
+    return [
+        f"{key}: {count:,} of {tensors[key].numel():,} values are NaN or infinite"
+        for key, count in counts.items()
+        if count
+    ]
 
 
 def _misfits(
@@ -283,14 +374,25 @@ def load_weights(module: nn.Module, path: Path) -> None:
     """Read what ``save_weights`` wrote into an equal module.
 
     Raises:
-        DamagedFileError: missing, damaged, or written from another net.
+        DamagedFileError: missing, damaged, written from another net, or with values that are no numbers.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        module.load_state_dict(load_file(path))
+        tensors = load_file(path)
+        module.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _stand_in_of(path) or error
         raise DamagedFileError(
-            f"{path} does not hold this net ({error}); rebuild the artifact that holds it"
+            f"{path} does not hold this net ({reason}); rebuild the artifact that holds it"
         ) from error
+    if problems := non_finite(tensors):
+        raise DamagedFileError(f"{path} holds values that are no numbers; rebuild the artifact that holds it", problems)
+
+
+def _stand_in_of(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return stand_in(file.read(_HEAD_BYTES))

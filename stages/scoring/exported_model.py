@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from stages.contracts import StageConfig, read_json
+from stages.contracts import StageConfig, read_json, stand_in
 from stages.data.transforms import IMAGE_MEAN, IMAGE_STD
 from stages.errors import DamagedFileError, InputError
 from stages.nets.segmenters.config import SegmenterConfig
@@ -92,7 +92,7 @@ def read_export(path: Path) -> tuple[Path, ExportRecord]:
         InputError: it is no exported model, or one of another version or normalisation.
         DamagedFileError: a file is missing or differs from what was written.
     """
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         raise InputError(f"{path}: wsss predicts from {TENSORS_FILE}; name the folder, or run the ONNX file elsewhere")
     folder = path.parent if path.name in (CONFIG_FILE, TENSORS_FILE) else path
     if not (folder / CONFIG_FILE).is_file():
@@ -126,10 +126,12 @@ def _check_file(path: Path, expected: FileRecord) -> None:
         raise DamagedFileError(f"{path} is missing; export the model again")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        instead = stand_in(file.read(512))
     if digest != expected.sha256:
+        found = instead or f"found {path.stat().st_size} with {digest[:12]}…; export the model again"
         raise DamagedFileError(
-            f"{path} is damaged: expected {expected.size} bytes with sha256 {expected.sha256[:12]}…, found "
-            f"{path.stat().st_size} with {digest[:12]}…; export the model again"
+            f"{path} is damaged: expected {expected.size} bytes with sha256 {expected.sha256[:12]}…, {found}"
         )
 
 

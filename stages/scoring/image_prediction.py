@@ -23,8 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.contracts import Progress, Runtime, encode_index_mask, voc_palette, write_atomic
-from stages.data.pictures import PictureFile, decode_picture, read_picture_size
+from stages.contracts import (
+    Progress,
+    Runtime,
+    encode_index_mask,
+    read_image,
+    read_image_size,
+    voc_palette,
+    write_atomic,
+)
+from stages.data.pictures import PictureFile
 from stages.errors import DataError, InputError
 from stages.ops.devices import check_precision
 from stages.ops.pool import num_processes
@@ -213,7 +221,7 @@ def _read_sizes(
     sizes: dict[PictureFile, tuple[int, int]] = {}
     for number, picture in enumerate(pictures, start=1):
         try:
-            sizes[picture] = read_picture_size(picture.path)
+            sizes[picture] = read_image_size(picture.path)
         except DataError as error:
             summary.problems.append(error.message)
         progress.step("look at what is there", num_finished + number, num_finished + len(pictures))
@@ -249,7 +257,7 @@ def _predict_all(
     def read(picture: PictureFile) -> tuple[_Job, NDArray[np.uint8]] | None:
         try:
             data = picture.path.read_bytes()
-            return _Job(picture, _origin_of(identity, data)), decode_picture(data, picture.path)
+            return _Job(picture, _origin_of(identity, data)), read_image(picture.path, data)[0]
         except OSError as error:
             summary.problems.append(f"{picture.path}: not readable ({error.strerror or error})")
         except DataError as error:
@@ -384,4 +392,4 @@ def _write_areas(
         for class_name, pixels in zip(classes, areas[name].tolist(), strict=True):
             if pixels:
                 writer.writerow([name, class_name, pixels, f"{pixels / total:.6f}"])
-    write_atomic(path, text.getvalue().encode())
+    write_atomic(path, text.getvalue().encode(errors="surrogateescape"))  # names of files are bytes

@@ -100,7 +100,7 @@ def test_skip_leaves_damaged_images_out_and_says_so(folder: Path, tmp_path: Path
     assert index.record("train_00002").mask is None
     assert "train_00002" not in index.splits["train_score"]
     assert "left out 2 images (data.on_bad_image=skip): 'train_00001', 'val_00000'" in progress.warnings
-    assert any("train_00001.jpg: is no readable image" in text for text in progress.warnings)
+    assert any("train_00001.jpg: not a readable image" in text for text in progress.warnings)
 
 
 def test_skip_does_not_leave_an_empty_split(folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field
 
-from stages.contracts import MAX_MASK_CLASSES, Box, StageConfig
+from stages.contracts import MASK_SUFFIXES, MAX_MASK_CLASSES, Box, StageConfig
 from stages.data.boxes import make_box
 from stages.data.joining import Sources, join_sources
 from stages.data.readers import check_mask_folder, file_names, image_id_of, is_plain_id, read_text
@@ -201,15 +201,24 @@ def _split(paths: Mapping[str, str], ids: Mapping[str, str], is_train: Mapping[s
     return IdList("images.txt", entries, f"train_test_split.txt has no image with {int(wanted)}; restore the file")
 
 
-def _existing(root: Path, folder: str, paths: Mapping[str, str], ids: Mapping[str, str]) -> dict[str, str]:
-    """Image id to its file relative to the root, for those that are there."""
-    there: dict[str, set[str]] = {}
+def _existing(
+    root: Path, folder: str, paths: Mapping[str, str], ids: Mapping[str, str], suffix: str | None = None
+) -> dict[str, str]:
+    """Image id to its file relative to the root, for those that are there; case does not count.
+
+    With ``suffix`` the file that has it in place of the image's own.
+    """
+    there: dict[str, dict[str, str]] = {}
     found: dict[str, str] = {}
     for key, image_id in ids.items():
         parent, _, name = paths[key].rpartition("/")
-        names = there.setdefault(parent, file_names(root / folder / parent))
-        if name in names:
-            found[image_id] = f"{folder}/{paths[key]}"
+        wanted = name if suffix is None else name.rpartition(".")[0] + suffix
+        if parent not in there:
+            names = sorted(file_names(root / folder / parent))
+            there[parent] = {at.lower(): at for at in names} | {at: at for at in names}
+        at = there[parent].get(wanted, there[parent].get(wanted.lower()))
+        if at is not None:
+            found[image_id] = "/".join(filter(None, (folder, parent, at)))
     return found
 
 
@@ -219,5 +228,4 @@ def _masks(config: CubConfig, paths: Mapping[str, str], ids: Mapping[str, str], 
         return {}
     if config.masks != CubConfig.model_fields["masks"].default:
         check_mask_folder(config.root, config.masks, "data.masks", problems)
-    pngs = {key: path.rpartition(".")[0] + ".png" for key, path in paths.items()}
-    return _existing(config.root, config.masks, pngs, ids)
+    return _existing(config.root, config.masks, paths, ids, MASK_SUFFIXES[0])

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, ClassList, StageConfig
+from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, IMAGE_SUFFIXES, ClassList, StageConfig
 from stages.data.joining import Sources, join_sources
 from stages.data.readers import (
     LabelLine,
@@ -27,7 +27,7 @@ from stages.data.readers import (
     read_id_list,
     read_labels_csv,
 )
-from stages.data.records import IMAGE_SUFFIXES, IdList, Problems, Scan, empty_scan, some
+from stages.data.records import IdList, Problems, Scan, empty_scan, some
 from stages.data.subsets import hash_share
 
 FREQUENT_RATIO = 10

@@ -15,11 +15,11 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from stages.contracts import Box, StageConfig
+from stages.contracts import IMAGE_SUFFIXES, Box, StageConfig
 from stages.data.boxes import read_box_annotation, read_box_list
 from stages.data.joining import Sources, join_sources
 from stages.data.readers import file_names, image_id_of, is_plain_id, nearest, read_text
-from stages.data.records import IMAGE_SUFFIXES, IdList, Problems, Scan, empty_scan, some
+from stages.data.records import IdList, Problems, Scan, empty_scan, some
 
 _LABELS, _BOXES = "val_labels.txt", "localization.txt"
 

@@ -14,12 +14,12 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, ClassList, StageConfig
+from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, IMAGE_SUFFIXES, MASK_SUFFIXES, ClassList, StageConfig
 from stages.data.joining import Sources, join_sources
 from stages.data.readers import (
     check_label_lines,
     check_mask_folder,
-    file_names,
+    files_by_id,
     nearest,
     read_annotation,
     read_id_list,
@@ -121,7 +121,7 @@ def _scan(config: VocConfig) -> Scan:
     for name in ("masks", "full_masks"):
         if getattr(config, name) != VocConfig.model_fields[name].default:
             check_mask_folder(config.root, getattr(config, name), f"data.{name}", problems)
-    images = _files_by_id(config.root, "JPEGImages", ".jpg")
+    images = files_by_id(config.root, "JPEGImages", IMAGE_SUFFIXES, problems)
     lists = _read_lists(config, problems)
     read_labels = _labels_of_xml if config.labels is None else _labels_of_csv
     sources = Sources(
@@ -131,17 +131,12 @@ def _scan(config: VocConfig) -> Scan:
         lists=lists,
         labels=read_labels(config, lists, images, problems),
         images=images,
-        masks=_files_by_id(config.root, config.masks, ".png"),
-        full_masks=_files_by_id(config.root, config.full_masks, ".png"),
+        masks=files_by_id(config.root, config.masks, MASK_SUFFIXES, problems),
+        full_masks=files_by_id(config.root, config.full_masks, MASK_SUFFIXES, problems),
         image_folder="JPEGImages",
         mask_folder=config.masks,
     )
     return Scan(replace(join_sources(sources, problems), has_voc_palette=True), problems)
-
-
-def _files_by_id(root: Path, folder: str, suffix: str) -> dict[str, str]:
-    names = file_names(root / folder)
-    return {name.removesuffix(suffix): f"{folder}/{name}" for name in names if name.endswith(suffix)}
 
 
 def _check_root(root: Path, problems: Problems) -> bool:
@@ -199,7 +194,7 @@ def _labels_of_xml(
     config: VocConfig, lists: dict[str, IdList], images: dict[str, str], problems: Problems
 ) -> dict[str, tuple[int, ...]]:
     """Label indices of the images of train and val that have an annotation."""
-    annotations = file_names(config.root / "Annotations")
+    annotations = files_by_id(config.root, "Annotations", (".xml",), problems)
     if not annotations:
         text = f"{config.root}: there is no folder Annotations with the labels; add it, or name a CSV with data.labels"
         problems.add("labels", text)
@@ -207,8 +202,8 @@ def _labels_of_xml(
     labels: dict[str, tuple[int, ...]] = {}
     for split in ("train", "val"):
         for image_id in lists[split].ids if split in lists else ():
-            source = f"Annotations/{image_id}.xml"
-            if f"{image_id}.xml" in annotations:
+            source = annotations.get(image_id, f"Annotations/{image_id}.xml")
+            if image_id in annotations:
                 names = read_annotation(config.root / source, problems)
                 labels[image_id] = _label_indices(config, names, source, problems)
             elif split == "train" and image_id in images:

@@ -19,7 +19,7 @@ from stages.errors import WeightsError
 from stages.nets.backbones.network import Backbone
 from stages.nets.layers import parameter_groups
 from stages.nets.segmenters.segmenter import Segmenter
-from stages.nets.weights import WeightsReport, fetch_weights, read_tensors
+from stages.nets.weights import WeightsReport, fetch_weights, non_finite, read_tensors
 from stages.ops.cells import CellAxis, CellGrid, resample_maps
 
 
@@ -135,7 +135,7 @@ def load_decimated(segmenter: LargeFov, path: Path | None = None, *, progress: P
         Chen et al., 2015, §3.1 (fc6 subsampled to 3 × 3, 1,024 channels).
     """
     file = fetch_weights("vgg16", path, progress=progress)
-    tensors = read_tensors(file)
+    tensors = read_tensors(file, [f"{name}.{kind}" for name in FC_NAMES.values() for kind in ("weight", "bias")])
     layers = {"fc6": segmenter.fc6[0]}
     if isinstance(segmenter.fc7, nn.Sequential):
         layers["fc7"] = segmenter.fc7[0]
@@ -149,6 +149,8 @@ def load_decimated(segmenter: LargeFov, path: Path | None = None, *, progress: P
                 f"vgg16 from {file.name}: fc_init: decimated needs {FC_NAMES[name]} of {sides}, {found}; give the "
                 "whole vgg16 file of torchvision, or write net.fc_init: random"
             )
+        if problems := non_finite({f"{FC_NAMES[name]}.weight": weight, f"{FC_NAMES[name]}.bias": bias}):
+            raise WeightsError(f"vgg16 from {file.name}: values are no numbers; get the file again", problems)
         _copy_decimated(conv, weight, bias, is_spatial=name == "fc6")
         used += [f"{FC_NAMES[name]}.weight", f"{FC_NAMES[name]}.bias"]
     return WeightsReport(f"{' and '.join(layers)} decimated from {file.name}", tuple(used), (), ())

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.data.pictures import read_picture_size
+from stages.contracts import IMAGE_SUFFIXES, read_image_size
 from stages.data.readers import read_id_list
-from stages.data.records import IMAGE_SUFFIXES, Problems
+from stages.data.records import Problems
 from stages.errors import DataError
 from stages.scoring.submission.archive import Competition
 
@@ -69,4 +69,4 @@ class ImageFolder:
             DataError: the file is no image.
         """
         file = self._files.get(image_id)
-        return None if file is None else read_picture_size(file)
+        return None if file is None else read_image_size(file)

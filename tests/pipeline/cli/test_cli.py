@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from pipeline.cli import doctor
 from pipeline.cli import main as cli
 from pipeline.cli.doctor import Check, check_packages, check_prefect, check_store
+from pipeline.cli.options import as_path
 from pipeline.engine import forecast
 from stages.contracts import write_index_mask
 from tests.machine_speed import slowness
@@ -51,6 +53,57 @@ def wsss_json(wsss):
         return document
 
     return call
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_path_of_the_command_line_is_read_in_the_one_way():
+    groups = [cli.app, *(group.typer_instance for group in cli.app.registered_groups)]
+    seen, odd = 0, []
+    for command in (command for group in groups if group for command in group.registered_commands):
+        assert command.callback is not None
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            if "Path" in str(get_args(hint)[:1]):
+                seen += 1
+                odd += [(command.callback.__name__, name)] if get_args(hint)[1].parser is not as_path else []
+    assert odd == []
+    assert seen >= 15
+
+
+def test_home_and_variables_mean_the_same_everywhere(folder: Path, wsss, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    monkeypatch.setenv("PLACE", "place")
+    wsss("data", "synthetic", "~/$PLACE", "--num-train=4", "--num-val=2", "--size-px=64")
+    assert (folder / "home" / "place" / "labels.csv").is_file()
+    (folder / "home" / "tiny.yaml").write_text(tiny_yaml())
+    wsss("stage", "prepare_data", "~/tiny.yaml", "--artifacts=~/art")
+    assert (folder / "home" / "art" / "prepare_data").is_dir()
+    monkeypatch.setenv("WSSS_ARTIFACTS", "$PLACE/art")
+    wsss("stage", "prepare_data", "~/tiny.yaml")
+    assert (folder / "place" / "art" / "prepare_data").is_dir()
+    assert sorted(path.name for path in folder.iterdir()) == ["home", "place", "tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "tiny.yaml", "--artifacts=~no-such-user/a"),
+        ("run", "~no-such-user/tiny.yaml"),
+        ("run", "tiny.yaml", "--set", "weights.vgg16=~no-such-user/a.pth"),
+        ("data", "synthetic", "~no-such-user/data"),
+        ("report", "tiny.yaml", "--out=~no-such-user/r.html"),
+        ("compare", "~no-such-user/a", "tiny.yaml"),
+        ("up", "--home=~no-such-user/.prefect"),
+        ("predict", "tiny.yaml", "~no-such-user/*.png", "--out=out"),
+        ("predict", "--model=~no-such-user/m", "tiny.yaml", "--out=out"),
+    ],
+)
+def test_a_path_that_means_nothing_is_one_line(folder: Path, wsss, words: tuple[str, ...]):
+    out, err = wsss(*words, code=2)
+    assert out == ""
+    assert err.count("there is no user 'no-such-user' on this machine; write the path in full") == 1
+    assert [path.name for path in folder.iterdir()] == ["tiny.yaml"]
 
 
 # -- speed and imports ------------------------------------------------------------------------------------------------

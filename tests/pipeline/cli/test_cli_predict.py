@@ -1,6 +1,7 @@
 """What ``wsss predict`` and ``wsss export`` answer before there is a segmenter: help, wrong words, what is missing."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,11 @@ import pytest
 from PIL import Image
 
 from pipeline.cli import main as cli
+from stages.contracts import SilentProgress
+from stages.scoring.export import export_segmenter
+from stages.scoring.prediction import PredictionConfig
 from tests.pipeline.whole_runs.tiny_run import tiny_yaml
+from tests.stages.trained_nets import save_lively_segmenter
 
 ROOT = Path(__file__).parents[3]
 
@@ -83,3 +88,52 @@ def test_precision_is_the_configs_unless_the_command_says_otherwise():
     with pytest.raises(ConfigError) as caught:
         _options(config, nothing | {"precision": "fp8"}, None)
     assert caught.value.problems[0].startswith("--precision")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    export_segmenter(
+        save_lively_segmenter(tmp_path / "segmenter"),
+        tmp_path / "model",
+        prediction=PredictionConfig(multi_scale=False, crf=False),
+        provenance={},
+        progress=SilentProgress(),
+        onnx=False,
+    )
+    return tmp_path / "model"
+
+
+def test_odd_files_are_named_after_the_work_and_everything_else_is_written(wsss, model: Path):
+    shots, name = Path("shots"), os.fsdecode(b"caf\xe9 1")
+    (shots / "a.png").rename(shots / f"{name}.PNG")
+    Image.new("RGB", (64, 64)).save(shots / "plain.JFIF", format="JPEG")
+    (shots / "loop.jpg").symlink_to("loop.jpg")
+    os.mkfifo(shots / "pipe.jpg")
+    (shots / "folder.jpg").mkdir()
+    (shots / "pointer.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    words = ["predict", "--model", str(model), "--out", "out"]
+    error = wsss(*words, *map(str, sorted(shots.iterdir())[::-1]), "empty/../shots/loop.jpg", code=2)
+    assert error["message"] == "5 images could not be read; the others are done"
+    assert sorted(line.partition(":")[0] for line in error["problems"]) == [
+        "empty/../shots/loop.jpg",
+        "shots/folder.jpg",
+        "shots/loop.jpg",
+        "shots/pipe.jpg",
+        "shots/pointer.jpg",
+    ]
+    assert sorted(path.name for path in Path("out").glob("*.png")) == [f"{name}.png", "plain.png"]
+    rows = Path("out/areas.csv").read_bytes().splitlines()[1:]
+    assert {row.partition(b",")[0] for row in rows} == {b"caf\xe9 1", b"plain"}
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_pointer_in_the_place_of_an_exports_file_is_named(wsss, model: Path, file: str):
+    (model / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    message = wsss("predict", "--model", str(model), "shots", "--out", "out", code=4)["message"]
+    assert f"{file} is " in message
+    assert "it is a Git LFS pointer; fetch the file itself with `git lfs pull`" in message
+    (model / "config.json").write_text("[" * 200_000)
+    assert (
+        "config.json is not readable JSON"
+        in wsss("predict", "--model", str(model), "shots", "--out", "x", code=4)["message"]
+    )

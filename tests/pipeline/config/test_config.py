@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from pipeline.config.run_config import find_config, load_config
 from pipeline.config.yaml_models import load_model
 from stages.contracts import StageConfig
 from stages.errors import ConfigError
+from tests.machine_speed import slowness
 
 
 class Crf(StageConfig):
@@ -218,7 +220,7 @@ def test_a_malformed_override_hides_no_other_problem(tmp_path: Path) -> None:
         ("a..b=3", "--set a..b=3: expected dotted.path=value"),
         ("name.x=3", "--set name.x=3: name is the value 'demo', not a section"),
         ("seed=[1", "--set seed=[1: not valid YAML"),
-        ("name=\x07", "--set name=\x07: not valid YAML: unacceptable character #x0007"),
+        ("name=\x07", "--set name=\\x07: not valid YAML: unacceptable character #x0007"),
     ],
 )
 def test_malformed_overrides(tmp_path: Path, override: str, expected: str) -> None:
@@ -232,13 +234,96 @@ def test_malformed_overrides(tmp_path: Path, override: str, expected: str) -> No
         ("- a\n", "expected 'key: value' lines at the top level, found list at the top level"),
         ("name: [1\nseed: 2\n", "demo.yaml:2: not valid YAML"),
         ("a: &a [*a]\n", "an anchor contains itself"),
-        ("name: !!python/name:os.system x\n", "not valid YAML: could not determine a constructor"),
+        ("name: !!python/name:os.system x\n", "not valid YAML: tags are not read; remove !!python/name:os.system"),
+        ("name: !!timestamp foo\n", "demo.yaml:1: not valid YAML: tags are not read; remove !!timestamp"),
+        ("name: !!int foo\n", "tags are not read; remove !!int"),
+        ("name: !!binary _\n", "tags are not read; remove !!binary"),
+        ("name: ! foo\n", "tags are not read; remove !"),
+        ("a: &a {<<: *a}\n", "an anchor contains itself"),
+        ("a: &a\n  b: {<<: [*a, *a]}\n", "an anchor contains itself"),
+        ("seed: 0x_\n", "demo.yaml:1: not valid YAML: expected a whole number, found 0x_"),
+        (f"seed: {'9' * 5000}\n", "demo.yaml:1: not valid YAML: a whole number of 5,000 characters"),
+        (f"seed: 0x{'f' * 5000}\n", "a whole number of 5,002 characters"),
+        (f"seed: 1{':59' * 2000}\n", "a whole number of 6,001 characters"),
+        (f"{'9' * 900}: 1\n", "a whole number of 900 characters"),
+        (f"name: {'[' * 5000}\n", "more than 32 sections or lists inside each other"),
+        (f"name: {'{a: ' * 5000}\n", "more than 32 sections or lists inside each other"),
+        ("- a\n" * 6000, "more than 5,000 values"),
+        ("#" * 200_000, "expected a config of at most 100,000 characters"),
         ("? [a]\n: 1\n", "expected text as a key"),
         ("1: 2\n", "1: expected text as a key, found 1; quote it"),
     ],
 )
 def test_files_that_are_no_config(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in "\n".join(problems(tmp_path, text))
+
+
+LAUGHS = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+LAUGHS += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+MERGES = ["a0: &a0 {x: 1, y: 2}"]
+MERGES += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 10)]
+LADDER = ["a0: &a0 [x]", *(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 1000))]
+
+
+@pytest.mark.parametrize(
+    ("rungs", "expected"),
+    [
+        (LAUGHS, "demo.yaml:4: not valid YAML: more than 5,000 values, each anchor counted as often as it is used"),
+        (MERGES, "demo.yaml:4: not valid YAML: more than 5,000 values"),
+        (LADDER, "demo.yaml:31: not valid YAML: more than 32 sections or lists inside each other"),
+    ],
+)
+def test_anchors_are_counted_before_anything_is_built_of_them(tmp_path: Path, rungs: list[str], expected: str) -> None:
+    began = time.process_time()
+    assert expected in problems(tmp_path, "\n".join(rungs))[0]
+    inline = "{" + ", ".join(rungs) + "}"
+    assert "not valid YAML: more than " in problems(tmp_path, GOOD, f"name={inline}")[0]
+    assert time.process_time() - began < 2 * slowness()
+
+
+def test_the_overrides_together_are_counted_too(tmp_path: Path) -> None:
+    overrides = [f"name=[{', '.join('x' * 1000)}]"] * 6
+    assert "more than 5,000 values" in problems(tmp_path, GOOD, *overrides)[0]
+    assert "expected dotted.path=value" in problems(tmp_path, GOOD, f"{'a.' * 100_000}b=1")[0]
+    assert max(map(len, problems(tmp_path, GOOD, f"name=[{'x' * 90_000}"))) < 300
+
+
+def test_keys_are_shown_short_and_without_control_characters(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path, f'{GOOD}"a\\e[31m": 1\n? {"k" * 50_000}\n: 1\nseed: {{{"s" * 900}: 1}}\nflip: *{"b" * 50_000}\n'
+    )
+    assert len(found[0]) < 300
+    found = problems(tmp_path, f'{GOOD}"a\\e[31m": 1\n? {"k" * 50_000}\n: 1\nseed: {{{"s" * 900}: 1}}\n')
+    assert found[0].startswith("seed: expected a whole number, found a section with sss")
+    assert {line.partition(":")[0] for line in found[1:]} == {"a\\x1b[31m", "k" * 100 + "…"}
+    assert max(map(len, found)) < 500
+
+
+def test_anchors_of_a_sensible_size_are_read(tmp_path: Path) -> None:
+    text = GOOD.replace("  crf:\n    weight: 1e-4\n", "  crf: &crf\n    weight: 1e-4\n") + "  refine: crf\n"
+    merged = text.replace("  crf: &crf\n    weight: 1e-4\n", "  crf:\n    <<: &crf {weight: 1e-4, iterations: 3}\n")
+    assert load(tmp_path, text).make_masks.crf == Crf(iterations=10, weight=1e-4)
+    assert load(tmp_path, merged).make_masks.crf == Crf(iterations=3, weight=1e-4)
+
+
+def test_home_and_variables_in_paths_mean_what_a_shell_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DISK", "/disk")
+    text = GOOD.replace("root: VOC2012", "root: ~/VOC2012").replace("format: voc", "format: custom")
+    run = load(tmp_path, text, "data.labels=$DISK/${DISK}.csv", "weights={vgg16: ~/a.pth}", "name=~/$DISK")
+    assert isinstance(run.data, Custom)
+    assert (run.data.root, run.data.labels) == (Path("/home/me/VOC2012"), Path("/disk//disk.csv"))
+    assert (run.weights, run.name) == ({"vgg16": Path("/home/me/a.pth")}, "~/$DISK")
+    monkeypatch.delenv("DISK")
+    found = problems(tmp_path, text, "data.labels=$DISK/l.csv", "weights.a=~no-such-user/a", "weights.b=")
+    assert sorted(line.partition("  (")[0] for line in found) == [
+        "data.labels: $DISK/l.csv: $DISK is not set; write the path in full",
+        "weights.a: ~no-such-user/a: there is no user 'no-such-user' on this machine; write the path in full",
+        "weights.b: expected a path, found nothing (null)",
+    ]
+    assert problems(tmp_path, text, 'data.labels="a\\0b"')[0].startswith(
+        "data.labels: expected a path, found 'a\\x00b'"
+    )
 
 
 def test_missing_and_binary_files(tmp_path: Path) -> None:

@@ -28,6 +28,10 @@ def test_a_good_run_gives_its_listing() -> None:
     assert (len(listing.splits["train"]), len(listing.splits["val"])) == (12, 4)
 
 
+NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
+"""The shortest file of safetensors."""
+
+
 def test_weights_missing_of_unknown_kind_and_unknown_name(tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(b"x")
     with pytest.raises(WeightsError, match="weights are not usable") as caught:
@@ -41,7 +45,8 @@ def test_weights_missing_of_unknown_kind_and_unknown_name(tmp_path: Path) -> Non
         )
     assert [problem.split(";")[0] for problem in caught.value.problems] == [
         f"weights.squeezenet1_1: there is no file {tmp_path}/none.pth",
-        f"weights.vgg16: expected a file ending in .pth, .pt, .safetensors, found {tmp_path}/w.bin",
+        f"weights.vgg16: {tmp_path}/w.bin: not a readable weight file (it holds neither tensors of torch nor "
+        "safetensors)",
         "weights.resnet5O: there is no such backbone",
     ]
     assert caught.value.problems[-1].endswith("did you mean 'resnet50'?")
@@ -54,12 +59,12 @@ def test_a_judge_that_is_frozen_at_once_needs_a_trained_classifier(tmp_path: Pat
     assert caught.value.problems[0].startswith(
         "train_classifier.method.judge: frozen is a copy of a trained classifier"
     )
-    (tmp_path / "classifier.safetensors").write_bytes(b"x")
+    (tmp_path / "classifier.safetensors").write_bytes(NO_TENSORS)
     check(judged, f"weights.classifier={tmp_path}/classifier.safetensors")
 
 
 def test_a_trained_classifier_to_go_on_from_needs_its_file_and_no_public_one(tmp_path: Path) -> None:
-    (tmp_path / "classifier.safetensors").write_bytes(b"x")
+    (tmp_path / "classifier.safetensors").write_bytes(NO_TENSORS)
     check(f"weights.classifier={tmp_path}/classifier.safetensors")
     check(  # the file for the backbone is missing and is not needed
         "train_classifier.backbone={name: squeezenet1_1}",
@@ -80,7 +85,7 @@ def test_a_trained_classifier_enters_the_key_by_content_and_leaves_the_others_al
         return dict(plan_run(config(*overrides), tmp_path / "digests.json").contents["train_classifier"])
 
     found = {}
-    for name, data in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+    for name, data in (("a", NO_TENSORS), ("b", NO_TENSORS), ("c", NO_TENSORS + b"  ")):
         (tmp_path / f"{name}.safetensors").write_bytes(data)
         found[name] = content(f"weights.classifier={tmp_path}/{name}.safetensors")
     assert found["a"] == found["b"] != found["c"]

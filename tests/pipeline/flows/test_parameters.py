@@ -1,5 +1,6 @@
 """What the parameters of a flow mean."""
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -66,3 +67,20 @@ def test_a_wrong_override_of_a_typed_config_names_its_path():
     assert "make_masks.thresold" in caught.value.problems[0]
     assert "threshold" in caught.value.problems[0]
     assert call.invocation.endswith("--artifacts elsewhere")
+
+
+def test_a_bomb_among_the_overrides_of_a_typed_config_is_refused_before_it_is_built():
+    rungs = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    call = FlowCall.of(load_config(find_config("demo")), [f"name={{a0: &a0 [x, x], {', '.join(rungs)}}}"])
+    with pytest.raises(ConfigError) as caught:
+        call.load()
+    assert "more than 5,000 values" in caught.value.problems[0]
+
+
+def test_home_and_variables_mean_the_same_in_a_form_as_on_the_command_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DISK", "/disk")
+    values = load_config(find_config("voc12_gain")).model_dump(mode="json", exclude_unset=True)
+    typed = RunConfig.model_validate({**values, "weights": {"vgg16": "~/vgg16.pth"}})
+    run = FlowCall.of(typed, ["weights.resnet50=$DISK/resnet50.pth"]).load()
+    assert run.weights == {"vgg16": Path("/home/me/vgg16.pth"), "resnet50": Path("/disk/resnet50.pth")}

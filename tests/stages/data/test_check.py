@@ -48,10 +48,10 @@ def test_truncated_missing_and_false_images(broken: Path, as_custom: AsCustom) -
     Image.fromarray(np.full((64, 64), 900, dtype=np.uint16)).save(images / "val_00000.png")
     (images / "val_00000.jpg").unlink()
     text = "\n".join(check(as_custom(broken)))
-    assert f"{images / 'train_00001.jpg'}: is no readable image (image file is truncated" in text
+    assert f"{images / 'train_00001.jpg'}: not a readable image (image file is truncated" in text
     assert "train.txt line 3: image 'train_00002' has no file in JPEGImages" in text
-    assert f"{images / 'train_00003.jpg'}: is no readable image (cannot identify image file" in text
-    assert f"{images / 'val_00000.png'}: has I;16 pixels of more than 8 bits" in text
+    assert f"{images / 'train_00003.jpg'}: not a readable image (it is a web page, perhaps a login" in text
+    assert "val_00000" not in text  # 16 bits a pixel are read as everywhere
 
 
 def test_an_rgb_mask(broken: Path, as_custom: AsCustom) -> None:
@@ -161,7 +161,7 @@ def test_problems_of_every_kind_are_said_at_once(broken: Path, as_custom: AsCust
         "labels.csv line 2: unknown class 'bea', did you mean 'bee'?",
         "val.txt line 2: image 'val_00000' stands on line 1 already",
         "1 images stand in both train (train.txt) and val (val.txt): 'train_00001'",
-        "train_00004.jpg: is no readable image",
+        "train_00004.jpg: not a readable image",
         "found mode RGBA",
     ):
         assert part in text

@@ -53,6 +53,18 @@ def test_a_good_set_is_listed(cub: Path) -> None:
     assert progress.warnings == []
 
 
+def test_case_of_suffixes_does_not_count(cub: Path) -> None:
+    before = list_data(CubConfig(root=cub))
+    for path in [*cub.glob("images/*/*"), *cub.glob("segmentations/*/*")]:
+        path.rename(path.with_suffix(path.suffix.upper()))
+    after = list_data(CubConfig(root=cub))
+    assert (after.splits, after.warnings) == (before.splits, ())
+    assert {image.id: image.mask for image in after.images}["Red_Auk_0001"] == (
+        "segmentations/001.Red_Auk/Red_Auk_0001.PNG"
+    )
+    assert all((cub / image.image).is_file() for image in after.images)
+
+
 def test_the_index_has_boxes_and_masks_of_each_image_s_class(cub: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = prepare_data(PrepareDataConfig(), data=CubConfig(root=cub), out=out, progress=SilentProgress())

@@ -1,6 +1,8 @@
 """Files, folders and patterns become named pictures, and whatever a camera wrote becomes upright RGB bytes."""
 
 import io
+import os
+import socket
 import warnings
 from pathlib import Path
 
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.data.pictures import decode_picture, find_pictures, read_picture_size
+from stages.contracts import read_image, read_image_size
+from stages.data.adapters.custom import CustomConfig
+from stages.data.pictures import find_pictures
 from stages.errors import DataError, InputError
 
 
@@ -19,7 +23,7 @@ def save(path: Path, size: tuple[int, int] = (6, 9), **options) -> Path:
 
 
 def names(words: list[Path | str], out: Path) -> list[str]:
-    return [picture.name for picture in find_pictures([str(word) for word in words], out)]
+    return [picture.name for picture in find_pictures([str(word) for word in words], out).pictures]
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
@@ -77,6 +81,73 @@ def test_a_common_folder_keeps_equal_names_apart(tmp_path: Path):
     assert names([tmp_path], tmp_path / "out") == ["a/x", "b/x"]
 
 
+def test_odd_files_are_named_and_left_out_and_nothing_hangs(tmp_path: Path):
+    save(tmp_path / "in/good.jpg")
+    os.mkfifo(tmp_path / "in/pipe.jpg")
+    (tmp_path / "in/loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "in/gone.jpg").symlink_to("nowhere.jpg")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "in/socket.png"))
+    folder = f"{tmp_path}/in"
+    left_out = [
+        f"{folder}/gone.jpg: a link to nowhere.jpg, which is not there; left out",
+        f"{folder}/loop.jpg: too many levels of symbolic links; left out",
+        f"{folder}/pipe.jpg: a pipe, not an image file; left out",
+        f"{folder}/socket.png: a socket, not an image file; left out",
+    ]
+    (tmp_path / "in/folder.jpg").mkdir()
+    out = tmp_path / "out"
+    found = find_pictures([folder], out)
+    assert ([picture.name for picture in found.pictures], list(found.left_out)) == (["good"], left_out)
+    left_out.insert(0, f"{folder}/folder.jpg: a folder, not an image file; left out")
+    found = find_pictures([f"{folder}/*"], out)
+    assert ([picture.name for picture in found.pictures], list(found.left_out)) == (["good"], left_out)
+    words = [f"{folder}/{name}.jpg" for name in ("good", "gone", "loop", "pipe")]
+    found = find_pictures(words, out)
+    assert ([picture.name for picture in found.pictures], list(found.left_out)) == (["good"], left_out[1:4])
+    with pytest.raises(InputError, match="expected images, found none") as error:
+        find_pictures(words[1:], out)
+    assert list(error.value.problems) == left_out[1:4]
+
+
+def test_patterns_do_not_circle_in_links(tmp_path: Path):
+    for name in ("a/b/1.jpg", "a/.hidden/2.jpg", "a/.3.jpg", "a/c**d.jpg"):
+        save(tmp_path / name)
+    for name in ("x", "y", "b/z"):
+        (tmp_path / "a" / name).symlink_to(tmp_path / "a")
+    out = tmp_path / "out"
+    assert names([f"{tmp_path}/**/*.jpg"], out) == ["1", "c**d"]
+    assert names([f"{tmp_path}/a/**"], out) == ["1", "c**d"]
+    assert names([f"{tmp_path}/a/?**.jpg"], out) == ["c**d"]
+    assert names([f"{tmp_path}/a/.*.jpg"], out) == [".3"]
+
+
+def test_home_and_variables_in_words_and_names_that_look_like_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SHOTS", str(tmp_path / "shots"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("home/a.jpg", "shots/b.jpg", "price$NONE.jpg", "~c.jpg", "$SHOTS.jpg"):
+        save(tmp_path / name)
+    words = ["~/*.jpg", "$SHOTS", "price$NONE.jpg", "~c.jpg", "$SHOTS.jpg"]
+    assert names([*words], tmp_path / "out") == ["a", "b", "price$NONE", "~c", "$SHOTS"]
+    with pytest.raises(InputError) as error:
+        find_pictures(["~no-such-user/*.png", "$NONE/x.jpg"], tmp_path / "out")
+    assert list(error.value.problems) == [
+        "~no-such-user/*.png: there is no user 'no-such-user' on this machine; write the path in full",
+        "$NONE/x.jpg: $NONE is not set; write the path in full",
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".JFIF", ".avif", ".HEIC", ".heif", ".jpe", ".TIF", ".webp", ".gif", ".bmp"])
+def test_folders_of_data_and_predict_take_the_same_names(tmp_path: Path, suffix: str):
+    (tmp_path / "in/images").mkdir(parents=True)
+    (tmp_path / f"in/images/x{suffix}").touch()
+    (tmp_path / "in/labels.csv").write_text(f"image,labels\nx{suffix},cat\n")
+    assert names([tmp_path / "in"], tmp_path / "out") == ["images/x"]
+    assert "no file in images" not in str(CustomConfig(root=tmp_path / "in").scan().problems.lines())
+    assert [image.image for image in CustomConfig(root=tmp_path / "in").scan().listing.images] == [f"images/x{suffix}"]
+
+
 # -- decoding ---------------------------------------------------------------------------------------------------------
 
 
@@ -89,7 +160,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 def decode(data: bytes) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return decode_picture(data, Path("x"))
+        return read_image(Path("x"), data)[0]
 
 
 def test_sixteen_bits_are_scaled_not_cut_off():
@@ -123,7 +194,7 @@ def test_exif_turns_the_pixels_and_the_size(tmp_path: Path):
     path.write_bytes(encode(Image.fromarray(pixels), exif=exif))
     found = decode(path.read_bytes())
     assert found.shape == (16, 8, 3)
-    assert read_picture_size(path) == (16, 8)
+    assert read_image_size(path) == (16, 8)
     assert (found[:8] == 255).all()
     assert (found[8:] == 0).all()
 
@@ -131,7 +202,7 @@ def test_exif_turns_the_pixels_and_the_size(tmp_path: Path):
 def test_a_damaged_exif_tag_leaves_the_picture_as_it_is(tmp_path: Path):
     path = tmp_path / "x.png"
     path.write_bytes(encode(Image.new("RGB", (9, 6)), exif=b"Exif\0\0garbage!"))
-    assert read_picture_size(path) == (6, 9)
+    assert read_image_size(path) == (6, 9)
     assert decode(path.read_bytes()).shape == (6, 9, 3)
 
 
@@ -148,7 +219,7 @@ def test_what_is_no_image_is_named_with_its_reason(tmp_path: Path, data: bytes, 
     path = tmp_path / "x.jpg"
     path.write_bytes(data)
     with pytest.raises(DataError, match=reason) as error:
-        decode_picture(data, path)
+        read_image(path, data)
     assert str(error.value).startswith(str(path))
     assert "BytesIO" not in str(error.value)
 
@@ -156,4 +227,4 @@ def test_what_is_no_image_is_named_with_its_reason(tmp_path: Path, data: bytes, 
 def test_a_size_cannot_be_read_of_an_empty_file(tmp_path: Path):
     (tmp_path / "x.jpg").touch()
     with pytest.raises(DataError, match="the file is empty"):
-        read_picture_size(tmp_path / "x.jpg")
+        read_image_size(tmp_path / "x.jpg")

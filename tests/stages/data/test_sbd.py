@@ -98,6 +98,37 @@ def test_values_outside_the_20_classes_are_no_mask_of_sbd(tmp_path: Path) -> Non
         read_sbd_mask(tmp_path / "x.mat")
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, -1.0, 0.5, 20.5, 21.0, 256.0, 1e300])
+def test_a_float_that_is_no_class_is_no_class(tmp_path: Path, odd: float) -> None:
+    mask = np.full((4, 4), 20.0)
+    write_mat(tmp_path / "x.mat", mask)
+    assert (read_sbd_mask(tmp_path / "x.mat") == np.full((4, 4), 20, dtype=np.uint8)).all()
+    mask[1:3, 2] = odd
+    write_mat(tmp_path / "x.mat", mask)
+    with pytest.raises(
+        DataError, match=r"x\.mat: expected class indices 0 … 20, found 2 other values, e\.g\. "
+    ) as caught:
+        read_sbd_mask(tmp_path / "x.mat")
+    assert f"e.g. {odd}; unpack benchmark.tgz again" in caught.value.message
+
+
+def test_a_huge_integer_is_no_class(tmp_path: Path) -> None:
+    write_mat(tmp_path / "x.mat", np.full((2, 2), 2**56 + 1, dtype=np.int64))
+    with pytest.raises(DataError, match="found 4 other values"):
+        read_sbd_mask(tmp_path / "x.mat")
+
+
+def test_case_of_suffixes_does_not_count(sbd: Path, tiny_voc: Path) -> None:
+    mat = sbd / "benchmark_RELEASE/dataset/cls/d.mat"
+    mat.rename(mat.with_suffix(".MAT"))
+    for name in ("JPEGImages/d.jpg", "SegmentationClass/a.png"):
+        path = tiny_voc / name
+        path.rename(path.with_suffix(path.suffix.upper()))
+    assert convert_sbd(sbd, tiny_voc, SilentProgress(), expected=3) == 3
+    made = sorted(path.name for path in (tiny_voc / "SegmentationClassAug").iterdir())
+    assert made == ["a.png", "b.png", "d.png"]
+
+
 def test_the_images_size_is_compared_height_first(sbd: Path, tiny_voc: Path) -> None:
     Image.fromarray(np.zeros((10, 12, 3), dtype=np.uint8)).save(tiny_voc / "JPEGImages/d.jpg")
     with pytest.raises(DataError, match="could not be made"):
@@ -108,7 +139,7 @@ def test_a_damaged_image_and_a_mask_of_another_type_are_named(sbd: Path, tiny_vo
     (tiny_voc / "JPEGImages/d.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match="could not be made") as caught:
         convert_sbd(sbd, tiny_voc, SilentProgress(), expected=3)
-    assert "d.jpg: is no readable image" in caught.value.problems[0]
+    assert "d.jpg: not a readable image" in caught.value.problems[0]
     cells = np.empty((2, 2), dtype=object)
     cells[:] = "cell"
     write_mat(tmp_path / "x.mat", np.zeros((2, 2)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,37 @@ def test_a_subset_of_classes_renumbers_labels_and_masks(tiny_voc: Path) -> None:
     assert (listing.mask_values[13], listing.mask_values[8], listing.mask_values[15]) == (1, 2, 0)
     ignored = list_data(config(tiny_voc, classes=("horse", "cat"), other_classes="ignore"))
     assert (ignored.mask_values[13], ignored.mask_values[15], ignored.mask_values[0]) == (1, 255, 0)
+
+
+@pytest.mark.parametrize("change", [str.upper, str.title, {".jpg": ".JFIF", ".png": ".Png", ".xml": ".XML"}.get])
+def test_case_and_kind_of_suffixes_do_not_count(tiny_voc: Path, change: Callable[[str], str]) -> None:
+    before = list_data(config(tiny_voc))
+    for folder in ("JPEGImages", "SegmentationClass", "Annotations"):
+        for path in list((tiny_voc / folder).iterdir()):
+            path.rename(path.with_suffix(change(path.suffix)))
+    after = list_data(config(tiny_voc))
+    assert after.splits == before.splits
+    assert after.warnings == before.warnings
+    assert [(image.id, image.labels) for image in after.images] == [(image.id, image.labels) for image in before.images]
+    for image in after.images:
+        assert image.mask == f"SegmentationClass/{image.id}{change('.png')}"
+        assert image.image == f"JPEGImages/{image.id}{change('.jpg')}"
+
+
+def test_two_files_of_one_id_are_named(tiny_voc: Path) -> None:
+    for name in ("JPEGImages/a.jpg", "SegmentationClass/a.png"):
+        shutil.copy(tiny_voc / name, (tiny_voc / name).with_suffix(Path(name).suffix.upper()))
+    text = problems_of(config(tiny_voc))
+    assert f"{tiny_voc}/JPEGImages/a.jpg: JPEGImages/a.JPG gives the same id 'a'; remove one of the two" in text
+    assert f"{tiny_voc}/SegmentationClass/a.png: SegmentationClass/a.PNG gives the same id 'a'" in text
+
+
+def test_pipes_folders_and_links_to_themselves_are_no_files(tiny_voc: Path) -> None:
+    images = tiny_voc / "JPEGImages"
+    (images / "x.jpg").mkdir()
+    os.mkfifo(images / "y.jpg")
+    (images / "z.jpg").symlink_to("z.jpg")
+    assert {image.id for image in list_data(config(tiny_voc)).images} == {"a", "b", "c"}
 
 
 def test_images_without_a_chosen_class_are_named_as_background(tiny_voc: Path) -> None:

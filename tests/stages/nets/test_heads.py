@@ -31,7 +31,7 @@ def describe(output_stride=16, *, pretrained=False):
 def test_with_torchvisions_weights_it_is_torchvisions_vgg16(monkeypatch, tmp_path):
     plain = models.vgg16(weights=None, init_weights=False).eval()
     tensors = plain.state_dict()
-    monkeypatch.setattr(heads, "read_tensors", lambda path: tensors)
+    monkeypatch.setattr(heads, "read_tensors", lambda path, wanted: tensors)
     backbone = BackboneConfig(name="vgg16", output_stride=16, pretrained=False).build()
     classifier = Classifier(backbone, 1000, "fc").eval()
     report = load_vgg16(classifier.backbone, classifier.head, tmp_path / "vgg16.pth")

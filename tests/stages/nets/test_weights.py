@@ -3,8 +3,10 @@
 import hashlib
 import http.server
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 import timm
@@ -136,12 +138,47 @@ def test_identity_is_the_content_of_a_given_file_or_the_name_of_the_public_one(t
     assert weights_identity("vgg16", {}) == "public:vgg16-397923af.pth"
 
 
+SAFETENSORS = (2).to_bytes(8, "little") + b"{}"
+NO_WEIGHTS = {
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 4966400\n",
+        "it is a Git LFS pointer; fetch the file itself with `git lfs pull`",
+    ),
+    "page": (
+        b"\n<!DOCTYPE html><html><title>Sign in</title></html>",
+        "it is a web page, perhaps a login or an error; download the file itself",
+    ),
+    "bucket": (
+        b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+        "it is a web page, perhaps a login or an error; download the file itself",
+    ),
+    "empty": (b"", "the file is empty"),
+    "gzip": (b"\x1f\x8b\x08\x00", "it is packed by gzip; unpack it"),
+    "onnx": (b"\x08\x08\x12\x07pytorch", "it is an ONNX model"),
+    "keras": (b"\x89HDF\r\n\x1a\n", "it is an HDF5 file, as Keras writes it"),
+    "noise": (b"not weights at all", "it holds neither tensors of torch nor safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin"])
+def test_what_is_no_file_of_weights_is_named_by_what_it_is(kind: str, suffix: str, tmp_path):
+    content, reason = NO_WEIGHTS[kind]
+    file = tmp_path / f"w{suffix}"
+    file.write_bytes(content)
+    (problem,) = weights_problems("vgg16", {"vgg16": file})
+    assert problem.startswith(f"{file}: not a readable weight file ({reason})")
+    with pytest.raises(WeightsError) as caught:
+        read_tensors(file)
+    assert caught.value.message == problem
+
+
 def test_problems_are_found_without_reading(tmp_path):
-    (tmp_path / "w.zip").write_bytes(b"")
-    (tmp_path / "w.pth").write_bytes(b"")
-    assert weights_problems("vgg16", {"vgg16": tmp_path / "w.pth"}) == []
+    (tmp_path / "w.PTH").write_bytes(b"PK\x03\x04")
+    (tmp_path / "w").write_bytes(SAFETENSORS)
+    assert weights_problems("vgg16", {"vgg16": tmp_path / "w.PTH"}) == []
+    assert weights_problems("vgg16", {"vgg16": tmp_path / "w"}) == []
     assert "there is no file" in weights_problems("vgg16", {"vgg16": tmp_path / "none.pth"})[0]
-    assert "expected a file ending in .pth" in weights_problems("vgg16", {"vgg16": tmp_path / "w.zip"})[0]
     assert "write 'weights: {dpn68: FILE}'" in weights_problems("dpn68", {})[0]
     with pytest.raises(WeightsError, match="there is no file"):
         weights_identity("vgg16", {"vgg16": tmp_path / "none.pth"})
@@ -211,15 +248,95 @@ def test_names_of_another_layout_are_shown_side_by_side():
         load_tensors(squeezenet(), {"conv1": torch.zeros(1), "conv2": torch.zeros(1)}, source="w.pth")
 
 
-@pytest.mark.parametrize("kind", ["noise", "model", "number", "empty", "safetensors"])
-def test_what_is_no_dict_of_tensors_is_refused_with_its_path(kind, tmp_path):
-    file = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
-    if kind in {"noise", "safetensors"}:
-        file.write_bytes(b"not weights at all")
-    else:
-        torch.save({"model": nn.Linear(1, 1), "number": 3, "empty": {}}[kind], file)
-    with pytest.raises(WeightsError, match=rf"{file.name}: .*save.* state_dict\(\)"):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            nn.Linear(1, 1),
+            r"not a readable weight file \(it holds objects of a program \(torch\.nn\..*Linear\), and loading",
+        ),
+        (
+            {"a": torch.zeros(1), "date": PurePosixPath("a")},
+            r"\(it holds objects of a program \(pathlib\.PurePosixPath\)",
+        ),
+        (3, "expected a dict of tensors, found int"),
+        ({}, "expected a dict of tensors, found dict;"),
+        ({"epoch": 3, "best": 0.5}, "expected a dict of tensors, found dict with epoch, best;"),
+    ],
+)
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_what_is_no_dict_of_tensors_is_told_in_our_words(content, reason: str, is_zip: bool, tmp_path):
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(WeightsError, match=rf"w\.pth: .*{reason}.*save a plain state_dict\(\)") as caught:
+        read_tensors(tmp_path / "w.pth")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_archives_that_are_no_weights_and_cut_files(tmp_path):
+    file = tmp_path / "w.pth"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("readme.txt", "x")
+    with pytest.raises(WeightsError, match=r"\(it is a zip archive of readme\.txt\)"):
         read_tensors(file)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("net/constants.pkl", "x")
+    with pytest.raises(WeightsError, match=r"\(it is a TorchScript program\)"):
+        read_tensors(file)
+    for save, name in ((torch.save, "cut.pth"), (save_file, "cut.safetensors")):
+        save({"a": torch.zeros(1000)}, tmp_path / name)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:1000])
+        with pytest.raises(WeightsError, match=r"\(it is cut off or damaged: 1,000 bytes; get it again\)"):
+            read_tensors(tmp_path / name)
+
+
+def test_the_bytes_tell_the_kind_and_not_the_name(tmp_path):
+    tensors = {"a": torch.arange(3.0)}
+    torch.save(tensors, tmp_path / "torch.safetensors")
+    save_file(tensors, tmp_path / "tensors.pth")
+    for name in ("torch.safetensors", "tensors.pth"):
+        assert read_tensors(tmp_path / name)["a"].tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "net.", "backbone.", "module.model.backbone.", "_orig_mod.", "module.encoder_q."]
+)
+@pytest.mark.parametrize("wrappers", [(), ("state_dict",), ("model", "state_dict"), ("state_dict", "net")])
+def test_what_training_programs_put_around_a_net_is_taken_off(prefix: str, wrappers: tuple[str, ...], tmp_path):
+    net = squeezenet()
+    content: Any = {prefix + name: value + 1 for name, value in net.state_dict().items()} | {
+        "head.weight": torch.ones(2)
+    }
+    for wrapper in wrappers:
+        content = {wrapper: content, "epoch": 3}
+    torch.save(content, tmp_path / "w.pth")
+    before = net.state_dict()["features.0.weight"].clone()
+    report = load_pretrained(net, "squeezenet1_1", tmp_path / "w.pth")
+    assert report.unexpected == ("head.weight",)
+    assert torch.equal(net.state_dict()["features.0.weight"], before + 1)
+
+
+def test_a_prefix_that_the_net_has_itself_stays(tmp_path):
+    net = nn.ModuleDict({"model": nn.Linear(1, 1), "module": nn.Linear(1, 1)})
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    assert read_tensors(tmp_path / "w.pth", net.state_dict()).keys() == net.state_dict().keys()
+
+
+def test_tensors_that_hold_no_numbers_are_named(tmp_path):
+    net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    tensors = {key: value.clone() for key, value in net.state_dict().items()}
+    tensors["a.weight"][0, 1] = torch.nan
+    tensors["b.bias"][:] = -torch.inf
+    named = (
+        "a.weight: 1 of 4 values are NaN or infinite",
+        "b.bias: 2 of 2 values are NaN or infinite",
+    )
+    with pytest.raises(WeightsError, match=r"w\.pth: values are no numbers; get the file again") as caught:
+        load_tensors(net, tensors, source="w.pth")
+    assert caught.value.problems == named
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(DamagedFileError, match=r"w\.safetensors holds values that are no numbers; rebuild") as damaged:
+        load_weights(net, tmp_path / "w.safetensors")
+    assert damaged.value.problems == named
 
 
 def test_own_files_are_damaged_when_they_hold_another_net(tmp_path):
@@ -231,6 +348,9 @@ def test_own_files_are_damaged_when_they_hold_another_net(tmp_path):
         load_weights(nn.Linear(2, 3), tmp_path / "w.safetensors")
     with pytest.raises(DamagedFileError, match="rebuild the artifact"):
         load_weights(nn.Linear(2, 3), tmp_path / "none.safetensors")
+    (tmp_path / "w.safetensors").write_bytes(NO_WEIGHTS["pointer"][0])
+    with pytest.raises(DamagedFileError, match=r"does not hold this net \(it is a Git LFS pointer"):
+        load_weights(nn.Linear(2, 3), tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"]]", b"\x80\x02}q\x00X\x09\x00", b"<!DOCTYPE html><html></html>", b""])

@@ -86,7 +86,7 @@ def test_the_exported_net_is_the_trained_one_and_so_are_its_files(exported: Path
     for name, source in outs.items():
         predict_pictures(
             source,
-            find_pictures([str(tmp_path / "in")], tmp_path / name),
+            find_pictures([str(tmp_path / "in")], tmp_path / name).pictures,
             PredictOptions(scales=(0.5, 1.0), flip=True),
             out=tmp_path / name,
             progress=SilentProgress(),

@@ -48,7 +48,7 @@ def predict(
 ) -> PredictionSummary:
     return predict_pictures(
         trained_source(segmenter),
-        find_pictures([str(word) for word in words], out),
+        find_pictures([str(word) for word in words], out).pictures,
         options,
         out=out,
         progress=progress or SilentProgress(),
@@ -70,6 +70,18 @@ def masks(out: Path) -> dict[str, bytes]:
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_names_that_are_not_utf8_keep_their_bytes(segmenter: Path, tmp_path: Path):
+    (tmp_path / "shots").mkdir()
+    name = os.fsdecode(b"caf\xe9 1")
+    save_noise(tmp_path / "shots" / "x.png", (64, 96), seed=0)
+    (tmp_path / "shots" / "x.png").rename(tmp_path / "shots" / f"{name}.png")
+    out = tmp_path / "out"
+    assert predict(segmenter, [tmp_path / "shots"], out).problems == []
+    assert [os.fsencode(path.name) for path in (out / "overlays").iterdir()] == [b"caf\xe9 1.jpg"]
+    assert (out / f"{name}.png").is_file()
+    assert {line.partition(b",")[0] for line in (out / "areas.csv").read_bytes().splitlines()[1:]} == {b"caf\xe9 1"}
 
 
 def test_masks_are_the_networks_and_areas_sum_to_the_image(segmenter: Path, shots: Path, tmp_path: Path):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.contracts import ClassList, LabelledBox
+from stages.errors import printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """File names that count as images in a folder of the user's (compared in lower case)."""
@@ -71,10 +72,12 @@ class Problems:
     """Collects defects by kind, so that ten thousand of one kind do not hide the single one of another."""
 
     by_kind: dict[str, list[str]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    """What is allowed but should be known; goes into the listing."""
 
     def add(self, kind: str, text: str) -> None:
         """Keep one problem; ``kind`` groups those that are cut together."""
-        self.by_kind.setdefault(kind, []).append(text)
+        self.by_kind.setdefault(kind, []).append(printable(text))
 
     def __bool__(self) -> bool:
         """Whether there is any problem."""
@@ -87,7 +90,9 @@ class Problems:
             shown = texts if limit is None else texts[:limit]
             lines.extend(shown)
             if len(texts) > len(shown):
-                lines.append(f"… and {len(texts) - len(shown):,} more like the last one; `wsss data check` shows all")
+                lines.append(
+                    f"… and {len(texts) - len(shown):,} more like the last one; `wsss data check --json` lists all"
+                )
         return lines
 
 
@@ -102,7 +107,8 @@ class Scan:
 def empty_scan(root: Path | None, names: tuple[str, ...], problems: Problems) -> Scan:
     """A scan that found nothing to list, only problems."""
     classes = ClassList(names=names or ("none",))
-    return Scan(DataListing(root, classes, (), {"train": (), "train_score": (), "val": ()}, {}), problems)
+    splits: dict[str, tuple[str, ...]] = {"train": (), "train_score": (), "val": ()}
+    return Scan(DataListing(root, classes, (), splits, {}, tuple(problems.warnings)), problems)
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,11 @@ class IdList:
 
 
 def some(ids: Sequence[str], limit: int = 5) -> str:
-    """The first few of ``ids`` for a message; a file name that is not UTF-8 is spelled so that it can be written."""
-    shown = ", ".join(f"'{image_id}'" for image_id in ids[:limit])
-    shown = shown.encode(errors="backslashreplace").decode()
+    """The first few of ``ids`` for a message."""
+    shown = ", ".join(map(quoted, ids[:limit]))
     return shown if len(ids) <= limit else f"{shown}, …"
+
+
+def quoted(text: str, limit: int = 80) -> str:
+    """Something that was found, for a message: in quotes, with its end left out where it is long."""
+    return f"'{printable(text if len(text) <= limit else f'{text[:limit]}…')}'"

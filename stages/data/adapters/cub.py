@@ -18,8 +18,9 @@ from pydantic import Field
 from stages.contracts import MAX_MASK_CLASSES, Box, StageConfig
 from stages.data.boxes import make_box
 from stages.data.joining import Sources, join_sources
-from stages.data.readers import check_mask_folder, file_names, image_id_of, is_plain_id, read_text
-from stages.data.records import IdList, Problems, Scan, empty_scan
+from stages.data.names import ImageNames, image_id_of, odd_character
+from stages.data.readers import check_mask_folder, file_names, read_text
+from stages.data.records import IdList, Problems, Scan, empty_scan, quoted, some
 
 Value = TypeVar("Value")
 
@@ -140,14 +141,17 @@ class _Table:
                 raise ValueError("too few columns")  # noqa: TRY301 - one message for all that is wrong
             found[key] = parse(rest.strip())
         except ValueError as error:
-            text = f"{where}: expected '{self._layout}', found '{line}' ({error}); restore the file"
+            text = f"{where}: expected '{self._layout}', found {quoted(line)} ({error}); restore the file"
             self._problems.add("bad line", text)
 
 
 def _path(text: str) -> str:
     parts = text.split("/")
-    if not all(part and is_plain_id(part) for part in parts):
+    if not all(parts) or ".." in parts:
         raise ValueError("a path below images/ has no '..' and does not begin with '/'")
+    odd = next((reason for part in parts if (reason := odd_character(part)) is not None), None)
+    if odd is not None:
+        raise ValueError(odd)
     return text
 
 
@@ -202,22 +206,34 @@ def _split(paths: Mapping[str, str], ids: Mapping[str, str], is_train: Mapping[s
 
 
 def _existing(root: Path, folder: str, paths: Mapping[str, str], ids: Mapping[str, str]) -> dict[str, str]:
-    """Image id to its file relative to the root, for those that are there."""
-    there: dict[str, set[str]] = {}
+    """Image id to its file relative to the root, for those that are there, in whatever Unicode form."""
+    there: dict[str, ImageNames] = {}
     found: dict[str, str] = {}
     for key, image_id in ids.items():
         parent, _, name = paths[key].rpartition("/")
-        names = there.setdefault(parent, file_names(root / folder / parent))
-        if name in names:
-            found[image_id] = f"{folder}/{paths[key]}"
+        if parent not in there:
+            there[parent] = ImageNames(dict.fromkeys(file_names(root / folder / parent), ""))
+        if (file := there[parent].get(name)) is not None:
+            found[image_id] = "/".join(part for part in (folder, parent, file) if part)
     return found
 
 
 def _masks(config: CubConfig, paths: Mapping[str, str], ids: Mapping[str, str], problems: Problems) -> dict[str, str]:
-    """Image id to its mask; none where there is no folder of masks."""
+    """Image id to its mask; none where there is no folder of masks.  Warns of files there that belong to no image."""
     if config.masks is None:
         return {}
     if config.masks != CubConfig.model_fields["masks"].default:
         check_mask_folder(config.root, config.masks, "data.masks", problems)
     pngs = {key: path.rpartition(".")[0] + ".png" for key, path in paths.items()}
-    return _existing(config.root, config.masks, pngs, ids)
+    masks = _existing(config.root, config.masks, pngs, ids)
+    places = sorted({path.rpartition("/")[0] for path in pngs.values()})
+    files = [
+        f"{config.masks}/{place}/{name}"
+        for place in places
+        for name in sorted(file_names(config.root / config.masks / place))
+    ]
+    unused = sorted({file for file in files if not file.rsplit("/", 1)[-1].startswith(".")} - set(masks.values()))
+    if unused:
+        text = f"{len(unused):,} of {len(files):,} files in {config.masks} belong to no image: {some(unused)}"
+        problems.warnings.append(f"{text}; they are not used: a mask is a PNG named as its image")
+    return masks

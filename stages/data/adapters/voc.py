@@ -15,17 +15,19 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, ClassList, StageConfig
+from stages.data.class_names import nearest
 from stages.data.joining import Sources, join_sources
+from stages.data.names import ImageNames
 from stages.data.readers import (
     check_label_lines,
     check_mask_folder,
     file_names,
-    nearest,
+    match_masks,
     read_annotation,
     read_id_list,
     read_labels_csv,
 )
-from stages.data.records import IdList, Problems, Scan, empty_scan
+from stages.data.records import IdList, Problems, Scan, empty_scan, quoted
 
 VOC_CLASSES = (
     "aeroplane",
@@ -122,17 +124,21 @@ def _scan(config: VocConfig) -> Scan:
         if getattr(config, name) != VocConfig.model_fields[name].default:
             check_mask_folder(config.root, getattr(config, name), f"data.{name}", problems)
     images = _files_by_id(config.root, "JPEGImages", ".jpg")
-    lists = _read_lists(config, problems)
-    read_labels = _labels_of_xml if config.labels is None else _labels_of_csv
+    names = ImageNames(images, root=config.root)
+    lists = _read_lists(config, names, problems)
+    if config.labels is None:
+        labels = _labels_of_xml(config, lists, images, problems)
+    else:
+        labels = _labels_of_csv(config.labels, config, lists, images, names, problems)
     sources = Sources(
         root=config.root,
         class_names=config.class_names,
         mask_values=voc_mask_values(config),
         lists=lists,
-        labels=read_labels(config, lists, images, problems),
+        labels=labels,
         images=images,
-        masks=_files_by_id(config.root, config.masks, ".png"),
-        full_masks=_files_by_id(config.root, config.full_masks, ".png"),
+        masks=match_masks(config.root, config.masks, images, "JPEGImages", problems),
+        full_masks=match_masks(config.root, config.full_masks, images, "JPEGImages", problems),
         image_folder="JPEGImages",
         mask_folder=config.masks,
     )
@@ -160,19 +166,19 @@ def _check_root(root: Path, problems: Problems) -> bool:
     return False
 
 
-def _read_lists(config: VocConfig, problems: Problems) -> dict[str, IdList]:
+def _read_lists(config: VocConfig, names: ImageNames, problems: Problems) -> dict[str, IdList]:
     """The lists that could be read, by split."""
-    names = {"train": config.train_list, "train_score": config.score_list, "val": config.val_list}
-    names["test"] = config.test_list
+    files = {"train": config.train_list, "train_score": config.score_list, "val": config.val_list}
+    files["test"] = config.test_list
     lists: dict[str, IdList] = {}
-    for split, name in names.items():
+    for split, name in files.items():
         if name is None:
             continue
         path = config.root / _LISTS / f"{name}.txt"
         if not path.is_file():
             problems.add("missing list", _missing_list(path, split, name))
             continue
-        listed = read_id_list(path, f"{_LISTS}/{name}.txt", problems)
+        listed = read_id_list(path, f"{_LISTS}/{name}.txt", problems, names)
         if listed is not None:
             lists[split] = listed
     return lists
@@ -199,18 +205,20 @@ def _labels_of_xml(
     config: VocConfig, lists: dict[str, IdList], images: dict[str, str], problems: Problems
 ) -> dict[str, tuple[int, ...]]:
     """Label indices of the images of train and val that have an annotation."""
-    annotations = file_names(config.root / "Annotations")
-    if not annotations:
+    files = [name for name in file_names(config.root / "Annotations") if name.endswith(".xml")]
+    annotations = ImageNames({name.removesuffix(".xml"): name for name in files})
+    if not files:
         text = f"{config.root}: there is no folder Annotations with the labels; add it, or name a CSV with data.labels"
         problems.add("labels", text)
         return {}
     labels: dict[str, tuple[int, ...]] = {}
     for split in ("train", "val"):
         for image_id in lists[split].ids if split in lists else ():
-            source = f"Annotations/{image_id}.xml"
-            if f"{image_id}.xml" in annotations:
-                names = read_annotation(config.root / source, problems)
-                labels[image_id] = _label_indices(config, names, source, problems)
+            stem = annotations.get(image_id)
+            source = f"Annotations/{stem or image_id}.xml"
+            if stem is not None:
+                found = read_annotation(config.root / source, problems)
+                labels[image_id] = _label_indices(config, found, source, problems)
             elif split == "train" and image_id in images:
                 text = f"{source}: the labels of training image '{image_id}' are missing"
                 problems.add("no labels", f"{text}; add the file or remove the image from the list")
@@ -218,15 +226,19 @@ def _labels_of_xml(
 
 
 def _labels_of_csv(
-    config: VocConfig, lists: dict[str, IdList], images: dict[str, str], problems: Problems
+    path: Path,
+    config: VocConfig,
+    lists: dict[str, IdList],
+    images: dict[str, str],
+    names: ImageNames,
+    problems: Problems,
 ) -> dict[str, tuple[int, ...]]:
     """Label indices of every image of the CSV."""
-    path = config.labels
-    if path is None or not path.is_file():
+    if not path.is_file():
         text = f"data.labels: {path} does not exist; correct the path, or set null to read Annotations/*.xml"
         problems.add("labels", text)
         return {}
-    rows = read_labels_csv(path, VOC_CLASSES, path.name, problems)
+    rows = read_labels_csv(path, VOC_CLASSES, path.name, problems, names)
     train = lists["train"].ids if "train" in lists else ()
     check_label_lines(rows, train=train, images=images, source=path.name, folder="JPEGImages", problems=problems)
     return {
@@ -238,6 +250,6 @@ def _labels_of_csv(
 def _label_indices(config: VocConfig, names: tuple[str, ...], source: str, problems: Problems) -> tuple[int, ...]:
     for name in names:
         if name not in VOC_CLASSES:
-            text = f"{source}: unknown class '{name}', {nearest(name, VOC_CLASSES)}"
+            text = f"{source}: unknown class {quoted(name)}, {nearest(name, VOC_CLASSES)}"
             problems.add("unknown class", text)
     return tuple(sorted({config.class_names.index(name) for name in names if name in config.class_names}))

@@ -36,7 +36,7 @@ _QUOTES = "'\"`‘’“”"
 
 
 def is_word_for_nothing(name: str) -> bool:
-    """Whether ``name`` says that there is no object: none, N/A, -, _background_ …"""
+    """Whether ``name`` says that there is no object, as none, N/A, - or _background_ do."""
     plain = re.sub(r"[\s_.\-<>()\[\]*?]+", "", name).casefold()
     return plain in _NOTHING or not plain
 

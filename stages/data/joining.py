@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.contracts import ClassList, LabelledBox
-from stages.data.records import DataListing, IdList, ListedImage, Problems, quoted, some
+from stages.data.records import DataListing, IdList, ListedImage, MaskFolder, Problems, quoted, some
+from stages.errors import printable
 
 PREDICTED_SPLITS = ("train", "val", "test")
 """The splits that must not share an image; train_score is a part of train."""
@@ -36,6 +37,8 @@ class Sources:
     image_folder: str
     mask_folder: str
     """How messages name the folders."""
+    mask_folders: tuple[MaskFolder, ...] = ()
+    """The folders that ``masks`` and ``full_masks`` are from."""
     boxes: Mapping[str, tuple[LabelledBox, ...]] = field(default_factory=dict)
     """Image id to its true boxes; of images of val only."""
 
@@ -53,14 +56,16 @@ def join_sources(sources: Sources, problems: Problems) -> DataListing:
     for split, ids in splits.items():
         for image_id in ids:
             images.setdefault(image_id, _listed(sources, image_id, split))
+    _check_unused_masks(sources, problems)
     warnings = _check_val_masks(sources, splits["val"], problems)
     _check_val_boxes(sources, splits["val"], problems)
     splits["train_score"], score_warnings = _train_score(sources, set(splits["train"]))
     warnings += score_warnings + _label_warnings(sources, splits["train"], problems)
     classes = ClassList(names=sources.class_names)
     values = dict(sources.mask_values)
-    known = (*problems.warnings, *warnings)
-    return DataListing(sources.root, classes, tuple(images.values()), splits, values, known)
+    unused = dict.fromkeys(f"{found.folder}/{file}" for found in sources.mask_folders for file in found.unused)
+    known = tuple(printable(text) for text in (*problems.warnings, *warnings))
+    return DataListing(sources.root, classes, tuple(images.values()), splits, values, known, unused_masks=tuple(unused))
 
 
 def _present(sources: Sources, split: str) -> tuple[str, ...]:
@@ -85,6 +90,24 @@ def _listed(sources: Sources, image_id: str, split: str) -> ListedImage:
         full_mask=sources.full_masks.get(image_id, mask) if split == "train" else None,
         boxes=sources.boxes.get(image_id) if split == "val" else None,
     )
+
+
+def _check_unused_masks(sources: Sources, problems: Problems) -> None:
+    """Files that belong to no image are a warning where others do; where none does, the names are wrong."""
+    for found in {found.folder: found for found in sources.mask_folders}.values():
+        if not found.unused:
+            continue
+        count = len(found.unused)
+        bare = min((image_id for image_id in sources.images if image_id not in found.masks), default=None)
+        example = "" if bare is None else f"{bare}.png"
+        if found.masks:
+            text = f"{count:,} of {count + len(found.masks):,} files in {found.folder} belong to no image"
+            text = f"{text}: {some(found.unused)}; they are not used: a mask is a PNG named as its image"
+            problems.warnings.append(f"{text}, e.g. {quoted(example)}" if example else text)
+        elif sources.images:
+            text = f"{(sources.root or Path()) / found.folder}: none of its {count:,} masks is named as an image"
+            text = f"{text} (found {found.unused[0]}, expected e.g. {example})"
+            problems.add("mask names", f"{text}; rename the masks")
 
 
 def _check_val_masks(sources: Sources, val: tuple[str, ...], problems: Problems) -> list[str]:

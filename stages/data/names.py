@@ -77,9 +77,11 @@ class ImageNames:
         """
         folder, slash, name = written.replace("\\", "/").rpartition("/")
         image_id = image_id_of(name)
+        if not image_id:
+            raise ValueError("that names no image")
         odd = odd_character(image_id)
-        if not image_id or odd is not None:
-            raise ValueError(f"{odd or 'it names no file'}; rename the file" if not slash else _NO_PATH)
+        if odd is not None:
+            raise ValueError(_NO_PATH if slash else f"{odd}; rename the file")
         if image_id in self._several:
             files = " and ".join(self._several[image_id][:2])
             raise ValueError(f"{files} have this name and ids are names; rename one of the two")

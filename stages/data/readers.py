@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 from stages.data.class_names import check_dialect
 from stages.data.names import ImageNames
-from stages.data.records import IdList, Problems, quoted, some
+from stages.data.records import IdList, MaskFolder, Problems, quoted, some
 
 CSV_HEADER = ["image", "labels"]
 
@@ -50,10 +50,8 @@ def check_mask_folder(root: Path, folder: str, key: str, problems: Problems) -> 
     problems.add("mask folder", f"{key}: folder {root / folder} does not exist{found}")
 
 
-def match_masks(
-    root: Path, folder: str, images: Mapping[str, str], image_folder: str, problems: Problems
-) -> dict[str, str]:
-    """Image id to its PNG in a folder of masks, relative to ``root``; warns of files there that belong to no image.
+def match_masks(root: Path, folder: str, images: Mapping[str, str], image_folder: str) -> MaskFolder:
+    """Find the images' masks in a folder of PNGs.
 
     A mask is named as its image, in whatever Unicode form, and lies in the folder itself or, where the images have
     sub-folders, in the same one.
@@ -63,13 +61,10 @@ def match_masks(
         folder: The masks' folder below it.
         images: Image id to file, relative to ``root``.
         image_folder: The images' folder.
-        problems: Receives it where not one of the masks is named as an image.
     """
     names = ImageNames(images)
     inner = {PurePath(path).relative_to(image_folder).parent.as_posix() for path in images.values()} - {"."}
-    files = sorted(file_names(root / folder))
-    files += [f"{place}/{name}" for place in sorted(inner) for name in sorted(file_names(root / folder / place))]
-    files = [file for file in files if not PurePath(file).name.startswith(".")]
+    files = mask_files(root / folder, inner)
     # of several with one name, the one that is spelled as its image is
     files.sort(key=lambda file: (PurePath(file).stem not in images, PurePath(file).suffix != ".png"))
     masks: dict[str, str] = {}
@@ -81,16 +76,13 @@ def match_masks(
             unused.append(file)
         else:
             masks[image_id] = f"{folder}/{file}"
-    if unused and masks:
-        bare = sorted(image_id for image_id in images if image_id not in masks)
-        text = f"{len(unused):,} of {len(files):,} files in {folder} belong to no image: {some(sorted(unused))}"
-        example = f", e.g. {quoted(f'{bare[0]}.png')}" if bare else ""
-        problems.warnings.append(f"{text}; they are not used: a mask is a PNG named as its image{example}")
-    elif unused and images:
-        text = f"{root / folder}: none of its {len(unused):,} masks is named as an image"
-        found = f"found {min(unused)}, expected e.g. {min(images)}.png"
-        problems.add("mask names", f"{text} ({found}); rename the masks")
-    return masks
+    return MaskFolder(folder, masks, tuple(sorted(unused)))
+
+
+def mask_files(folder: Path, inner: Collection[str]) -> list[str]:
+    """Files in a folder of masks and in those of its sub-folders that ``inner`` names, relative to it, sorted."""
+    places = ["", *(f"{place}/" for place in sorted(inner) if place)]
+    return [place + name for place in places for name in sorted(file_names(folder / place)) if not name.startswith(".")]
 
 
 def read_text(path: Path, source: str, problems: Problems) -> list[str] | None:

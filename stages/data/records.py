@@ -5,7 +5,7 @@ Pure records; nothing is read or written here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,6 +54,8 @@ class DataListing:
     """Whether masks only say object or not (as in ImageIndex)."""
     is_single_label: bool = False
     """Whether each image has one label by the format's rules (as in ImageIndex)."""
+    unused_masks: tuple[str, ...] = ()
+    """Files in the folders of masks that belong to no image, relative to the root."""
 
     def split(self, name: str, *, without: Collection[str] = ()) -> list[ListedImage]:
         """The images of a split in list order."""
@@ -65,6 +67,18 @@ class DataListing:
         """Relative paths whose contents are digested: every image and mask once, sorted."""
         names = {path for image in self.images for path in (image.image, image.mask, image.full_mask) if path}
         return tuple(sorted(names))
+
+
+@dataclass(frozen=True)
+class MaskFolder:
+    """A folder of masks, matched with the images."""
+
+    folder: str = ""
+    """Relative to the root."""
+    masks: Mapping[str, str] = field(default_factory=dict)
+    """Image id to mask, relative to the root."""
+    unused: tuple[str, ...] = ()
+    """Files, relative to the folder, that belong to no image."""
 
 
 @dataclass

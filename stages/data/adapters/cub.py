@@ -19,8 +19,8 @@ from stages.contracts import MAX_MASK_CLASSES, Box, StageConfig
 from stages.data.boxes import make_box
 from stages.data.joining import Sources, join_sources
 from stages.data.names import ImageNames, image_id_of, odd_character
-from stages.data.readers import check_mask_folder, file_names, read_text
-from stages.data.records import IdList, Problems, Scan, empty_scan, quoted, some
+from stages.data.readers import check_mask_folder, file_names, mask_files, read_text
+from stages.data.records import IdList, MaskFolder, Problems, Scan, empty_scan, quoted
 
 Value = TypeVar("Value")
 
@@ -62,6 +62,7 @@ def _scan(config: CubConfig) -> Scan:
         problems.add("duplicate", "classes.txt: a class is named twice; name each class once")
     known = _label_indices(ids, labels, list(names), problems)
     test = {ids[key] for key in ids if is_train.get(key) is False}
+    masks = _masks(config, paths, ids, problems)
     sources = Sources(
         root=config.root,
         class_names=classes,
@@ -69,10 +70,11 @@ def _scan(config: CubConfig) -> Scan:
         lists={split: _split(paths, ids, is_train, split == "train") for split in ("train", "val")},
         labels=known,
         images=_existing(config.root, "images", paths, ids),
-        masks=_masks(config, paths, ids, problems),
+        masks=masks.masks,
         full_masks={},
         image_folder="images",
         mask_folder=config.masks or "segmentations (data.masks is null)",
+        mask_folders=(masks,),
         boxes={
             ids[key]: ((known[ids[key]][0], box),)
             for key, box in boxes.items()
@@ -218,22 +220,14 @@ def _existing(root: Path, folder: str, paths: Mapping[str, str], ids: Mapping[st
     return found
 
 
-def _masks(config: CubConfig, paths: Mapping[str, str], ids: Mapping[str, str], problems: Problems) -> dict[str, str]:
-    """Image id to its mask; none where there is no folder of masks.  Warns of files there that belong to no image."""
+def _masks(config: CubConfig, paths: Mapping[str, str], ids: Mapping[str, str], problems: Problems) -> MaskFolder:
+    """The masks; none where there is no folder of them."""
     if config.masks is None:
-        return {}
+        return MaskFolder()
     if config.masks != CubConfig.model_fields["masks"].default:
         check_mask_folder(config.root, config.masks, "data.masks", problems)
     pngs = {key: path.rpartition(".")[0] + ".png" for key, path in paths.items()}
     masks = _existing(config.root, config.masks, pngs, ids)
-    places = sorted({path.rpartition("/")[0] for path in pngs.values()})
-    files = [
-        f"{config.masks}/{place}/{name}"
-        for place in places
-        for name in sorted(file_names(config.root / config.masks / place))
-    ]
-    unused = sorted({file for file in files if not file.rsplit("/", 1)[-1].startswith(".")} - set(masks.values()))
-    if unused:
-        text = f"{len(unused):,} of {len(files):,} files in {config.masks} belong to no image: {some(unused)}"
-        problems.warnings.append(f"{text}; they are not used: a mask is a PNG named as its image")
-    return masks
+    files = mask_files(config.root / config.masks, {path.rpartition("/")[0] for path in pngs.values()})
+    used = set(masks.values())
+    return MaskFolder(config.masks, masks, tuple(file for file in files if f"{config.masks}/{file}" not in used))

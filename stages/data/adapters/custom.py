@@ -29,7 +29,7 @@ from stages.data.readers import (
     read_id_list,
     read_labels_csv,
 )
-from stages.data.records import IMAGE_SUFFIXES, IdList, Problems, Scan, empty_scan, quoted, some
+from stages.data.records import IMAGE_SUFFIXES, IdList, MaskFolder, Problems, Scan, empty_scan, quoted, some
 from stages.data.subsets import hash_share
 
 
@@ -97,7 +97,8 @@ def _scan(config: CustomConfig) -> Scan:
     names = _class_names(config, rows, problems)
     if not names:
         return empty_scan(config.root, (), problems)
-    masks = _masks(config, images, problems)
+    mask_folder = _masks(config, images, problems)
+    masks = mask_folder.masks
     lists = _read_lists(config, known, problems) or _hash_lists(config, rows, images, masks)
     lists["train_score"] = IdList("the training images", tuple((0, i) for i in lists["train"].ids if i in masks))
     source = config.labels_path.name
@@ -117,6 +118,7 @@ def _scan(config: CustomConfig) -> Scan:
         full_masks={},
         image_folder=config.images,
         mask_folder=config.masks or "masks (data.masks is null)",
+        mask_folders=(mask_folder,),
     )
     listing = join_sources(sources, problems)
     unused = _unused_warning(found, {image.id for image in listing.images}, source)
@@ -223,13 +225,13 @@ def _class_names(config: CustomConfig, rows: Mapping[str, LabelLine], problems: 
     return names
 
 
-def _masks(config: CustomConfig, images: Mapping[str, str], problems: Problems) -> dict[str, str]:
-    """Image id to mask, relative to the root; none where there is no folder of masks."""
+def _masks(config: CustomConfig, images: Mapping[str, str], problems: Problems) -> MaskFolder:
+    """The masks; none where there is no folder of them."""
     if config.masks is None:
-        return {}
+        return MaskFolder()
     if config.masks != CustomConfig.model_fields["masks"].default:
         check_mask_folder(config.root, config.masks, "data.masks", problems)
-    return match_masks(config.root, config.masks, images, config.images, problems)
+    return match_masks(config.root, config.masks, images, config.images)
 
 
 def _read_lists(config: CustomConfig, names: ImageNames, problems: Problems) -> dict[str, IdList] | None:

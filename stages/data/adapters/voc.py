@@ -130,6 +130,9 @@ def _scan(config: VocConfig) -> Scan:
         labels = _labels_of_xml(config, lists, images, problems)
     else:
         labels = _labels_of_csv(config.labels, config, lists, images, names, problems)
+    masks, full_masks = (
+        match_masks(config.root, folder, images, "JPEGImages") for folder in (config.masks, config.full_masks)
+    )
     sources = Sources(
         root=config.root,
         class_names=config.class_names,
@@ -137,10 +140,11 @@ def _scan(config: VocConfig) -> Scan:
         lists=lists,
         labels=labels,
         images=images,
-        masks=match_masks(config.root, config.masks, images, "JPEGImages", problems),
-        full_masks=match_masks(config.root, config.full_masks, images, "JPEGImages", problems),
+        masks=masks.masks,
+        full_masks=full_masks.masks,
         image_folder="JPEGImages",
         mask_folder=config.masks,
+        mask_folders=(masks, full_masks),
     )
     return Scan(replace(join_sources(sources, problems), has_voc_palette=True), problems)
 

@@ -49,7 +49,7 @@ def test_a_good_set_is_listed(cub: Path) -> None:
     assert images["Red_Auk_0001"].boxes is None, "no box of a training image is handed on"
     assert listing.warnings == ()
     progress = SilentProgress()
-    assert check_data(CubConfig(root=cub), progress, processes=1) == []
+    assert check_data(CubConfig(root=cub), progress, processes=1).problems.lines() == []
     assert progress.warnings == []
 
 
@@ -159,7 +159,7 @@ def test_a_box_outside_its_image_is_refused_and_one_that_sticks_out_is_cut(cub: 
     records = open_image_set(tmp_path / "out", cub).index.split("val")
     assert [record.boxes for record in records[:2]] == [((0, (40, 8, 63, 47)),), ((1, (40, 8, 63, 18)),)]
     checked = SilentProgress()
-    assert check_data(config, checked, processes=1) == []
+    assert check_data(config, checked, processes=1).problems.lines() == []
     assert checked.warnings == progress.warnings
     assert progress.warnings == [
         "the boxes of 1 images reach beyond their image and are cut at its edge, at most by 10 pixels "
@@ -170,7 +170,7 @@ def test_a_box_outside_its_image_is_refused_and_one_that_sticks_out_is_cut(cub: 
         "images/001.Red_Auk/Red_Auk_0007.png: box 64, 8, 68, 12 (x0, y0, x1, y1) lies outside the image of 48×64 "
         "pixels (height×width); correct the box list"
     )
-    assert check_data(config, SilentProgress(), processes=1) == [expected]
+    assert check_data(config, SilentProgress(), processes=1).problems.lines() == [expected]
     with pytest.raises(DataError) as caught:
         prepare_data(PrepareDataConfig(), data=config, out=tmp_path / "again", progress=SilentProgress())
     assert list(caught.value.problems) == [expected]
@@ -180,6 +180,6 @@ def test_a_colour_mask_is_still_refused(cub: Path) -> None:
     path = cub / "segmentations/002.Blue_Bee/Blue_Bee_0006.png"
     with Image.open(path) as mask:
         mask.convert("RGB").save(path)
-    found = check_data(CubConfig(root=cub), SilentProgress(), processes=1)
+    found = check_data(CubConfig(root=cub), SilentProgress(), processes=1).problems.lines()
     assert len(found) == 1
     assert f"{path}: expected a mask of class indices (PNG mode P or L), found mode RGB" in found[0]

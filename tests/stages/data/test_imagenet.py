@@ -58,7 +58,7 @@ def test_flat_val_with_lists(root: Path, tmp_path: Path) -> None:
     assert facts(listing) == EXPECTED
     assert listing.warnings == ()
     config = ImageNetConfig(root=root)
-    assert check_data(config, SilentProgress(), processes=1) == []
+    assert check_data(config, SilentProgress(), processes=1).problems.lines() == []
     prepare_data(PrepareDataConfig(), data=config, out=tmp_path / "out", progress=SilentProgress())
     record = open_image_set(tmp_path / "out", root).index.record(VAL[1])
     assert (record.size, record.labels, record.boxes, record.mask) == ((40, 50), *EXPECTED[VAL[1]], None)

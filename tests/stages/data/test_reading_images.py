@@ -44,7 +44,7 @@ def test_a_phones_photo_fits_its_upright_mask(
     save_lying(broken / "JPEGImages/train_00001.jpg", quality=95)
     write_index_mask(broken / "SegmentationClass/train_00001.png", np.zeros((64, 48), dtype=np.uint8))
     config = as_custom(broken)
-    assert check_data(config, SilentProgress(), processes=1) == []
+    assert check_data(config, SilentProgress(), processes=1).problems.lines() == []
     prepare_data(PrepareDataConfig(), data=config, out=tmp_path / "out", progress=SilentProgress())
     images = open_image_set(tmp_path / "out", broken)
     record = images.index.record("train_00001")
@@ -97,7 +97,7 @@ def test_an_image_too_small_to_look_at_is_refused(
         f"{path}: expected at least 16 pixels on each side, found 15×48 (height×width); "
         "replace the file, or set data.on_bad_image=skip"
     )
-    assert check_data(as_custom(broken), SilentProgress(), processes=1) == [line]
+    assert check_data(as_custom(broken), SilentProgress(), processes=1).problems.lines() == [line]
     with pytest.raises(DataError) as caught:
         prepare_data(PrepareDataConfig(), data=as_custom(broken), out=tmp_path, progress=SilentProgress())
     assert caught.value.problems == (line,)

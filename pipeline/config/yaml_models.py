@@ -147,8 +147,9 @@ class _Document:
         self.origins = {at: text for at, text in self.origins.items() if at[: len(keys)] != keys} | {keys: source}
 
     def parse(self, text: str, source: str, path: KeyPath = ()) -> object:
-        """The plain value of ``text``, which will stand at ``path``; the lines of a file's values are kept, and what
-        is wrong with its form.
+        """The plain value of ``text``, which will stand at ``path``.
+
+        The lines of a file's values are kept, and what is wrong with its form.
         """
         try:
             node = yaml.compose(text, _Loader)
@@ -362,9 +363,8 @@ def _annotation_at(model: type[BaseModel], values: Mapping[str, Any], path: KeyP
     here: Raw = values
     for key in path:
         inner = [m.model_fields[str(key)].annotation for m in _models(annotation, here) if str(key) in m.model_fields]
-        containers = [
-            get_args(m)[0 if get_args(m)[-1] is Ellipsis else -1] for m in _members(annotation) if get_args(m)
-        ]
+        arguments = [arguments for m in _members(annotation) if (arguments := get_args(m))]
+        containers = [each[0] if each[-1] is Ellipsis else each[-1] for each in arguments]
         annotation = inner[0] if inner else containers[0] if containers else None
         here = _value_at(here, (key,))
     return annotation

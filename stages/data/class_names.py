@@ -167,19 +167,22 @@ def odd_names_warnings(cells: Sequence[Sequence[str]], source: str, *, has_words
 
 
 def _word_pairs(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Neighbours of which one, or the other, never stands but beside such a partner; on two images or more."""
+    """Neighbours of which the first never stands last and the second never first; one of them on two lines or more."""
     after: dict[str, set[str | None]] = {}
     before: dict[str, set[str | None]] = {}
-    counts: Counter[str] = Counter()
+    counts = Counter(name for names in cells for name in names)
     for names in cells:
-        for place, name in enumerate(names):
-            counts[name] += 1
-            before.setdefault(name, set()).add(names[place - 1] if place else None)
-            after.setdefault(name, set()).add(names[place + 1] if place + 1 < len(names) else None)
-    pairs: dict[str, None] = {}
-    for name in counts:
-        if all(other is not None and before[other] == {name} for other in after[name]) and counts[name] > 1:
-            pairs.update((f"{name} {other}", None) for other in after[name])
-        if all(other is not None and after[other] == {name} for other in before[name]) and counts[name] > 1:
-            pairs.update((f"{other} {name}", None) for other in before[name])
-    return list(pairs)
+        for first, second in zip([None, *names], [*names, None], strict=True):
+            if first is not None:
+                after.setdefault(first, set()).add(second)
+            if second is not None:
+                before.setdefault(second, set()).add(first)
+    never_last = {name for name in counts if None not in after[name]}
+    never_first = {name for name in counts if None not in before[name]}
+    return [
+        f"{first} {second}"
+        for first in counts
+        if first in never_last and after[first] <= never_first
+        for second in sorted(name for name in after[first] if name is not None)
+        if before[second] <= never_last and max(counts[first], counts[second]) > 1
+    ]

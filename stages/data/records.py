@@ -91,7 +91,7 @@ class Problems:
 
     def add(self, kind: str, text: str) -> None:
         """Keep one problem; ``kind`` groups those that are cut together."""
-        self.by_kind.setdefault(kind, []).append(printable(text))
+        self.by_kind.setdefault(kind, []).append(_one_line(text))
 
     def __bool__(self) -> bool:
         """Whether there is any problem."""
@@ -150,4 +150,8 @@ def some(ids: Sequence[str], limit: int = 5) -> str:
 
 def quoted(text: str, limit: int = 80) -> str:
     """Something that was found, for a message: in quotes, with its end left out where it is long."""
-    return f"'{printable(text if len(text) <= limit else f'{text[:limit]}…')}'"
+    return f"'{_one_line(text if len(text) <= limit else f'{text[:limit]}…')}'"
+
+
+def _one_line(text: str) -> str:
+    return printable(text).replace("\n", r"\n").replace("\t", r"\t")

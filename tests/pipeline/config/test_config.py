@@ -183,7 +183,11 @@ def test_unknown_key_in_a_union_offers_the_keys_of_the_chosen_member(tmp_path: P
         ("make_masks.crf.weight=.inf", "make_masks.crf.weight: expected a finite number, found inf"),
         ("make_masks.crf=5", "make_masks.crf: expected a section, found 5"),
         ("data.classes=cat", "data.classes: expected a list, found 'cat'"),
-        ("data.classes=[cat, 3]", "data.classes[1]: expected text, found 3"),
+        ("data.classes=[cat, [3]]", "data.classes[1]: expected text, found [3]"),
+        (
+            "data.classes=[cat, null]",
+            "data.classes[1]: expected text, found nothing (null); write it in quotes if it is a word",
+        ),
         ("weights.vgg16=", "weights.vgg16: expected a path, found nothing (null)"),
     ],
 )
@@ -218,7 +222,7 @@ def test_a_malformed_override_hides_no_other_problem(tmp_path: Path) -> None:
         ("a..b=3", "--set a..b=3: expected dotted.path=value"),
         ("name.x=3", "--set name.x=3: name is the value 'demo', not a section"),
         ("seed=[1", "--set seed=[1: not valid YAML"),
-        ("name=\x07", "--set name=\x07: not valid YAML: unacceptable character #x0007"),
+        ("name=\x07", r"--set name=\x07: not valid YAML: unacceptable character #x0007"),
     ],
 )
 def test_malformed_overrides(tmp_path: Path, override: str, expected: str) -> None:

@@ -126,13 +126,14 @@ def test_every_wrong_line_is_named_with_its_number(root: Path) -> None:
         f"localization.txt line 2: expected 'path,x0,y0,x1,y1', found 'val/{VAL[1]}.JPEG,1,2,3' "
         "(expected four numbers, found 3); correct the line",
         "localization.txt line 5: image 'other' has no file in val; remove the line or add the image",
-        "localization.txt line 7: expected 'path,x0,y0,x1,y1', found ',1,2,3,4' ('' names no image); correct the line",
+        "localization.txt line 7: expected 'path,x0,y0,x1,y1', found ',1,2,3,4' "
+        "(that names no image); correct the line",
         f"localization.txt line 8: expected 'path,x0,y0,x1,y1', found 'val/{VAL[3]}.JPEG,1,nan,3,4' "
         "(expected four numbers, found '1, nan, 3, 4'); correct the line",
         "val_labels.txt line 3: unknown class 'n1'; expected a folder of train or 0 … 1",
         f"val_labels.txt line 5: image '{VAL[0]}' has its label on line 1 already; remove one of the two",
         "val_labels.txt line 6: image 'other' has no file in val; remove the line or add the image",
-        "val_labels.txt line 7: expected 'path,class', found 'nothing'; correct the line",
+        "val_labels.txt line 7: expected 'path,class', found 'nothing' (no class); correct the line",
     ):
         assert text in found
 

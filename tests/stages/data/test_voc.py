@@ -106,8 +106,8 @@ def test_all_problems_of_a_csv_at_once(tiny_voc: Path, tmp_path: Path) -> None:
     labels.write_text("image,labels\na,cta\nghost,cat\na,dog\nx,y,z\n", encoding="utf-8")
     lines = problems_of(config(tiny_voc, labels=labels)).splitlines()
     assert lines == [
-        "labels.csv line 4: image 'a' has its labels on line 2 already; join the two lines",
         "labels.csv line 5: expected 'image,labels' with the labels separated by spaces or ';', found 'x,y,z'",
+        "labels.csv line 4: image 'a' has its labels on line 2 already; join the two lines",
         "labels.csv line 3: image 'ghost' has no file in JPEGImages; remove the line or add the image",
         "labels.csv: training image 'b' has no line; add its labels or remove it from the list",
         "labels.csv line 2: unknown class 'cta', did you mean 'cat'?",

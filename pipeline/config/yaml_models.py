@@ -116,18 +116,15 @@ class _Document:
     def _keep_words(self, model: type[BaseModel]) -> None:
         """Take the items of a list of texts as they are written: ``[yes, no, 007]`` are names there."""
         for path, value in list(_leaves(self.values, ())):
-            is_item = len(path) > 1 and isinstance(path[-1], int)
-            if (
-                not is_item
-                or isinstance(value, str)
-                or set(_members(_annotation_at(model, self.values, path))) != {str}
-            ):
-                continue
+            *_, place = path
             items = _value_at(self.values, path[:-1])
+            is_text = set(_members(_annotation_at(model, self.values, path))) == {str}
+            if not isinstance(items, list) or not isinstance(place, int) or not is_text or isinstance(value, str):
+                continue
             if path in self.written:
-                items[path[-1]] = self.written[path]
+                items[place] = self.written[path]
             elif isinstance(value, int) and not isinstance(value, bool):
-                items[path[-1]] = str(value)
+                items[place] = str(value)
 
     def override(self, override: str) -> None:
         """Put in one ``a.b=value``; sections that do not exist yet are made."""
@@ -298,7 +295,7 @@ def _sentence(
         return path, f"expected text of the form {context['pattern']}", f", found {_show(found)}"
     if kind in _PLAIN_WORDS:
         is_bare = kind == "string_type" and not isinstance(found, dict | list)
-        remedy = "; write it in quotes if it is a word" if is_bare and isinstance(path[-1], int) else ""
+        remedy = "; write it in quotes if it is a word" if is_bare and isinstance(detail["loc"][-1], int) else ""
         return path, _PLAIN_WORDS[kind], f", found {_show(found)}{remedy}"
     message = str(detail["msg"]).replace("Input should", "should", 1)
     message = message.replace("should be ", "expected ", 1).replace("should have ", "expected ", 1)

@@ -106,7 +106,7 @@ def test_further_columns_are_left_aside_wherever_they_stand(tmp_path: Path) -> N
         ),
         (
             'image,labels\np00,"cat\np01,dog\n',
-            "line 3: a cell goes on over several lines, found 'p00,cat\\np01,dog\\n'; c",
+            "line 3: a cell goes on over several lines, 'p00,cat\\np01,dog\\n'; c",
         ),
         ("image,labels\n\x1b[2Jp00,cat\n", r"line 2: '\x1b[2Jp00' names no image: it has the control character U+001B"),
         ("image,labels\nmasks/p00.jpg,cat\n", "'masks/p00.jpg' names no image: no image lies there; write the id with"),

@@ -100,7 +100,7 @@ def check_data(config: DataConfig, progress: Progress, *, processes: int = 0) ->
     for text in listing.warnings:
         progress.warn(text)
     if listing.root is None:
-        return DataCheck(problems, overview_of(listing, ()))
+        return DataCheck(problems, overview_of(listing))
     deep = {image.id for image in listing.images}
     checked = list(check_images(listing, listing.root, deep, progress, processes=processes))
     sizes = [image.size for image in checked]
@@ -116,7 +116,8 @@ def check_data(config: DataConfig, progress: Progress, *, processes: int = 0) ->
                 problems.add(kind, text)
     for text in check_any_object(listing, checked):
         problems.add("no object", text)
-    return DataCheck(problems, overview_of(listing, sizes))
+    shown = {image.id: image.mask_classes for image in checked if image.mask_classes is not None}
+    return DataCheck(problems, overview_of(listing, sizes, shown))
 
 
 def check_images(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from stages.data.records import DataListing, ListedImage, quoted, some
+from stages.contracts import ClassList
+from stages.data.records import DataListing, quoted, some
 
 _CLASSES_SHOWN = 40
 _PAIRS_SHOWN = 5
@@ -13,11 +14,12 @@ _PAIRS_SHOWN = 5
 
 @dataclass(frozen=True)
 class ClassCount:
-    """In how many images a class is, by its image-level labels."""
+    """In how many images a class is, by their labels."""
 
     name: str
     train: int
-    val: int
+    val: int | None
+    """Where val has no labels, by the masks; None where it has none either."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class DataOverview:
     unused_masks: tuple[str, ...]
     """Files in the folders of masks that belong to no image."""
     val_lacks: tuple[str, ...]
-    """Classes of train that no label of val has; empty where val has no labels."""
+    """Classes of train that no image of val has; empty where it has neither labels nor masks."""
     always_with: tuple[tuple[str, str], ...]
     """(class, another one that is on every training image of the first), where it is not on all images."""
 
@@ -54,7 +56,9 @@ class DataOverview:
         noun = "class" if len(self.classes) == 1 else "classes"
         lines.append(f"{len(self.classes):,} {noun} (images of train + val; the number is the value in masks):")
         shown = self.classes[:_CLASSES_SHOWN]
-        lines += [f"  {n:>3} {quoted(c.name)[1:-1]}: {c.train:,} + {c.val:,}" for n, c in enumerate(shown, start=1)]
+        for number, count in enumerate(shown, start=1):
+            val = "?" if count.val is None else f"{count.val:,}"
+            lines.append(f"  {number:>3} {quoted(count.name)[1:-1]}: {count.train:,} + {val}")
         if len(shown) < len(self.classes):
             lines.append(f"  … and {len(self.classes) - len(shown):,} more; --json lists all")
         if self.val_lacks:
@@ -70,16 +74,30 @@ def _range(ends: tuple[int, int]) -> str:
     return f"{ends[0]}" if ends[0] == ends[1] else f"{ends[0]} … {ends[1]}"
 
 
-def overview_of(listing: DataListing, sizes: Iterable[tuple[int, int] | None]) -> DataOverview:
-    """Count what is in a listing; ``sizes`` are (height, width) of its images, None where one does not decode."""
+def overview_of(
+    listing: DataListing,
+    sizes: Iterable[tuple[int, int] | None] = (),
+    mask_classes: Mapping[str, Collection[int]] | None = None,
+) -> DataOverview:
+    """Count what is in a listing.
+
+    Args:
+        listing: The data set.
+        sizes: (height, width) of its images, None where one does not decode.
+        mask_classes: Image id to the class indices (1 … K) in its mask, where that was read.
+    """
     known = [size for size in sizes if size is not None]
     heights, widths = zip(*known, strict=True) if known else ((), ())
     names = listing.classes.names if listing.images else ()
     split = {name: listing.split(name) for name in listing.splits if name != "train_score"}
-    holders = {name: _holders(split.get(name, ()), len(names)) for name in ("train", "val")}
-    has_val_labels = any(image.labels is not None for image in split.get("val", ()))
+    holders = _holders({image.id: image.labels or () for image in split.get("train", ())}, len(names))
+    val = {image.id: image.labels for image in split.get("val", ()) if image.labels is not None}
+    if not val and mask_classes and not listing.has_object_masks:
+        label_of = {ClassList.class_index(label): label for label in range(len(names))}
+        val = {i.id: [label_of[index] for index in mask_classes.get(i.id, ())] for i in split.get("val", ())}
+    in_val = _holders(val, len(names))
     counts = tuple(
-        ClassCount(name, len(holders["train"][index]), len(holders["val"][index])) for index, name in enumerate(names)
+        ClassCount(name, len(holders[index]), len(in_val[index]) if val else None) for index, name in enumerate(names)
     )
     return DataOverview(
         num_images=len(listing.images),
@@ -89,17 +107,17 @@ def overview_of(listing: DataListing, sizes: Iterable[tuple[int, int] | None]) -
         classes=counts,
         masks={name: sum(image.mask is not None for image in images) for name, images in split.items()},
         unused_masks=listing.unused_masks,
-        val_lacks=tuple(count.name for count in counts if has_val_labels and count.train and not count.val),
-        always_with=tuple(_always_with(names, holders["train"], len(split.get("train", ())))),
+        val_lacks=tuple(count.name for count in counts if count.train and count.val == 0),
+        always_with=tuple(_always_with(names, holders, len(split.get("train", ())))),
     )
 
 
-def _holders(images: Iterable[ListedImage], num_classes: int) -> list[set[str]]:
+def _holders(labels: Mapping[str, Iterable[int]], num_classes: int) -> list[set[str]]:
     """The images of each class."""
     holders: list[set[str]] = [set() for _ in range(num_classes)]
-    for image in images:
-        for label in image.labels or ():
-            holders[label].add(image.id)
+    for image_id, own in labels.items():
+        for label in own:
+            holders[label].add(image_id)
     return holders
 
 

@@ -1,8 +1,7 @@
 """Choose some images of a data set: those of a list, so many drawn by a seed, or a share by hash.
 
-Reads the list; opens no image and no mask.  A share by hash is exact, so that small sets get theirs too: which images
-are in it depends on the ids (and, where classes count, on the labels) of all.  n images more or less move at most about
-as many others.
+Reads the list; opens no image and no mask.  A share by hash is never less than asked for, so that small sets get theirs
+too.  n images more or less move at most about as many others.
 """
 
 from __future__ import annotations
@@ -197,8 +196,9 @@ def hash_share(
 ) -> tuple[str, ...]:
     """``ratio`` of ``ids``, rounded up, in their order: those with the smallest hashes.
 
-    With ``labels``, each class of two or more images has one among the chosen, where it can: the share grows for that,
-    and no choice takes the last image of a class away.
+    Without ``labels``, whatever has a hash below ``ratio`` is chosen, though that be some more: such an id stays chosen
+    whatever others come.  With ``labels`` the share is exact, but each class of two or more images has one among the
+    chosen, where it can: the share grows for that, and no choice takes the last image of a class away.
 
     Args:
         ids: The candidates; never all of them are chosen, and of two or more at least one when ``ratio`` > 0.
@@ -214,7 +214,11 @@ def hash_share(
         return ()
     count = min(max(math.ceil(ratio * len(order) - 1e-9), 1), len(order) - 1)
     ranked = sorted(order, key=lambda image_id: hash_fraction(image_id, purpose))
-    chosen = (_covering(ranked, count, labels) or {ranked[0]}) if labels else set(ranked[:count])
+    if labels:
+        chosen = _covering(ranked, count, labels) or {ranked[0]}
+    else:
+        below = sum(hash_fraction(image_id, purpose) < ratio for image_id in ranked)
+        chosen = set(ranked[: min(max(count, below), len(ranked) - 1)])
     return tuple(image_id for image_id in order if image_id in chosen)
 
 

@@ -224,7 +224,7 @@ def _read_labels(path: Path, config: ImageNetConfig, names: Sequence[str], val: 
     numbers = {label for _, label in read.values() if label in folders and _is_place(label, folders)}
     if places and numbers:
         text = f"{path.name}: {quoted(min(numbers))} is a folder of {config.train} and {quoted(min(places))} is none"
-        found.problems.add("numbers", f"{text}: are they names, or places from 0?  Write the folders' names")
+        found.problems.add("numbers", f"{text}: are they names, or positions from 0?  Write the folders' names")
     for image_id, (where, label) in read.items():
         name = folders[int(label)] if label in places else classes.get(label) or label
         _take_label(image_id, name, where, config, names, found)

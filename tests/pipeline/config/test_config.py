@@ -203,6 +203,7 @@ def test_items_of_a_list_of_names_are_taken_as_they_are_written(tmp_path: Path) 
     assert load(tmp_path, text, "data.classes=[no, 2, 1_0]").data.classes == ("no", "2", "1_0")
     assert load(tmp_path, text, "data.classes=[no]", "data.classes=[false]").data.classes == ("false",)
     values = {"name": "demo", "data": {"format": "voc", "root": "VOC2012", "classes": ["a", 3]}}
+    values["make_masks"] = {"threshold": 0.3}
     assert load_values(Small, values, [], "a request").data.classes == ("a", "3")
     values["data"] = {"format": "voc", "root": "VOC2012", "classes": ["a", True]}  # yes, on or true: nobody knows
     with pytest.raises(ConfigError) as caught:

@@ -183,3 +183,31 @@ def test_a_colour_mask_is_still_refused(cub: Path) -> None:
     found = check_data(CubConfig(root=cub), SilentProgress(), processes=1).problems.lines()
     assert len(found) == 1
     assert f"{path}: expected a mask of class indices (PNG mode P or L), found mode RGB" in found[0]
+
+
+def test_masks_that_belong_to_no_image_are_counted(cub: Path) -> None:
+    folder = cub / "segmentations/001.Red_Auk"
+    for name in ("Red_Auk_0001", "Red_Auk_0003"):
+        (folder / f"{name}.png").rename(folder / f"{name}_mask.png")
+    listing = list_data(CubConfig(root=cub))
+    assert listing.splits["train_score"] == ("Blue_Bee_0002", "Blue_Bee_0004")
+    assert listing.warnings == (
+        "2 of 8 files in segmentations belong to no image: '001.Red_Auk/Red_Auk_0001_mask.png', "
+        "'001.Red_Auk/Red_Auk_0003_mask.png'; they are not used: a mask is a PNG named as its image, "
+        "e.g. 'Red_Auk_0001.png'",
+    )
+
+
+def test_names_may_have_any_space_and_unicode_form_but_no_control_character(cub: Path) -> None:
+    edit(cub / "images.txt", lambda lines: lines.__setitem__(0, "1 001.Red_Auk/Caf\u00e9\u202f1.png"))
+    edit(cub / "images.txt", lambda lines: lines.__setitem__(1, "2 002.Blue_Bee/Bee\x1b[2J.png"))
+    for kind in ("images", "segmentations"):
+        folder = cub / kind / "001.Red_Auk"
+        (folder / "Red_Auk_0001.png").rename(folder / "Cafe\u0301\u202f1.png")
+    lines = problems(cub)
+    expected = "images.txt line 2: expected 'image_id path', found '2 002.Blue_Bee/Bee\\x1b[2J.png'"
+    assert lines[0] == f"{expected} (it has the control character U+001B); restore the file"
+    edit(cub / "images.txt", lambda lines: lines.__setitem__(1, "2 002.Blue_Bee/Blue_Bee_0002.png"))
+    (image,) = [image for image in list_data(CubConfig(root=cub)).images if image.id.startswith("Caf")]
+    assert image.image == "images/001.Red_Auk/Cafe\u0301\u202f1.png"
+    assert image.mask == "segmentations/001.Red_Auk/Cafe\u0301\u202f1.png"

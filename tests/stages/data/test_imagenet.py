@@ -200,3 +200,32 @@ def test_an_index_without_boxes_says_so(root: Path, tmp_path: Path) -> None:
     assert index["is_single_label"] is True
     assert all(image["boxes"] is None for image in index["images"])
     assert ImageIndex.model_validate(index).images[0].boxes is None
+
+
+def test_numbers_that_may_be_names_or_positions_are_asked_about(root: Path) -> None:
+    for old, new in (("n01", "1"), ("n02", "2")):
+        (root / "train" / old).rename(root / "train" / new)
+    labels = root / "val_labels.txt"
+    labels.write_text("".join(f"{name}.JPEG,{number % 2}\n" for number, name in enumerate(VAL)))
+    (line,) = [line for line in problems(root) if "positions" in line]
+    assert line == (
+        "val_labels.txt: '1' is a folder of train and '0' is none: are they names, or positions from 0?  "
+        "Write the folders' names"
+    )
+    labels.write_text("".join(f"{name}.JPEG,{1 + number % 2}\n" for number, name in enumerate(VAL)))
+    assert facts(listing_of(root)) == EXPECTED
+
+
+def test_file_names_that_are_no_text_are_named_and_other_unicode_forms_match(root: Path) -> None:
+    train = root / "train/n01"
+    (train / "n01_0.JPEG").rename(train / "caf\udce9.JPEG")
+    assert any("it is not UTF-8 (byte 0xE9); rename the file" in line for line in problems(root))
+    (train / "caf\udce9.JPEG").rename(train / "n01\u202f0.JPEG")
+    image = root / f"val/{VAL[0]}.JPEG"
+    image.rename(root / "val/e\u0301.JPEG")
+    for name in ("val_labels.txt", "localization.txt"):
+        text = (root / name).read_text(encoding="utf-8").replace(VAL[0], "\u00e9")
+        (root / name).write_text(text, encoding="utf-8")
+    listing = listing_of(root)
+    assert "n01\u202f0" in listing.splits["train"]
+    assert facts(listing)["e\u0301"] == EXPECTED[VAL[0]]

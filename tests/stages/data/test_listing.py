@@ -20,7 +20,7 @@ from stages.data.adapters.voc import VocConfig
 from stages.data.config import DataConfig, data_root
 from stages.data.listing import digest_data, list_data
 from stages.data.records import Problems, Scan
-from stages.data.subsets import hash_half, hash_share
+from stages.data.subsets import hash_fraction, hash_half, hash_share
 from stages.errors import DataError
 
 AsCustom = Callable[..., CustomConfig]
@@ -124,19 +124,19 @@ def test_thousands_of_one_kind_do_not_hide_another() -> None:
     assert len(problems.lines()) == 101
 
 
-def test_a_share_by_hash_is_exact_and_hardly_moves_with_new_images() -> None:
+def test_a_share_by_hash_is_never_less_and_hardly_moves_with_new_images() -> None:
     ids = [f"image_{number}" for number in range(2000)]
     chosen = hash_share(ids, 0.05, "holdout")
-    assert len(chosen) == 100
+    assert 100 <= len(chosen) <= 130
+    assert set(chosen) >= {image_id for image_id in ids if hash_fraction(image_id, "holdout") < 0.05}
     assert hash_share(reversed(ids), 0.05, "holdout") == chosen[::-1], "a function of the ids, in any order"
     assert list(chosen) == sorted(chosen, key=ids.index)
     for count in range(1000, 1100):
         moved = set(hash_share(ids[:count], 0.05, "holdout")) ^ set(hash_share(ids[: count + 1], 0.05, "holdout"))
         assert len(moved) <= 2, "one more image pushes at most one out of the share"
     assert set(hash_share(ids, 0.05, "val")) != set(chosen)
-    assert len(hash_share(ids[:40], 0.1, "val")) == 4
-    assert len(hash_share(ids[:41], 0.1, "val")) == 5
-    assert len(hash_share(ids[:70], 0.1, "val")) == 7, "0.1 · 70 is more than 7 in binary"
+    few = [image_id for image_id in ids if hash_fraction(image_id, "val") >= 0.1]  # none of which a coin would take
+    assert [len(hash_share(few[:count], 0.1, "val")) for count in (40, 41, 70)] == [4, 5, 7], "0.1 · 70 > 7 in binary"
     assert hash_share(ids, 0.0, "val") == ()
     assert len(hash_share(("a", "b"), 1e-9, "val")) == 1
     assert len(hash_share(("a", "b", "c"), 1 - 1e-9, "val")) == 2

@@ -76,6 +76,20 @@ def test_generated_sets_and_sets_without_anything_have_an_overview() -> None:
     assert empty.overview.classes == ()
 
 
+def test_where_val_has_no_labels_its_masks_say_what_it_shows(tmp_path: Path) -> None:
+    root = draw_set(tmp_path / "set", ["cat", "dog", "cat", "dog", "cow", "", ""], values=[1, 3, 1, 3, 2, 1, 1])
+    labels = root / "labels.csv"
+    labels.write_text("\n".join(labels.read_text().splitlines()[:6]) + "\n")
+    config = CustomConfig(root=root, **lists(tmp_path, "p00\np01\np02\np03\np04\n", "p05\np06\n"))  # type: ignore[arg-type]
+    overview, _, _ = check(config)
+    assert overview.classes == (ClassCount("cat", 2, 2), ClassCount("cow", 1, 0), ClassCount("dog", 2, 0))
+    assert overview.val_lacks == ("cow", "dog")
+    bare, _, _ = check(config.model_copy(update={"masks": None}))
+    assert bare.classes[0] == ClassCount("cat", 2, None)
+    assert bare.val_lacks == ()
+    assert "    1 cat: 2 + ?" in bare.lines()
+
+
 def test_many_classes_are_cut_in_words_and_whole_in_numbers(tmp_path: Path) -> None:
     root = draw_set(tmp_path / "set", [f"class{number}" for number in range(50)])
     overview, _, _ = check(CustomConfig(root=root))

@@ -172,6 +172,16 @@ def test_a_named_folder_of_masks_must_be_there(tiny_voc: Path) -> None:
     ]
 
 
+def test_masks_that_belong_to_no_image_are_counted(tiny_voc: Path) -> None:
+    folder = tiny_voc / "SegmentationClass"
+    (folder / "a.png").rename(folder / "a_mask.png")
+    (folder / "b.png").rename(folder / "b.tif")
+    assert list_data(config(tiny_voc)).warnings[0] == (
+        "2 of 3 files in SegmentationClass belong to no image: 'a_mask.png', 'b.tif'; they are not used: "
+        "a mask is a PNG named as its image, e.g. 'a.png'"
+    )
+
+
 REAL = Path(__file__).parents[4] / "shared" / "voc_animals"
 
 

@@ -17,6 +17,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+_LONGEST_LINE = 2_000
+"""Characters of a line of a message; what stands in the middle of a longer one is left out."""
+
+
+def printable(text: str) -> str:
+    r"""``text`` as a terminal can show it: ESC as ``\x1b``, bytes that are no text as ``\udce9``, no endless line.
+
+    Names and contents of the user's files stand in messages, and a terminal obeys what it is sent.  Line ends and
+    tabs stay.
+    """
+    text = "\n".join(map(_shortened, text.split("\n"))) if len(text) > _LONGEST_LINE else text
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shortened(line: str) -> str:
+    if len(line) <= _LONGEST_LINE:
+        return line
+    kept = _LONGEST_LINE // 2 - 50
+    return f"{line[:kept]} … {len(line) - 2 * kept:,} characters left out … {line[-kept:]}"
+
 
 class WsssError(Exception):
     """Base of all deliberate errors; carries every problem that was found, not only the first."""
@@ -25,9 +47,9 @@ class WsssError(Exception):
 
     def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
         """Keep ``message`` as the headline and ``problems`` as one line each."""
-        super().__init__(message)
-        self.message = message
-        self.problems: tuple[str, ...] = tuple(problems)
+        self.message = printable(message)
+        self.problems: tuple[str, ...] = tuple(map(printable, problems))
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         """Headline, then the problems as a list."""

@@ -2,6 +2,8 @@
 
 Reads: the data set's lists, labels, every image; of training masks only the header (mode and size), never a pixel:
 the weak-supervision promise starts here.  Masks of val are read whole, since a wrong one would spoil the scores.
+Only where no image of val has both labels and a mask, the classes in the training masks are compared with the labels;
+a warning comes of it and nothing else.
 Writes: ``index.json``, and for the synthetic set the pictures below ``data/``.
 """
 
@@ -16,7 +18,14 @@ from stages.contracts import ImageIndex, ImageRecord, Progress, Runtime, StageCo
 from stages.data.adapters.synthetic import SyntheticConfig
 from stages.data.adapters.synthetic_images import generate_synthetic
 from stages.data.boxes import clip_boxes, clipped_warning
-from stages.data.check import CheckedImage, check_any_object, check_images, palette_warnings, turned_warnings
+from stages.data.check import (
+    CheckedImage,
+    check_any_object,
+    check_images,
+    label_mask_warnings,
+    palette_warnings,
+    turned_warnings,
+)
 from stages.data.config import DataConfig
 from stages.data.listing import list_data
 from stages.data.records import PROBLEMS_SHOWN, DataListing, some
@@ -67,11 +76,16 @@ def prepare_data(
         root = _generate(data, out / "data", progress)
     processes = (runtime or Runtime()).processes
     val = set(listing.splits["val"])
-    checked = {image.id: image for image in check_images(listing, root, val, progress, processes=processes)}
+    images = check_images(listing, root, val, progress, compared=_compared(listing), processes=processes)
+    checked = {image.id: image for image in images}
     kept = _keep_good(listing, checked, data, progress)
-    for text in (*palette_warnings(checked.values()), *turned_warnings(checked.values())):
+    for text in (
+        *palette_warnings(checked.values()),
+        *turned_warnings(checked.values()),
+        *label_mask_warnings(listing, checked.values()),
+    ):
         progress.warn(text)
-    useless = check_any_object(listing, checked.values())
+    useless = check_any_object(listing, [checked[image_id] for image_id in listing.splits["val"]])
     if useless:
         raise DataError("the scores on val would be worthless:", useless)
     for text in clipped_warning((image, checked[image.id].size) for image in kept.images):
@@ -81,6 +95,13 @@ def prepare_data(
     index = _index(kept, checked, holdout)
     write_json(out / "index.json", index.model_dump(mode="json"))
     return StageResult(metrics=_metrics(index, skipped=len(listing.images) - len(kept.images)))
+
+
+def _compared(listing: DataListing) -> set[str]:
+    """Training images whose masks must show whether labels and masks agree, since no mask of val can."""
+    if listing.has_object_masks or any(image.mask and image.labels is not None for image in listing.split("val")):
+        return set()
+    return {image.id for image in listing.split("train") if image.mask and image.labels is not None}
 
 
 def _generate(data: DataConfig, folder: Path, progress: Progress) -> Path:
@@ -108,7 +129,7 @@ def _keep_good(
     if data.on_bad_image == "fail":
         shown = problems[:PROBLEMS_SHOWN]
         if len(problems) > len(shown):
-            shown.append(f"… and {len(problems) - len(shown):,} more; `wsss data check` shows all")
+            shown.append(f"… and {len(problems) - len(shown):,} more; `wsss data check --json` lists all")
         raise DataError(f"{len(problems):,} images or masks of {listing.root} do not read:", shown)
     for text in problems:
         progress.warn(text)

@@ -8,11 +8,10 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
-from stages.contracts import upright
-from stages.data.pictures import decode_picture
-from stages.errors import DataError, InputError
+from stages.contracts import read_rgb
+from stages.errors import InputError
 
 Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
 """A path; a PIL image; or RGB as uint8 (H, W, 3), or grey (H, W)."""
@@ -26,7 +25,7 @@ def read_picture(image: Picture) -> NDArray[np.uint8]:
         DataError: a file that is not there or no image.
     """
     if isinstance(image, Image.Image):
-        return np.array(upright(image).convert("RGB"))
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
             raise InputError(
@@ -34,8 +33,4 @@ def read_picture(image: Picture) -> NDArray[np.uint8]:
                 "floats in 0 … 1: (image * 255).round().astype('uint8'); of channels first: image.transpose(1, 2, 0)"
             )
         return np.ascontiguousarray(np.broadcast_to(image[..., None], (*image.shape, 3)) if image.ndim == 2 else image)
-    path = Path(image)
-    try:
-        return decode_picture(path.read_bytes(), path)
-    except OSError as error:
-        raise DataError(f"{path}: not a readable image ({error.strerror})") from error
+    return read_rgb(Path(image))

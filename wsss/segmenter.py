@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.contracts import SilentProgress
+from stages.contracts import SilentProgress, expand_path
 from stages.errors import InputError
 from wsss.pictures import Picture, read_picture
 
@@ -56,7 +55,7 @@ class Segmenter:
         from stages.scoring.exported_model import CONFIG_FILE, exported_source, read_export, trained_source
         from stages.scoring.prediction import PredictionConfig
 
-        path = Path(where).expanduser()
+        path = expand_path(os.fspath(where))
         if path.is_dir() and (path / WEIGHTS_FILE).is_file():
             return cls(trained_source(path), PredictionConfig(), device=device)
         if path.is_dir() or path.name == CONFIG_FILE:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from pipeline.engine.outcomes import Pace, StageOutcome, StageStatus
 from pipeline.report.tables import STEP_HEAD, describe_value, format_seconds, metric_rows, step_rows
+from stages.errors import printable
 
 PLAIN_LINE_EVERY_S = 10.0
 """Least time between two progress lines where there is no terminal."""
@@ -95,7 +96,7 @@ class ConsoleListener:
     def info(self, text: str, *, style: str = "dim") -> None:
         """Write one line of the stage that runs."""
         stage = f"{self._stage}: " if self._stage else ""  # before the first stage there is none
-        self._console.print(f"  {stage}{text}", style=style, markup=False)
+        self._console.print(f"  {stage}{printable(text)}", style=style, markup=False)
 
     def warn(self, text: str) -> None:
         """Write one line and keep it."""

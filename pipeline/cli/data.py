@@ -89,16 +89,22 @@ def sbd(
 def check(
     context: typer.Context, config: ConfigArgument, overrides: OverridesOption = None, as_json: JsonOption = False
 ) -> None:
-    """Check lists, labels, every image and every mask of a config's data set; all problems at once."""
+    """Check lists, labels, every image and every mask of a config's data set, and say what was understood of it."""
+    from dataclasses import asdict
+
     from stages.data.check import check_data
+    from stages.data.records import PROBLEMS_SHOWN
 
     run = load_run(config, overrides)
     output = get_output(context)
-    output.document = {"config": config, "problems": [], "warnings": []}
+    output.document = {"config": config, "understood": None, "problems": [], "warnings": []}
     with output.progress("data check") as progress:
-        problems = check_data(run.data, progress, processes=run.runtime.processes)
-    output.document |= {"problems": problems, "warnings": progress.warnings}
+        found = check_data(run.data, progress, processes=run.runtime.processes)
+    problems = found.problems.lines()
+    output.document |= {"understood": asdict(found.overview), "problems": problems, "warnings": progress.warnings}
+    output.tell("\n".join(found.overview.lines()))
     if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise DataError(f"{count} in the data set of {config}", problems)
+        count = f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}"
+        shown = problems if output.is_json else found.problems.lines(PROBLEMS_SHOWN)
+        raise DataError(f"{count} in the data set of {config}", shown)
     output.tell(f"the data set of {config} is fine")

@@ -168,6 +168,8 @@ class _Document:
     origins: dict[KeyPath, str] = field(default_factory=dict)
     """Path to ``file:line`` or ``--set a.b=c``."""
     problems: list[str] = field(default_factory=list)
+    written: dict[KeyPath, str] = field(default_factory=dict)
+    """Path of each true, false and number to its text."""
     num_values: int = 0
     """Of the file and the overrides."""
 
@@ -177,6 +179,7 @@ class _Document:
                 self.override(text)
             except ConfigError as error:
                 self.problems.append(error.message)
+        self._keep_words(model)
         found = dict(_loose_values(model, self.values)) | dict(_expand_paths(model, self.values))
         validated: Model | None = None
         try:
@@ -193,6 +196,19 @@ class _Document:
             raise ConfigError(f"{source} is not a valid config: {count}", problems)
         return validated
 
+    def _keep_words(self, model: type[BaseModel]) -> None:
+        """Take the items of a list of texts as they are written: ``[yes, no, 007]`` are names there."""
+        for path, value in list(_leaves(self.values, ())):
+            *_, place = path
+            items = _value_at(self.values, path[:-1])
+            is_text = set(_members(_annotation_at(model, self.values, path))) == {str}
+            if not isinstance(items, list) or not isinstance(place, int) or not is_text or isinstance(value, str):
+                continue
+            if path in self.written:
+                items[place] = self.written[path]
+            elif isinstance(value, int) and not isinstance(value, bool):
+                items[place] = str(value)
+
     def override(self, override: str) -> None:
         """Put in one ``a.b=value``; sections that do not exist yet are made."""
         name, equals, text = override.partition("=")
@@ -200,7 +216,8 @@ class _Document:
         source = f"--set {_printable(override)}"
         if not equals or not all(keys) or len(keys) > _MAX_DEPTH:
             raise ConfigError(f"{source}: expected dotted.path=value, for instance make_masks.crf.iterations=5")
-        value = self.parse(text, source)
+        self.written = {at: word for at, word in self.written.items() if at[: len(keys)] != keys}
+        value = self.parse(text, source, keys)
         section: dict[str, Any] = self.values
         for depth, key in enumerate(keys[:-1], start=1):
             section = section.setdefault(key, {})
@@ -209,8 +226,11 @@ class _Document:
         section[keys[-1]] = value
         self.origins = {at: text for at, text in self.origins.items() if at[: len(keys)] != keys} | {keys: source}
 
-    def parse(self, text: str, source: str) -> object:
-        """The plain value of ``text``; the lines of a file's values and what is wrong with its form are kept."""
+    def parse(self, text: str, source: str, path: KeyPath = ()) -> object:
+        """The plain value of ``text``, which will stand at ``path``.
+
+        The lines of a file's values are kept, and what is wrong with its form.
+        """
         if len(text) > _MAX_CHARACTERS:
             raise ConfigError(
                 f"{source}: expected a config of at most {_MAX_CHARACTERS:,} characters; name a YAML config"
@@ -219,7 +239,7 @@ class _Document:
             loader = _Loader(text, self.num_values)
             node = loader.get_single_node()
             self.num_values = loader.num_values
-            return None if node is None else self._plain(loader, node, (), source)
+            return None if node is None else self._plain(loader, node, path, source)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = source if mark is None else _place(source, mark)
@@ -232,7 +252,10 @@ class _Document:
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(loader, item, (*path, number), source) for number, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
-            return loader.construct_object(node, deep=True)
+            value = loader.construct_object(node, deep=True)
+            if isinstance(value, bool | int | float):
+                self.written[path] = str(node.value)
+            return value
         lines: dict[str, int] = {}
         for key_node, _ in node.value:
             if isinstance(key_node, yaml.ScalarNode) and key_node.tag != _MERGE_TAG:
@@ -374,7 +397,9 @@ def _sentence(
     if kind == "string_pattern_mismatch":
         return path, f"expected text of the form {context['pattern']}", f", found {_show(found)}"
     if kind in _PLAIN_WORDS:
-        return path, _PLAIN_WORDS[kind], f", found {_show(found)}"
+        is_bare = kind == "string_type" and not isinstance(found, dict | list)
+        remedy = "; write it in quotes if it is a word" if is_bare and isinstance(detail["loc"][-1], int) else ""
+        return path, _PLAIN_WORDS[kind], f", found {_show(found)}{remedy}"
     message = str(detail["msg"]).replace("Input should", "should", 1)
     message = message.replace("should be ", "expected ", 1).replace("should have ", "expected ", 1)
     return path, message[:1].lower() + message[1:], f", found {_show(found)}"
@@ -438,7 +463,8 @@ def _annotation_at(model: type[BaseModel], values: Mapping[str, Any], path: KeyP
     here: Raw = values
     for key in path:
         inner = [m.model_fields[str(key)].annotation for m in _models(annotation, here) if str(key) in m.model_fields]
-        containers = [get_args(m)[-1] for m in _members(annotation) if get_args(m) and get_args(m)[-1] is not Ellipsis]
+        arguments = [arguments for m in _members(annotation) if (arguments := get_args(m))]
+        containers = [each[0] if each[-1] is Ellipsis else each[-1] for each in arguments]
         annotation = inner[0] if inner else containers[0] if containers else None
         here = _value_at(here, (key,))
     return annotation

@@ -12,8 +12,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from stages.contracts import Box, LabelledBox
-from stages.data.readers import image_id_of, is_plain_id, read_text
-from stages.data.records import ListedImage, Problems
+from stages.data.names import ImageNames
+from stages.data.readers import read_text
+from stages.data.records import ListedImage, Problems, quoted
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -29,7 +30,7 @@ def make_box(numbers: Sequence[str]) -> Box:
     try:
         x0, y0, x1, y1 = (int(float(number)) for number in numbers)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"expected four numbers, found '{', '.join(numbers)}'") from error
+        raise ValueError(f"expected four numbers, found {quoted(', '.join(numbers))}") from error
     if min(x0, y0) < 0 or x1 < x0 or y1 < y0:
         raise ValueError(f"expected 0 <= x0 <= x1 and 0 <= y0 <= y1, found {x0}, {y0}, {x1}, {y1}")
     return x0, y0, x1, y1
@@ -44,10 +45,10 @@ class BoxLine:
     box: Box
 
 
-def read_box_list(path: Path, source: str, problems: Problems) -> list[BoxLine]:
+def read_box_list(path: Path, source: str, problems: Problems, names: ImageNames) -> list[BoxLine]:
     """Read a line ``path,x0,y0,x1,y1`` for every box; an image may have several, blank lines are skipped.
 
-    Only the file name of ``path`` counts: without its ending it is the image's id.
+    Only the file name of ``path`` counts: without its ending it is the image's id, which ``names`` spells as the image.
     Source: wsolevaluation, metadata/<data set>/<split>/localization.txt.
     """
     found: list[BoxLine] = []
@@ -55,13 +56,11 @@ def read_box_list(path: Path, source: str, problems: Problems) -> list[BoxLine]:
         if not line.strip():
             continue
         name, *numbers = (part.strip() for part in line.split(","))
-        image_id = image_id_of(name.rsplit("/", 1)[-1])
         try:
-            if not image_id or not is_plain_id(image_id):
-                raise ValueError(f"'{name}' names no image")  # noqa: TRY301 - one message for all that is wrong
+            image_id = names.find(name.rsplit("/", 1)[-1])
             found.append(BoxLine(number, image_id, make_box(numbers)))
         except ValueError as error:
-            text = f"{source} line {number}: expected 'path,x0,y0,x1,y1', found '{line.strip()}' ({error})"
+            text = f"{source} line {number}: expected 'path,x0,y0,x1,y1', found {quoted(line.strip())} ({error})"
             problems.add("bad box", f"{text}; correct the line")
     return found
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stages.contracts import (
+    BACKGROUND_INDEX,
     IGNORE_INDEX,
     MASK_FORMATS,
     MASK_MODES,
     OBJECT_MASK_MODES,
+    ClassList,
     Progress,
     read_image,
     turned_mask_problem,
@@ -30,7 +32,8 @@ from stages.contracts import (
 )
 from stages.data.boxes import box_problems, clipped_warning
 from stages.data.config import DataConfig
-from stages.data.records import DataListing, ListedImage, some
+from stages.data.overview import DataOverview, overview_of
+from stages.data.records import DataListing, ListedImage, Problems, quoted, some
 from stages.errors import DataError, EnvironmentFailure
 
 _BATCH = 32
@@ -53,12 +56,12 @@ class CheckedImage:
     """(height, width) in pixels; None where the image does not decode."""
     image_problems: tuple[str, ...] = ()
     mask_problems: tuple[str, ...] = ()
-    has_object: bool | None = None
-    """Whether the mask for scores has a pixel of a class; None where its pixels were not read."""
+    mask_classes: tuple[int, ...] | None = None
+    """Class indices (1 … K) in the mask for scores, sorted; None where its pixels were not read."""
     moved_palettes: tuple[str, ...] = ()
     """Its masks that have VOC's colours in another order, where that may be meant."""
     turned: str | None = None
-    """The image's path where its EXIF tag turns it and nothing tells whether its masks and boxes are turned too."""
+    """The image's path below the root where its EXIF tag turns it and nothing tells whether its masks and boxes are turned too."""
 
 
 @dataclass(frozen=True)
@@ -70,40 +73,64 @@ class _Task:
     mask_values: Mapping[int, int]
     is_deep: bool
     """Whether the masks' pixels are read; else only their headers."""
+    is_compared: bool
+    """Whether the mask's classes are told all the same."""
     has_voc_palette: bool
     mask_modes: tuple[str, ...]
 
 
-def check_data(config: DataConfig, progress: Progress, *, processes: int = 0) -> list[str]:
+@dataclass(frozen=True)
+class DataCheck:
+    """What ``check_data`` found."""
+
+    problems: Problems
+    """Everything that is wrong, with path, finding and remedy; empty when the data set is fine."""
+    overview: DataOverview
+    """What was understood of it."""
+
+
+def check_data(config: DataConfig, progress: Progress, *, processes: int = 0) -> DataCheck:
     """Everything that is wrong with a data set: lists, labels, every image and every pixel of every mask.
 
     Args:
         config: The data set; a synthetic one is made by wsss itself and has nothing to check.
         progress: Counts images; warnings (what is allowed but should be known) go to it.
         processes: Worker processes; 0 takes one per core where there are many images.
-
-    Returns:
-        One line per problem with path, finding and remedy; empty when the data set is fine.
     """
     scan = config.scan()
-    for text in scan.listing.warnings:
+    listing, problems = scan.listing, scan.problems
+    for text in listing.warnings:
         progress.warn(text)
-    lines = scan.problems.lines()
-    if scan.listing.root is None:
-        return lines
-    deep = {image.id for image in scan.listing.images}
-    checked = list(check_images(scan.listing, scan.listing.root, deep, progress, processes=processes))
-    sizes = (image.size for image in checked)
-    clipped = clipped_warning(zip(scan.listing.images, sizes, strict=True))
-    for text in (*palette_warnings(checked), *turned_warnings(checked), *clipped):
+    if listing.root is None:
+        return DataCheck(problems, overview_of(listing))
+    deep = {image.id for image in listing.images}
+    checked = list(check_images(listing, listing.root, deep, progress, processes=processes))
+    sizes = [image.size for image in checked]
+    for text in (
+        *palette_warnings(checked),
+        *turned_warnings(checked),
+        *label_mask_warnings(listing, checked),
+        *clipped_warning(zip(listing.images, sizes, strict=True)),
+    ):
         progress.warn(text)
     for image in checked:
-        lines.extend((*image.image_problems, *image.mask_problems))
-    return lines + check_any_object(scan.listing, checked)
+        for kind, texts in (("image", image.image_problems), ("mask", image.mask_problems)):
+            for text in texts:
+                problems.add(kind, text)
+    for text in check_any_object(listing, checked):
+        problems.add("no object", text)
+    shown = {image.id: image.mask_classes for image in checked if image.mask_classes is not None}
+    return DataCheck(problems, overview_of(listing, sizes, shown))
 
 
 def check_images(
-    listing: DataListing, root: Path, deep: set[str], progress: Progress, *, processes: int = 0
+    listing: DataListing,
+    root: Path,
+    deep: Collection[str],
+    progress: Progress,
+    *,
+    compared: Collection[str] = (),
+    processes: int = 0,
 ) -> Iterator[CheckedImage]:
     """Decode every image of ``listing``, in its order, with several processes where it has many.
 
@@ -113,6 +140,8 @@ def check_images(
         deep: Ids whose masks are read to the last pixel; of the others' masks only the header is read, so that
             no pixel of a training mask is looked at where weak supervision is promised.
         progress: Counts images.
+        compared: Ids whose masks' classes are told too, for ``label_mask_warnings``; nothing else in such a mask is
+            checked.
         processes: Worker processes; 0 chooses.
 
     Raises:
@@ -120,7 +149,15 @@ def check_images(
     """
     modes = OBJECT_MASK_MODES if listing.has_object_masks else MASK_MODES
     tasks = [
-        _Task(root, image, listing.mask_values, image.id in deep, listing.has_voc_palette, modes)
+        _Task(
+            root,
+            image,
+            listing.mask_values,
+            is_deep=image.id in deep,
+            is_compared=image.id in compared,
+            has_voc_palette=listing.has_voc_palette,
+            mask_modes=modes,
+        )
         for image in listing.images
     ]
     batches = [tasks[start : start + _BATCH] for start in range(0, len(tasks), _BATCH)]
@@ -172,9 +209,13 @@ def _check_one(task: _Task) -> CheckedImage:
         mask_problems += [*texts, *moved] if task.has_voc_palette else texts
         moved_palettes += moved
         values = found if relative == task.image.mask else values
-    has_object = None
+    if values is None and task.is_compared and task.image.mask is not None:
+        path = task.root / task.image.mask
+        values, _, _ = check_mask(path, size, task.mask_values, is_deep=True, modes=task.mask_modes)
+    mask_classes = None
     if values is not None:
-        has_object = any(task.mask_values.get(int(v), 0) not in {0, IGNORE_INDEX} for v in values)
+        classes = {task.mask_values.get(int(value), IGNORE_INDEX) for value in values}
+        mask_classes = tuple(sorted(classes - {BACKGROUND_INDEX, IGNORE_INDEX}))
     moved_palettes = [] if task.has_voc_palette else moved_palettes
     # of an image that lies on its side, a mask's size tells
     is_told = orientation >= 5 and size is not None and size[0] != size[1] and not task.image.boxes
@@ -184,9 +225,9 @@ def _check_one(task: _Task) -> CheckedImage:
         size,
         tuple(image_problems),
         tuple(mask_problems),
-        has_object,
+        mask_classes,
         tuple(moved_palettes),
-        str(path) if is_unsure else None,
+        task.image.image if is_unsure else None,
     )
 
 
@@ -338,9 +379,40 @@ def turned_warnings(checked: Iterable[CheckedImage]) -> list[str]:
     ]
 
 
+def label_mask_warnings(listing: DataListing, checked: Iterable[CheckedImage]) -> list[str]:
+    """A line where masks have classes that are not among their images' labels.
+
+    The classes are probably in another order than the masks' values then; if only a few masks are so, labels lack.
+    """
+    if listing.has_object_masks:
+        return []
+    images = {image.id: image for image in listing.images}
+    names = listing.classes.names_with_background
+    num_masks, examples = 0, list[str]()
+    for image in checked:
+        labels = images[image.id].labels
+        if image.mask_classes is None or labels is None:
+            continue
+        num_masks += 1
+        own = [ClassList.class_index(label) for label in labels]
+        if not set(image.mask_classes) <= set(own):
+            found = ", ".join(names[index] for index in image.mask_classes)
+            meant = ", ".join(names[index] for index in own) or "nothing"
+            examples.append(f"{quoted(image.id)} (mask {found}; labels {meant})")
+    if not examples:
+        return []
+    shown = ", ".join(examples[:3]) + (", …" if len(examples) > 3 else "")
+    text = f"in {len(examples):,} of {num_masks:,} masks there is a class that is not among its image's labels: {shown}"
+    if listing.has_voc_palette:
+        return [f"{text}; are labels missing, or do the masks belong to other images?"]
+    order = ", ".join(f"{index} {name}" for index, name in enumerate(names[:6]) if index)
+    order += ", …" if len(names) > 6 else ""
+    return [f"{text}; is the order of the classes right? set data.classes (now: {order}), or complete the labels"]
+
+
 def check_any_object(listing: DataListing, checked: Iterable[CheckedImage]) -> list[str]:
     """Masks of which not one has an object: usually 0/255 masks of one class, whose 255 means 'ignore'."""
-    read = [image.has_object for image in checked if image.has_object is not None and not image.mask_problems]
+    read = [image.mask_classes for image in checked if image.mask_classes is not None and not image.mask_problems]
     if not read or any(read):
         return []
     return [

@@ -5,12 +5,13 @@ Reads and writes nothing: the adapters have read the small files and the folders
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.contracts import ClassList, LabelledBox
-from stages.data.records import DataListing, IdList, ListedImage, Problems, some
+from stages.data.records import DataListing, IdList, ListedImage, MaskFolder, Problems, quoted, some
+from stages.errors import printable
 
 PREDICTED_SPLITS = ("train", "val", "test")
 """The splits that must not share an image; train_score is a part of train."""
@@ -36,6 +37,8 @@ class Sources:
     image_folder: str
     mask_folder: str
     """How messages name the folders."""
+    mask_folders: tuple[MaskFolder, ...] = ()
+    """The folders that ``masks`` and ``full_masks`` are from."""
     boxes: Mapping[str, tuple[LabelledBox, ...]] = field(default_factory=dict)
     """Image id to its true boxes; of images of val only."""
 
@@ -53,13 +56,16 @@ def join_sources(sources: Sources, problems: Problems) -> DataListing:
     for split, ids in splits.items():
         for image_id in ids:
             images.setdefault(image_id, _listed(sources, image_id, split))
+    _check_unused_masks(sources, problems)
     warnings = _check_val_masks(sources, splits["val"], problems)
     _check_val_boxes(sources, splits["val"], problems)
     splits["train_score"], score_warnings = _train_score(sources, set(splits["train"]))
     warnings += score_warnings + _label_warnings(sources, splits["train"], problems)
     classes = ClassList(names=sources.class_names)
     values = dict(sources.mask_values)
-    return DataListing(sources.root, classes, tuple(images.values()), splits, values, tuple(warnings))
+    unused = dict.fromkeys(f"{found.folder}/{file}" for found in sources.mask_folders for file in found.unused)
+    known = tuple(printable(text) for text in (*problems.warnings, *warnings))
+    return DataListing(sources.root, classes, tuple(images.values()), splits, values, known, unused_masks=tuple(unused))
 
 
 def _present(sources: Sources, split: str) -> tuple[str, ...]:
@@ -70,7 +76,7 @@ def _present(sources: Sources, split: str) -> tuple[str, ...]:
 def _check_image_files(sources: Sources, listed: IdList, problems: Problems) -> None:
     for line, image_id in listed.entries:
         if image_id not in sources.images:
-            text = f"{listed.source} line {line}: image '{image_id}' has no file in {sources.image_folder}"
+            text = f"{listed.source} line {line}: image {quoted(image_id)} has no file in {sources.image_folder}"
             problems.add("missing image", f"{text}; remove the line or add the image")
 
 
@@ -84,6 +90,24 @@ def _listed(sources: Sources, image_id: str, split: str) -> ListedImage:
         full_mask=sources.full_masks.get(image_id, mask) if split == "train" else None,
         boxes=sources.boxes.get(image_id) if split == "val" else None,
     )
+
+
+def _check_unused_masks(sources: Sources, problems: Problems) -> None:
+    """Files that belong to no image are a warning where others do; where none does, the names are wrong."""
+    for found in {found.folder: found for found in sources.mask_folders}.values():
+        if not found.unused:
+            continue
+        count = len(found.unused)
+        bare = min((image_id for image_id in sources.images if image_id not in found.masks), default=None)
+        example = "" if bare is None else f"{bare}.png"
+        if found.masks:
+            text = f"{count:,} of {count + len(found.masks):,} files in {found.folder} belong to no image"
+            text = f"{text}: {some(found.unused)}; they are not used: a mask is a PNG named as its image"
+            problems.warnings.append(f"{text}, e.g. {quoted(example)}" if example else text)
+        elif sources.images:
+            text = f"{(sources.root or Path()) / found.folder}: none of its {count:,} masks is named as an image"
+            text = f"{text} (found {found.unused[0]}, expected e.g. {example})"
+            problems.add("mask names", f"{text}; rename the masks")
 
 
 def _check_val_masks(sources: Sources, val: tuple[str, ...], problems: Problems) -> list[str]:
@@ -131,7 +155,11 @@ def _label_warnings(sources: Sources, train: tuple[str, ...], problems: Problems
     """
     labels = [sources.labels.get(image_id, ()) for image_id in train]
     empty = sum(not present for present in labels)
-    seen = {index for present in labels for index in present}
+    holders: dict[int, set[int]] = {}
+    for place, present in enumerate(labels):
+        for index in present:
+            holders.setdefault(index, set()).add(place)
+    seen = set(holders)
     is_explained = "unknown class" in problems.by_kind or not any(image_id in sources.labels for image_id in train)
     if not seen and not is_explained:
         text = f"none of the {len(train):,} training images has a label of the classes {', '.join(sources.class_names)}"
@@ -143,7 +171,38 @@ def _label_warnings(sources: Sources, train: tuple[str, ...], problems: Problems
         warnings.append(f"{empty:,} of {len(labels):,} training images have none of the classes: they are background")
     if labels and absent:
         warnings.append(f"no training image has the class {', '.join(absent)}: it cannot be learnt")
-    return warnings
+    return warnings + _indistinct_classes(sources.class_names, holders, len(labels))
+
+
+def _indistinct_classes(names: Sequence[str], holders: Mapping[int, set[int]], num_images: int) -> list[str]:
+    """Classes that no image-level label tells from the rest, or from another class.
+
+    Args:
+        names: The classes.
+        holders: Label index to the training images that have it.
+        num_images: How many training images there are.
+    """
+    everywhere = [index for index in sorted(holders) if len(holders[index]) == num_images > 1]
+    lines: list[str] = []
+    if everywhere:
+        shown = ", ".join(names[index] for index in everywhere)
+        text = f"every one of the {num_images:,} training images has the class {shown}"
+        lines.append(
+            f"{text}: nothing tells it from what is beside it; add images without it (their labels may be empty)"
+        )
+    groups: dict[frozenset[int], list[int]] = {}
+    for index in sorted(holders):
+        if 1 < len(holders[index]) < num_images:
+            groups.setdefault(frozenset(holders[index]), []).append(index)
+    together = [
+        f"{' and '.join(names[index] for index in group)} ({len(places):,} images)"
+        for places, group in groups.items()
+        if len(group) > 1
+    ]
+    if together:
+        text = f"these classes are always on the same training images: {'; '.join(together[:5])}"
+        lines.append(f"{text}{'; …' if len(together) > 5 else ''}: nothing tells one from the other")
+    return lines
 
 
 def _check_splits(lists: Mapping[str, IdList], problems: Problems) -> None:
@@ -167,7 +226,9 @@ def _check_duplicates(listed: IdList, problems: Problems) -> None:
     first_line: dict[str, int] = {}
     for line, image_id in listed.entries:
         if image_id in first_line:
-            text = f"{listed.source} line {line}: image '{image_id}' stands on line {first_line[image_id]} already"
+            text = (
+                f"{listed.source} line {line}: image {quoted(image_id)} stands on line {first_line[image_id]} already"
+            )
             problems.add("duplicate", f"{text}; remove one of the two lines")
         first_line.setdefault(image_id, line)
 

@@ -6,16 +6,19 @@ Whatever is wrong is added to a Problems collection with file, line and remedy; 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import os
-from collections.abc import Collection, Mapping
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from xml.etree import ElementTree
 
-from stages.contracts import IMAGE_SUFFIXES
-from stages.data.records import IdList, Problems
+from stages.data.class_names import check_dialect
+from stages.data.names import ImageNames
+from stages.data.records import IdList, MaskFolder, Problems, quoted, some
 
 CSV_HEADER = ["image", "labels"]
 
@@ -67,34 +70,78 @@ def check_mask_folder(root: Path, folder: str, key: str, problems: Problems) -> 
     problems.add("mask folder", f"{key}: folder {root / folder} does not exist{found}")
 
 
-def image_id_of(name: str) -> str:
-    """``photo.JPG`` and ``photo`` both name the image ``photo``; other endings belong to the id."""
-    path = PurePath(name)
-    return path.name[: -len(path.suffix)] if path.suffix.lower() in IMAGE_SUFFIXES else name
+def match_masks(root: Path, folder: str, images: Mapping[str, str], image_folder: str) -> MaskFolder:
+    """Find the images' masks in a folder of PNGs.
+
+    A mask is named as its image, in whatever Unicode form, and lies in the folder itself or, where the images have
+    sub-folders, in the same one.
+
+    Args:
+        root: Folder of the data set.
+        folder: The masks' folder below it.
+        images: Image id to file, relative to ``root``.
+        image_folder: The images' folder.
+    """
+    names = ImageNames(images)
+    inner = {PurePath(path).relative_to(image_folder).parent.as_posix() for path in images.values()} - {"."}
+    files = mask_files(root / folder, inner)
+    # of several with one name, the one that is spelled as its image is
+    files.sort(key=lambda file: (PurePath(file).stem not in images, PurePath(file).suffix != ".png"))
+    masks: dict[str, str] = {}
+    unused: list[str] = []
+    for file in files:
+        path = PurePath(file)
+        image_id = names.get(path.stem) if path.suffix.lower() == ".png" else None
+        if image_id is None or image_id in masks:
+            unused.append(file)
+        else:
+            masks[image_id] = f"{folder}/{file}"
+    return MaskFolder(folder, masks, tuple(sorted(unused)))
 
 
-def nearest(name: str, allowed: Collection[str]) -> str:
-    """`` did you mean 'horse'?`` for a near miss, else the allowed names."""
-    close = difflib.get_close_matches(name.lower(), [option.lower() for option in allowed], n=1, cutoff=0.6)
-    for option in allowed:
-        if close and option.lower() == close[0]:
-            return f"did you mean '{option}'?"
-    return f"known classes: {', '.join(allowed)}"
+def mask_files(folder: Path, inner: Collection[str]) -> list[str]:
+    """Files in a folder of masks and in those of its sub-folders that ``inner`` names, relative to it, sorted."""
+    places = ["", *(f"{place}/" for place in sorted(inner) if place)]
+    return [place + name for place in places for name in sorted(file_names(folder / place)) if not name.startswith(".")]
 
 
 def read_text(path: Path, source: str, problems: Problems) -> list[str] | None:
-    """The lines of a UTF-8 file without line ends; None (and a problem) when it cannot be read."""
+    """The lines of a text file without line ends; None (and a problem) when it cannot be read.
+
+    It is UTF-8, or what its byte order mark says; only CR and LF end a line.
+    """
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
+        data = path.read_bytes()
+        marked = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
+        text = data.decode(marked or "utf-8-sig")
+        if marked is None and b"\0" in data[:4096]:
+            raise ValueError("UTF-16 without its mark")  # noqa: TRY301 - one message for all that is no UTF-8
+    except ValueError:
         problems.add("unreadable", f"{source}: is not UTF-8 text; save it as UTF-8")
     except OSError as error:
         problems.add("unreadable", f"{source}: cannot be read ({error.strerror}); check its name and permission")
+    else:
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        return lines if lines[-1] else lines[:-1]
     return None
 
 
-def read_id_list(path: Path, source: str, problems: Problems) -> IdList | None:
-    """Read one image id (or image file name) per line; blank lines are skipped.
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, which begins in the same way
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def read_id_list(path: Path, source: str, problems: Problems, names: ImageNames | None = None) -> IdList | None:
+    """Read one image id (or file name, or path of an image) per line; blank lines are skipped.
+
+    Args:
+        path: The list.
+        source: How messages name it.
+        problems: Receives lines that can name no image.
+        names: The images there are, whose spelling of an id is taken.
 
     Returns:
         The list, or None when the file cannot be read (a problem was added).
@@ -102,21 +149,17 @@ def read_id_list(path: Path, source: str, problems: Problems) -> IdList | None:
     lines = read_text(path, source, problems)
     if lines is None:
         return None
+    names = names or ImageNames({})
     entries: list[tuple[int, str]] = []
     for number, line in enumerate(lines, start=1):
         text = line.strip()
-        if text and is_plain_id(text):
-            entries.append((number, image_id_of(text)))
-        elif text:
-            problems.add(
-                "bad id", f"{source} line {number}: expected one image id, found '{text}'; write the id without a path"
-            )
+        if not text:
+            continue
+        try:
+            entries.append((number, names.find(text)))
+        except ValueError as error:
+            problems.add("bad id", f"{source} line {number}: expected one image id, found {quoted(text)}; {error}")
     return IdList(source, tuple(entries))
-
-
-def is_plain_id(text: str) -> bool:
-    """Whether ``text`` can name files in our folders: no path, no hidden file, no control characters."""
-    return not (set("/\\\0") & set(text) or text.startswith(".") or not text.isprintable())
 
 
 @dataclass(frozen=True)
@@ -125,21 +168,26 @@ class LabelLine:
 
     line: int
     names: tuple[str, ...]
+    cell: str
+    """As they stand there."""
 
 
 def read_labels_csv(
-    path: Path, classes: Collection[str], source: str, problems: Problems
+    path: Path, classes: Collection[str], source: str, problems: Problems, names: ImageNames | None = None
 ) -> dict[str, LabelLine] | None:
-    """Read ``image,labels`` lines.
+    """Read a CSV with the columns ``image`` and ``labels``, as a person writes it or a spreadsheet saves it.
 
+    Columns are separated by commas, semicolons or tabs: by what makes the first line the header; a line ``sep=;``
+    may stand before it.  Other columns are left aside with a warning.
     Labels are separated by spaces; where any line of the file has a ``;``, by ``;`` in the whole file, so that names
     may have spaces.  A cell that is, as a whole, one of ``classes`` is that class.
 
     Args:
         path: The CSV file.
-        classes: Known class names (may be empty); only used to keep a name with spaces together.
+        classes: Known class names (may be empty); they are meant as they are.
         source: How messages name the file.
-        problems: Receives a wrong header, wrong lines and repeated images.
+        problems: Receives a wrong header, wrong lines, repeated images, and labels separated in another way.
+        names: The images there are, whose spelling of an id is taken.
 
     Returns:
         Image id to its labels, in file order; None when the file cannot be read at all.
@@ -147,44 +195,78 @@ def read_labels_csv(
     lines = read_text(path, source, problems)
     if lines is None:
         return None
-    reader = csv.reader(lines)
-    try:
-        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        problems.add("bad line", f"{source} line {reader.line_num}: is no CSV ({error}); save the file as CSV in UTF-8")
-        return None
-    if not rows or [cell.strip().lower() for cell in rows[0][1]] != CSV_HEADER:
-        found = ",".join(rows[0][1]) if rows else "nothing"
-        problems.add("bad header", f"{source} line 1: expected the header 'image,labels', found '{found}'")
-        return None
-    separator = ";" if any(";" in cell for _, row in rows[1:] for cell in row[1:]) else None
-    labels: dict[str, LabelLine] = {}
-    for number, row in rows[1:]:
-        _read_label_row(row, number, separator, classes, labels, source, problems)
-    return labels
+    head = next((number for number, line in enumerate(lines) if line.strip()), 0)
+    delimiters = ",;\t"
+    declared = lines[head].strip(' "').lower() if lines else ""
+    if declared.startswith("sep=") and len(lines[head].strip(' "')) == 5:
+        delimiters, head = lines[head].strip(' "')[-1], head + 1
+    for delimiter in delimiters:
+        reader = csv.reader((f"{line}\n" for line in lines[head:]), delimiter=delimiter)
+        try:
+            rows = [(head + reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+        except csv.Error as error:
+            line = head + reader.line_num
+            problems.add("bad line", f"{source} line {line}: is no CSV ({error}); save the file as CSV in UTF-8")
+            return None
+        header = [cell.strip().lower() for cell in rows[0][1]] if rows else []
+        if all(header.count(column) == 1 for column in CSV_HEADER):
+            table = _LabelTable(source, header, delimiter, problems, names or ImageNames({}))
+            return table.read(rows[1:], classes)
+    found = quoted(lines[head]) if head < len(lines) else "'nothing'"
+    problems.add("bad header", f"{source} line {head + 1}: expected the header 'image,labels', found {found}")
+    return None
 
 
-def _read_label_row(
-    row: list[str],
-    number: int,
-    separator: str | None,
-    classes: Collection[str],
-    labels: dict[str, LabelLine],
-    source: str,
-    problems: Problems,
-) -> None:
-    name = row[0].strip()
-    if len(row) != 2 or not name or not is_plain_id(name):
-        text = f"{source} line {number}: expected 'image,labels' with the labels separated by spaces or ';', "
-        problems.add("bad line", f"{text}found '{','.join(row)}'")
-        return
-    image_id, cell = image_id_of(name), row[1].strip()
-    if image_id in labels:
-        text = f"{source} line {number}: image '{image_id}' has its labels on line {labels[image_id].line} already"
-        problems.add("duplicate", f"{text}; join the two lines")
-        return
-    names = [cell] if cell in classes else [part.strip() for part in cell.split(separator)]
-    labels[image_id] = LabelLine(number, tuple(part for part in names if part))
+@dataclass(frozen=True)
+class _LabelTable:
+    """A labels.csv whose header is understood."""
+
+    source: str
+    header: Sequence[str]
+    delimiter: str
+    problems: Problems
+    names: ImageNames
+
+    def read(self, rows: Sequence[tuple[int, list[str]]], classes: Collection[str]) -> dict[str, LabelLine]:
+        others = [name or "(without a name)" for name in self.header if name not in CSV_HEADER]
+        while others and others[-1] == "(without a name)":  # a spreadsheet's empty columns
+            others.pop()
+        if others:
+            text = f"{self.source}: of its columns only image and labels are read, not {some(others)}"
+            self.problems.warnings.append(text)
+        cells = {line: cell for line, row in rows if (cell := self._cell(line, row)) is not None}
+        separator = ";" if any(";" in cell for _, cell in cells.values()) else None
+        labels: dict[str, LabelLine] = {}
+        for line, (image_id, cell) in cells.items():
+            if image_id in labels:
+                text = f"{self.source} line {line}: image {quoted(image_id)} has its labels on line"
+                self.problems.add("duplicate", f"{text} {labels[image_id].line} already; join the two lines")
+                continue
+            names = [cell] if cell in classes else [part.strip() for part in cell.split(separator)]
+            labels[image_id] = LabelLine(line, tuple(part for part in names if part), cell)
+        check_dialect({row.line: (row.cell, row.names) for row in labels.values()}, classes, self.source, self.problems)
+        return labels
+
+    def _cell(self, line: int, row: list[str]) -> tuple[str, str] | None:
+        """Image id and text of the labels of a line; None (and a problem) where it is wrong."""
+        where = f"{self.source} line {line}"
+        width = len(self.header)
+        found = quoted(self.delimiter.join(row))
+        expected = f"{where}: expected 'image,labels' with the labels separated by spaces or ';'"
+        places = [self.header.index(column) for column in CSV_HEADER]
+        if len(row) <= max(places) or any(cell.strip() for cell in row[width:]) or not row[places[0]].strip():
+            self.problems.add("bad line", f"{expected}, found {found}")
+            return None
+        if any("\n" in row[place] for place in places):
+            text = f"{where}: a cell goes on over several lines, {found}"
+            self.problems.add("bad line", f"{text}; close the quote where the cell ends")
+            return None
+        name, cell = (row[place].strip() for place in places)
+        try:
+            return self.names.find(name), unicodedata.normalize("NFC", cell)
+        except ValueError as error:
+            self.problems.add("bad line", f"{where}: {quoted(name)} names no image: {error}")
+            return None
 
 
 def check_label_lines(
@@ -201,11 +283,11 @@ def check_label_lines(
         return
     for image_id, row in rows.items():
         if image_id not in images:
-            text = f"{source} line {row.line}: image '{image_id}' has no file in {folder}"
+            text = f"{source} line {row.line}: image {quoted(image_id)} has no file in {folder}"
             problems.add("label without image", f"{text}; remove the line or add the image")
     for image_id in train:
         if image_id not in rows and image_id in images:
-            text = f"{source}: training image '{image_id}' has no line; add its labels or remove it from the list"
+            text = f"{source}: training image {quoted(image_id)} has no line; add its labels or remove it from the list"
             problems.add("no labels", text)
 
 

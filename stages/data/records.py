@@ -5,11 +5,12 @@ Pure records; nothing is read or written here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.contracts import ClassList, LabelledBox
+from stages.errors import printable
 
 PROBLEMS_SHOWN = 25
 """Problems of one kind that an error shows; ``wsss data check`` shows all."""
@@ -50,6 +51,8 @@ class DataListing:
     """Whether masks only say object or not (as in ImageIndex)."""
     is_single_label: bool = False
     """Whether each image has one label by the format's rules (as in ImageIndex)."""
+    unused_masks: tuple[str, ...] = ()
+    """Files in the folders of masks that belong to no image, relative to the root."""
 
     def split(self, name: str, *, without: Collection[str] = ()) -> list[ListedImage]:
         """The images of a split in list order."""
@@ -63,15 +66,29 @@ class DataListing:
         return tuple(sorted(names))
 
 
+@dataclass(frozen=True)
+class MaskFolder:
+    """A folder of masks, matched with the images."""
+
+    folder: str = ""
+    """Relative to the root."""
+    masks: Mapping[str, str] = field(default_factory=dict)
+    """Image id to mask, relative to the root."""
+    unused: tuple[str, ...] = ()
+    """Files, relative to the folder, that belong to no image."""
+
+
 @dataclass
 class Problems:
     """Collects defects by kind, so that ten thousand of one kind do not hide the single one of another."""
 
     by_kind: dict[str, list[str]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    """What is allowed but should be known; goes into the listing."""
 
     def add(self, kind: str, text: str) -> None:
         """Keep one problem; ``kind`` groups those that are cut together."""
-        self.by_kind.setdefault(kind, []).append(text)
+        self.by_kind.setdefault(kind, []).append(_one_line(text))
 
     def __bool__(self) -> bool:
         """Whether there is any problem."""
@@ -84,7 +101,9 @@ class Problems:
             shown = texts if limit is None else texts[:limit]
             lines.extend(shown)
             if len(texts) > len(shown):
-                lines.append(f"… and {len(texts) - len(shown):,} more like the last one; `wsss data check` shows all")
+                lines.append(
+                    f"… and {len(texts) - len(shown):,} more like the last one; `wsss data check --json` lists all"
+                )
         return lines
 
 
@@ -99,7 +118,8 @@ class Scan:
 def empty_scan(root: Path | None, names: tuple[str, ...], problems: Problems) -> Scan:
     """A scan that found nothing to list, only problems."""
     classes = ClassList(names=names or ("none",))
-    return Scan(DataListing(root, classes, (), {"train": (), "train_score": (), "val": ()}, {}), problems)
+    splits: dict[str, tuple[str, ...]] = {"train": (), "train_score": (), "val": ()}
+    return Scan(DataListing(root, classes, (), splits, {}, tuple(problems.warnings)), problems)
 
 
 @dataclass(frozen=True)
@@ -120,7 +140,15 @@ class IdList:
 
 
 def some(ids: Sequence[str], limit: int = 5) -> str:
-    """The first few of ``ids`` for a message; a file name that is not UTF-8 is spelled so that it can be written."""
-    shown = ", ".join(f"'{image_id}'" for image_id in ids[:limit])
-    shown = shown.encode(errors="backslashreplace").decode()
+    """The first few of ``ids`` for a message."""
+    shown = ", ".join(map(quoted, ids[:limit]))
     return shown if len(ids) <= limit else f"{shown}, …"
+
+
+def quoted(text: str, limit: int = 80) -> str:
+    """Something that was found, for a message: in quotes, with its end left out where it is long."""
+    return f"'{_one_line(text if len(text) <= limit else f'{text[:limit]}…')}'"
+
+
+def _one_line(text: str) -> str:
+    return printable(text).replace("\n", r"\n").replace("\t", r"\t")

@@ -1,21 +1,27 @@
 """Choose some images of a data set: those of a list, so many drawn by a seed, or a share by hash.
 
-Reads the list; opens no image and no mask.  A choice by hash depends on the image id alone: adding images never moves
-those that were there.
+Reads the list; opens no image and no mask.  A share by hash is never less than asked for, so that small sets get theirs
+too.  n images more or less move at most about as many others.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from stages.contracts import StageConfig
-from stages.data.records import DataListing
+from stages.data.names import ImageNames
+from stages.data.readers import read_id_list
+from stages.data.records import PROBLEMS_SHOWN, DataListing, Problems, quoted
 from stages.errors import ConfigError
+
+Label = TypeVar("Label", int, str)
 
 
 class SweepConfig(StageConfig):
@@ -100,24 +106,26 @@ def choose_masked(
 
 
 def read_ids(path: Path, option: str) -> tuple[str, ...]:
-    """The ids of a list, each once, in its order.
+    """The ids of a list, one on each line, each once, in its order.
 
     Raises:
         ConfigError: it does not read; ``option`` is what named it.
     """
-    try:
-        words = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{option}: {path} does not read ({error}); name a text file of image ids") from error
-    return tuple(dict.fromkeys(words))
+    problems = Problems()
+    listed = read_id_list(path, str(path), problems)
+    if listed is None or problems:
+        lines = [f"{option}: {line}" for line in problems.lines(PROBLEMS_SHOWN)]
+        raise ConfigError(f"{option}: {path} does not read; name a text file of image ids", lines)
+    return listed.ids
 
 
 def _check_listed(
     path: Path, option: str, known: Collection[str], usable: Collection[str], lacks: str, unknown: str
 ) -> tuple[str, ...]:
-    wanted = read_ids(path, option)
+    names = ImageNames(dict.fromkeys(known, ""))
+    wanted = tuple(dict.fromkeys(names.get(image_id) or image_id for image_id in read_ids(path, option)))
     problems = [
-        f"{option}: {path}: image '{image_id}' {lacks if image_id in known else unknown}; remove the line"
+        f"{option}: {path}: image {quoted(image_id)} {lacks if image_id in known else unknown}; remove the line"
         for image_id in wanted
         if image_id not in usable
     ]
@@ -183,21 +191,62 @@ def hash_half(image_id: str) -> Literal["train_select", "train_report"]:
     return "train_select" if hashlib.sha256(image_id.encode()).digest()[0] < 128 else "train_report"
 
 
-def hash_share(ids: Iterable[str], ratio: float, purpose: str) -> tuple[str, ...]:
-    """About ``ratio`` of ``ids`` in their order, chosen by hash.
+def hash_share(
+    ids: Iterable[str], ratio: float, purpose: str, labels: Mapping[str, Collection[Label]] | None = None
+) -> tuple[str, ...]:
+    """``ratio`` of ``ids``, rounded up, in their order: those with the smallest hashes.
 
-    Never all of them; of two or more at least one when ``ratio`` > 0.
+    Without ``labels``, whatever has a hash below ``ratio`` is chosen, though that be some more: such an id stays chosen
+    whatever others come.  With ``labels`` the share is exact, but each class of two or more images has one among the
+    chosen, where it can: the share grows for that, and no choice takes the last image of a class away.
+
+    Args:
+        ids: The candidates; never all of them are chosen, and of two or more at least one when ``ratio`` > 0.
+        ratio: 0 … 1.
+        purpose: Another purpose is another choice.
+        labels: Id to classes, of the candidates and of whatever images stay with those that are not chosen.
+
+    Returns:
+        The chosen ids.
     """
-    candidates = tuple(ids)
-    chosen = tuple(image_id for image_id in candidates if hash_fraction(image_id, purpose) < ratio)
-    if ratio <= 0 or len(candidates) < 2:
+    order = tuple(dict.fromkeys(ids))
+    if ratio <= 0 or len(order) < 2:
         return ()
-    if len(chosen) == len(candidates):
-        last = max(candidates, key=lambda image_id: hash_fraction(image_id, purpose))
-        return tuple(image_id for image_id in candidates if image_id != last)
-    if chosen:
-        return chosen
-    return (min(candidates, key=lambda image_id: hash_fraction(image_id, purpose)),)
+    count = min(max(math.ceil(ratio * len(order) - 1e-9), 1), len(order) - 1)
+    ranked = sorted(order, key=lambda image_id: hash_fraction(image_id, purpose))
+    if labels:
+        chosen = _covering(ranked, count, labels) or {ranked[0]}
+    else:
+        below = sum(hash_fraction(image_id, purpose) < ratio for image_id in ranked)
+        chosen = set(ranked[: min(max(count, below), len(ranked) - 1)])
+    return tuple(image_id for image_id in order if image_id in chosen)
+
+
+def _covering(ranked: Sequence[str], count: int, labels: Mapping[str, Collection[Label]]) -> set[str]:
+    """The first of ``ranked`` that show each class, then the first ones up to ``count``; each class keeps an image."""
+    left = Counter(label for found in labels.values() for label in set(found))
+    bearers: dict[Label, list[str]] = {label: [] for label in left}
+    for image_id in ranked:
+        for label in set(labels.get(image_id, ())):
+            bearers[label].append(image_id)
+    chosen: set[str] = set()
+
+    def take(candidates: Iterable[str], wanted: int) -> None:
+        for image_id in candidates:
+            if wanted <= 0 or len(chosen) == len(ranked) - 1:
+                return
+            own = set(labels.get(image_id, ()))
+            if image_id not in chosen and all(left[label] > 1 for label in own):
+                chosen.add(image_id)
+                left.subtract(own)
+                wanted -= 1
+
+    # the rarest first: its few images may show the others too
+    for label in sorted(bearers, key=lambda label: (len(bearers[label]), label)):
+        if chosen.isdisjoint(bearers[label]):
+            take(bearers[label], 1)
+    take(ranked, count - len(chosen))
+    return chosen
 
 
 def hold_out(listing: DataListing, ratio: float) -> tuple[str, ...]:

@@ -18,8 +18,9 @@ from pydantic import Field
 from stages.contracts import MASK_SUFFIXES, MAX_MASK_CLASSES, Box, StageConfig
 from stages.data.boxes import make_box
 from stages.data.joining import Sources, join_sources
-from stages.data.readers import check_mask_folder, file_names, image_id_of, is_plain_id, read_text
-from stages.data.records import IdList, Problems, Scan, empty_scan
+from stages.data.names import ImageNames, image_id_of, odd_character
+from stages.data.readers import check_mask_folder, file_names, mask_files, read_text
+from stages.data.records import IdList, MaskFolder, Problems, Scan, empty_scan, quoted
 
 Value = TypeVar("Value")
 
@@ -61,6 +62,7 @@ def _scan(config: CubConfig) -> Scan:
         problems.add("duplicate", "classes.txt: a class is named twice; name each class once")
     known = _label_indices(ids, labels, list(names), problems)
     test = {ids[key] for key in ids if is_train.get(key) is False}
+    masks = _masks(config, paths, ids, problems)
     sources = Sources(
         root=config.root,
         class_names=classes,
@@ -68,10 +70,11 @@ def _scan(config: CubConfig) -> Scan:
         lists={split: _split(paths, ids, is_train, split == "train") for split in ("train", "val")},
         labels=known,
         images=_existing(config.root, "images", paths, ids),
-        masks=_masks(config, paths, ids, problems),
+        masks=masks.masks,
         full_masks={},
         image_folder="images",
         mask_folder=config.masks or "segmentations (data.masks is null)",
+        mask_folders=(masks,),
         boxes={
             ids[key]: ((known[ids[key]][0], box),)
             for key, box in boxes.items()
@@ -140,14 +143,17 @@ class _Table:
                 raise ValueError("too few columns")  # noqa: TRY301 - one message for all that is wrong
             found[key] = parse(rest.strip())
         except ValueError as error:
-            text = f"{where}: expected '{self._layout}', found '{line}' ({error}); restore the file"
+            text = f"{where}: expected '{self._layout}', found {quoted(line)} ({error}); restore the file"
             self._problems.add("bad line", text)
 
 
 def _path(text: str) -> str:
     parts = text.split("/")
-    if not all(part and is_plain_id(part) for part in parts):
+    if not all(parts) or ".." in parts:
         raise ValueError("a path below images/ has no '..' and does not begin with '/'")
+    odd = next((reason for part in parts if (reason := odd_character(part)) is not None), None)
+    if odd is not None:
+        raise ValueError(odd)
     return text
 
 
@@ -201,31 +207,29 @@ def _split(paths: Mapping[str, str], ids: Mapping[str, str], is_train: Mapping[s
     return IdList("images.txt", entries, f"train_test_split.txt has no image with {int(wanted)}; restore the file")
 
 
-def _existing(
-    root: Path, folder: str, paths: Mapping[str, str], ids: Mapping[str, str], suffix: str | None = None
-) -> dict[str, str]:
-    """Image id to its file relative to the root, for those that are there; case does not count.
-
-    With ``suffix`` the file that has it in place of the image's own.
-    """
-    there: dict[str, dict[str, str]] = {}
+def _existing(root: Path, folder: str, paths: Mapping[str, str], ids: Mapping[str, str]) -> dict[str, str]:
+    """Image id to its file relative to the root, for those that are there, in whatever case and Unicode form."""
+    there: dict[str, tuple[ImageNames, dict[str, str]]] = {}
     found: dict[str, str] = {}
     for key, image_id in ids.items():
         parent, _, name = paths[key].rpartition("/")
-        wanted = name if suffix is None else name.rpartition(".")[0] + suffix
         if parent not in there:
             names = sorted(file_names(root / folder / parent))
-            there[parent] = {at.lower(): at for at in names} | {at: at for at in names}
-        at = there[parent].get(wanted, there[parent].get(wanted.lower()))
-        if at is not None:
-            found[image_id] = "/".join(filter(None, (folder, parent, at)))
+            there[parent] = ImageNames(dict.fromkeys(names, "")), {at.lower(): at for at in names}
+        exact, lower = there[parent]
+        if (file := exact.get(name) or lower.get(name.lower())) is not None:
+            found[image_id] = "/".join(part for part in (folder, parent, file) if part)
     return found
 
 
-def _masks(config: CubConfig, paths: Mapping[str, str], ids: Mapping[str, str], problems: Problems) -> dict[str, str]:
-    """Image id to its mask; none where there is no folder of masks."""
+def _masks(config: CubConfig, paths: Mapping[str, str], ids: Mapping[str, str], problems: Problems) -> MaskFolder:
+    """The masks; none where there is no folder of them."""
     if config.masks is None:
-        return {}
+        return MaskFolder()
     if config.masks != CubConfig.model_fields["masks"].default:
         check_mask_folder(config.root, config.masks, "data.masks", problems)
-    return _existing(config.root, config.masks, paths, ids, MASK_SUFFIXES[0])
+    pngs = {key: path.rpartition(".")[0] + MASK_SUFFIXES[0] for key, path in paths.items()}
+    masks = _existing(config.root, config.masks, pngs, ids)
+    files = mask_files(config.root / config.masks, {path.rpartition("/")[0] for path in pngs.values()})
+    used = set(masks.values())
+    return MaskFolder(config.masks, masks, tuple(file for file in files if f"{config.masks}/{file}" not in used))

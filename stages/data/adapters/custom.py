@@ -6,32 +6,31 @@ Opens no image.
 
 from __future__ import annotations
 
-import difflib
+import os
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, IMAGE_SUFFIXES, ClassList, StageConfig
+from stages.data.class_names import check_class_names, nearest, odd_names_warnings
 from stages.data.joining import Sources, join_sources
+from stages.data.names import ImageNames, image_id_of, numbers_as_numbers
 from stages.data.readers import (
     LabelLine,
     check_label_lines,
     check_mask_folder,
     file_names,
-    image_id_of,
-    nearest,
+    match_masks,
     read_id_list,
     read_labels_csv,
 )
-from stages.data.records import IdList, Problems, Scan, empty_scan, some
+from stages.data.records import IdList, MaskFolder, Problems, Scan, empty_scan, quoted, some
 from stages.data.subsets import hash_share
-
-FREQUENT_RATIO = 10
-"""A name is suspected of being a misspelling of one that stands on this many times as many lines."""
 
 
 class CustomConfig(StageConfig):
@@ -41,9 +40,11 @@ class CustomConfig(StageConfig):
     root: Path
     """The folder of the data set."""
     classes: tuple[str, ...] | None = Field(default=None, min_length=1, max_length=254)
-    """Foreground classes in order: mask value i + 1 is the i-th.  Empty (null) takes the names in the CSV, sorted."""
+    """Foreground classes in order: mask value i + 1 is the i-th.  Empty (null) takes the names in the CSV, sorted, 2
+    before 10."""
     images: str = Field(default="images", min_length=1)
-    """Sub-folder of the images; ``.`` for the folder itself.  The file name without ending is the image's id."""
+    """Sub-folder of the images, searched to the bottom; ``.`` for the folder itself, without what is below it.  The
+    file name without ending is the image's id."""
     labels: Path | None = None
     """CSV with ``image,labels``; empty (null) takes labels.csv in ``root``."""
     masks: str | None = "masks"
@@ -53,14 +54,15 @@ class CustomConfig(StageConfig):
     val_list: Path | None = None
     """File with one validation image per line; these may have no labels and no masks."""
     val_ratio: float = Field(default=0.1, gt=0, lt=1)
-    """Without lists: share of the images kept for val, chosen by a hash of the id.  Where some images have masks,
-    val is drawn from those."""
+    """Without lists: share of the images kept for val, chosen by a hash of the id, and more where a class of two or
+    more images would have none there.  Where some images have masks, val is drawn from those."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """Whether an image that does not decode ends the run or is left out with a warning."""
 
     @field_validator("classes")
     @classmethod
     def _check_classes(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        names = names and tuple(unicodedata.normalize("NFC", name) for name in names)
         if names and len(set(names)) < len(names):
             raise ValueError("a class is named twice; name each class once")
         if names and ("background" in names or not all(name.strip() == name != "" for name in names)):
@@ -86,19 +88,25 @@ class CustomConfig(StageConfig):
 def _scan(config: CustomConfig) -> Scan:
     """List a custom data set and everything that is wrong with it, without opening an image."""
     problems = Problems()
-    images = _images(config, problems)
-    rows = _read_labels(config, problems)
+    found = _find_images(config, problems)
+    known = ImageNames(found.images, found.several, config.root)
+    rows = _read_labels(config, known, problems)
+    images = found.images
     if not images or not rows:
         return empty_scan(config.root, config.classes or (), problems)
     names = _class_names(config, rows, problems)
     if not names:
         return empty_scan(config.root, (), problems)
-    masks = _masks(config, images, problems)
-    lists = _read_lists(config, problems) or _hash_lists(config, rows, images, masks)
+    mask_folder = _masks(config, images, problems)
+    masks = mask_folder.masks
+    lists = _read_lists(config, known, problems) or _hash_lists(config, rows, images, masks)
     lists["train_score"] = IdList("the training images", tuple((0, i) for i in lists["train"].ids if i in masks))
     source = config.labels_path.name
     train = lists["train"].ids
     check_label_lines(rows, train=train, images=images, source=source, folder=config.images, problems=problems)
+    if config.classes is None:
+        has_words = not any(";" in row.cell for row in rows.values())
+        problems.warnings += odd_names_warnings([row.names for row in rows.values()], source, has_words=has_words)
     sources = Sources(
         root=config.root,
         class_names=names,
@@ -110,11 +118,11 @@ def _scan(config: CustomConfig) -> Scan:
         full_masks={},
         image_folder=config.images,
         mask_folder=config.masks or "masks (data.masks is null)",
+        mask_folders=(mask_folder,),
     )
     listing = join_sources(sources, problems)
-    used = {image.id for image in listing.images}
-    warnings = (*listing.warnings, *_unused_warning(images, used, source), *_misspelt_warning(config, rows, source))
-    return Scan(replace(listing, warnings=warnings), problems)
+    unused = _unused_warning(found, {image.id for image in listing.images}, source)
+    return Scan(replace(listing, warnings=(*listing.warnings, *unused)), problems)
 
 
 def _mask_values(num_foreground: int) -> dict[int, int]:
@@ -122,36 +130,79 @@ def _mask_values(num_foreground: int) -> dict[int, int]:
     return {BACKGROUND_INDEX: BACKGROUND_INDEX, **values, IGNORE_INDEX: IGNORE_INDEX}
 
 
-def _images(config: CustomConfig, problems: Problems) -> dict[str, str]:
-    """Image id to file, relative to the root."""
+@dataclass
+class _Found:
+    """The images of the folder and of those below it; paths are relative to the root."""
+
+    images: dict[str, str] = field(default_factory=dict)
+    """Image id to file."""
+    several: dict[str, list[str]] = field(default_factory=dict)
+    """Ids that files of several sub-folders would have."""
+    below: set[str] = field(default_factory=set)
+    """Those of ``images`` that lie in sub-folders."""
+
+
+def _find_images(config: CustomConfig, problems: Problems) -> _Found:
+    """All images; a file in the folder itself goes before one of its name in a sub-folder."""
     folder = config.root / config.images
     if not folder.is_dir():
         key = "data.images" if config.root.is_dir() else "data.root"
         problems.add("root", f"{key}: folder {folder} does not exist; correct the path or create it")
-        return {}
-    images: dict[str, str] = {}
+        return _Found()
+    found = _Found()
     prefix = "" if config.images == "." else f"{config.images}/"
-    for name in sorted(file_names(folder)):
-        if Path(name).suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
-            continue
+    for name in _image_files(folder):
         image_id = image_id_of(name)
-        if image_id in images:
-            text = f"{folder / name}: {images[image_id]} gives the same image id '{image_id}'; rename one of the two"
+        if image_id in found.images:
+            text = (
+                f"{folder / name}: {found.images[image_id]} gives the same image id '{image_id}'; rename one of the two"
+            )
             problems.add("same id", text)
-        images[image_id] = prefix + name
-    if not images:
-        problems.add("root", f"{folder}: there is no image ({', '.join(IMAGE_SUFFIXES)}); sub-folders are not searched")
-    return images
+        found.images[image_id] = prefix + name
+    inner: dict[str, list[str]] = {}
+    for place in _sub_folders(folder) if prefix else ():
+        for name in _image_files(folder / place):
+            inner.setdefault(image_id_of(name), []).append(f"{prefix}{place}/{name}")
+    for image_id, files in inner.items():
+        if image_id not in found.images and len(files) == 1:
+            found.images[image_id] = files[0]
+            found.below.add(image_id)
+        elif image_id not in found.images:
+            found.several[image_id] = files
+    if not found.images and not found.several:
+        text = f"{folder}: there is no image ({', '.join(IMAGE_SUFFIXES)})"
+        problems.add("root", f"{text} in it or below" if prefix else f"{text}; sub-folders are not searched")
+    return found
 
 
-def _read_labels(config: CustomConfig, problems: Problems) -> dict[str, LabelLine]:
+def _image_files(folder: Path) -> list[str]:
+    return sorted(n for n in file_names(folder) if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith("."))
+
+
+def _sub_folders(folder: Path) -> list[str]:
+    """Folders below ``folder``, relative to it, each once though links lead there; hidden ones are left out."""
+    seen = {folder.resolve()}
+    places: list[str] = []
+    for path, inner, _ in os.walk(folder, followlinks=True):
+        kept: list[str] = []
+        for name in sorted(inner):
+            real = (Path(path) / name).resolve()
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                kept.append(name)
+        inner[:] = kept
+        places += [(Path(path) / name).relative_to(folder).as_posix() for name in kept]
+    return sorted(places)
+
+
+def _read_labels(config: CustomConfig, names: ImageNames, problems: Problems) -> dict[str, LabelLine]:
     path = config.labels_path
     if not path.is_file():
         text = f"data.labels: {path} does not exist; write a CSV with the header 'image,labels' and a line per image"
         problems.add("labels", text)
         return {}
-    rows = read_labels_csv(path, config.classes or (), path.name, problems)
-    if rows is not None and not rows:
+    rows = read_labels_csv(path, config.classes or (), path.name, problems, names)
+    if rows is not None and not rows and not problems:
         problems.add("empty list", f"{path}: has no line below its header; write a line 'image,labels' per image")
     return rows or {}
 
@@ -159,7 +210,8 @@ def _read_labels(config: CustomConfig, problems: Problems) -> dict[str, LabelLin
 def _class_names(config: CustomConfig, rows: Mapping[str, LabelLine], problems: Problems) -> tuple[str, ...]:
     if config.classes is not None:
         return config.classes
-    names = tuple(sorted({name for row in rows.values() for name in row.names}))
+    counts = Counter(name for row in rows.values() for name in set(row.names))
+    names = tuple(numbers_as_numbers(counts))
     if not names:
         problems.add("labels", f"{config.labels_path}: no image has a label; name the classes of each image")
     if len(names) > 254:
@@ -168,41 +220,21 @@ def _class_names(config: CustomConfig, rows: Mapping[str, LabelLine], problems: 
     if "background" in names:
         text = f"{config.labels_path}: 'background' is no class of yours (mask value 0 is given)"
         problems.add("labels", f"{text}; leave the labels of an image without any class empty")
+    counts.pop("background", None)
+    check_class_names({name: counts[name] for name in names if name in counts}, config.labels_path.name, problems)
     return names
 
 
-def _misspelt_warning(config: CustomConfig, rows: Mapping[str, LabelLine], source: str) -> tuple[str, ...]:
-    """Rare names that nearly are a frequent one: where the CSV makes the classes, a typo makes one too."""
-    if config.classes is not None:
-        return ()
-    counts = Counter(name for row in rows.values() for name in row.names)
-    odd = []
-    for name, count in sorted(counts.items()):
-        frequent = [other for other in counts if counts[other] >= FREQUENT_RATIO * count]
-        close = difflib.get_close_matches(name, frequent, n=1, cutoff=0.75)
-        if close:
-            odd.append(f"'{name}' ({count:,}) beside '{close[0]}' ({counts[close[0]]:,})")
-    if not odd:
-        return ()
-    return (f"{source}: misspelt? {', '.join(odd)}; each is a class of its own: correct the CSV, or set data.classes",)
-
-
-def _masks(config: CustomConfig, images: Collection[str], problems: Problems) -> dict[str, str]:
-    """Image id to mask, relative to the root; none where there is no folder of masks."""
+def _masks(config: CustomConfig, images: Mapping[str, str], problems: Problems) -> MaskFolder:
+    """The masks; none where there is no folder of them."""
     if config.masks is None:
-        return {}
+        return MaskFolder()
     if config.masks != CustomConfig.model_fields["masks"].default:
         check_mask_folder(config.root, config.masks, "data.masks", problems)
-    names = sorted(name for name in file_names(config.root / config.masks) if name.lower().endswith(".png"))
-    masks = {name[:-4]: f"{config.masks}/{name}" for name in names if name[:-4] in images}
-    if names and not masks:
-        example = sorted(images)[0]
-        text = f"{config.root / config.masks}: none of its {len(names):,} masks is named as an image"
-        problems.add("mask names", f"{text} (found {names[0]}, expected e.g. {example}.png); rename the masks")
-    return masks
+    return match_masks(config.root, config.masks, images, config.images)
 
 
-def _read_lists(config: CustomConfig, problems: Problems) -> dict[str, IdList] | None:
+def _read_lists(config: CustomConfig, names: ImageNames, problems: Problems) -> dict[str, IdList] | None:
     """The lists of the config; None when it gives none."""
     if config.train_list is None or config.val_list is None:
         return None
@@ -210,7 +242,7 @@ def _read_lists(config: CustomConfig, problems: Problems) -> dict[str, IdList] |
     for split, path in (("train", config.train_list), ("val", config.val_list)):
         lists[split] = IdList(path.name, ())
         if path.is_file():
-            lists[split] = read_id_list(path, path.name, problems) or lists[split]
+            lists[split] = read_id_list(path, path.name, problems, names) or lists[split]
         else:
             problems.add("missing list", f"data.{split}_list: {path} does not exist; correct the path")
     return lists
@@ -222,7 +254,9 @@ def _hash_lists(
     """Split the labelled images by hash; val out of those with masks where there are any."""
     labelled = [image_id for image_id in rows if image_id in images]
     masked = [image_id for image_id in labelled if image_id in masks]
-    val = set(masked if len(masked) == 1 < len(labelled) else hash_share(masked or labelled, config.val_ratio, "val"))
+    classes = {image_id: rows[image_id].names for image_id in labelled}
+    is_single = len(masked) == 1 < len(labelled)
+    val = set(masked if is_single else hash_share(masked or labelled, config.val_ratio, "val", classes))
     remedy = "label at least two images of the folder, or give data.train_list and data.val_list"
     source = f"split of {config.labels_path.name}"
     return {
@@ -238,14 +272,19 @@ def _label_indices(
     for image_id, row in rows.items():
         for name in row.names:
             if name not in names:
-                text = f"{source} line {row.line}: unknown class '{name}', {nearest(name, names)}"
+                text = f"{source} line {row.line}: unknown class {quoted(name)}, {nearest(name, names)}"
                 problems.add("unknown class", text)
         labels[image_id] = tuple(sorted({names.index(name) for name in row.names if name in names}))
     return labels
 
 
-def _unused_warning(images: Collection[str], used: Collection[str], source: str) -> list[str]:
-    """Images of the folder that stand in no list (or, without lists, have no labels) are not used."""
-    unused = sorted(set(images) - set(used))
+def _unused_warning(found: _Found, used: Collection[str], source: str) -> list[str]:
+    """Images that stand in no list (or, without lists, have no labels) are not used.
+
+    Sub-folders of which nothing is used hold something else.
+    """
+    unused = set(found.images) - set(used)
+    if found.below.isdisjoint(used):
+        unused -= found.below
     text = f"{len(unused):,} images of the folder stand neither in a list nor in {source} and are not used"
-    return [f"{text}: {some(unused)}"] if unused else []
+    return [f"{text}: {some(sorted(unused))}"] if unused else []

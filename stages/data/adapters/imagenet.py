@@ -17,9 +17,11 @@ from pydantic import Field, field_validator
 
 from stages.contracts import IMAGE_SUFFIXES, Box, StageConfig
 from stages.data.boxes import read_box_annotation, read_box_list
+from stages.data.class_names import check_class_names, nearest
 from stages.data.joining import Sources, join_sources
-from stages.data.readers import file_names, image_id_of, is_plain_id, nearest, read_text
-from stages.data.records import IdList, Problems, Scan, empty_scan, some
+from stages.data.names import ImageNames, image_id_of, odd_character
+from stages.data.readers import file_names, read_text
+from stages.data.records import IdList, Problems, Scan, empty_scan, quoted, some
 
 _LABELS, _BOXES = "val_labels.txt", "localization.txt"
 
@@ -76,6 +78,10 @@ class _Found:
             if Path(name).suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
                 continue
             image_id, path = image_id_of(name), f"{folder}/{name}"
+            odd = odd_character(image_id)
+            if odd is not None:
+                self.problems.add("bad id", f"{path}: cannot be an image id: {odd}; rename the file")
+                continue
             if image_id in self.images:
                 text = f"{path}: {self.images[image_id]} gives the same image id '{image_id}'; rename one of the two"
                 self.problems.add("same id", text)
@@ -137,10 +143,16 @@ def _class_names(config: ImageNetConfig, problems: Problems) -> tuple[str, ...]:
     there = _class_folders(folder)
     if not there:
         problems.add("root", f"{folder}: there is no class folder; put the images of each class into its own folder")
-    for name in config.classes or ():
-        if name not in there:
-            problems.add("unknown class", f"data.classes: {folder} has no folder '{name}', {nearest(name, there[:50])}")
-    return tuple(there) if config.classes is None else tuple(name for name in config.classes if name in there)
+    if config.classes is None:
+        counts = {name: sum(1 for _ in (folder / name).iterdir()) for name in there}
+        check_class_names(counts, str(folder), problems, remedy="take the folder out of train")
+        return tuple(there)
+    known = ImageNames(dict.fromkeys(there, ""))
+    for name in config.classes:
+        if known.get(name) is None:
+            text = f"data.classes: {folder} has no folder {quoted(name)}, {nearest(name, there[:50])}"
+            problems.add("unknown class", text)
+    return tuple(there_name for name in config.classes if (there_name := known.get(name)) is not None)
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -183,25 +195,44 @@ def _labelled(config: ImageNetConfig, names: Sequence[str], val: Sequence[str], 
 def _read_labels(path: Path, config: ImageNetConfig, names: Sequence[str], val: set[str], found: _Found) -> None:
     """Take the labels of a list."""
     folders = _class_folders(config.root / config.train)
+    known, classes = ImageNames(dict.fromkeys(val, "")), ImageNames(dict.fromkeys(folders, ""))
     lines: dict[str, int] = {}
+    read: dict[str, tuple[str, str]] = {}
     for number, line in enumerate(read_text(path, path.name, found.problems) or [], start=1):
         where = f"{path.name} line {number}"
         if not line.strip():
             continue
         name, _, label = (part.strip() for part in line.partition(","))
-        image_id = image_id_of(name.rsplit("/", 1)[-1])
-        if not label or not is_plain_id(image_id):
-            found.problems.add("bad line", f"{where}: expected 'path,class', found '{line.strip()}'; correct the line")
-        elif image_id in lines:
-            text = f"{where}: image '{image_id}' has its label on line {lines[image_id]} already"
+        try:
+            image_id = known.find(name.rsplit("/", 1)[-1])
+            if not label:
+                raise ValueError("no class")  # noqa: TRY301 - one message for all that is wrong
+        except ValueError as error:
+            text = f"{where}: expected 'path,class', found {quoted(line.strip())} ({error})"
+            found.problems.add("bad line", f"{text}; correct the line")
+            continue
+        if image_id in lines:
+            text = f"{where}: image {quoted(image_id)} has its label on line {lines[image_id]} already"
             found.problems.add("duplicate", f"{text}; remove one of the two")
         elif image_id in val:
-            is_place = label not in folders and label.isdecimal() and int(label) < len(folders)
-            _take_label(image_id, folders[int(label)] if is_place else label, where, config, names, found)
+            read[image_id] = where, label
         elif config.classes is None:
-            text = f"{where}: image '{image_id}' has no file in {config.val}"
+            text = f"{where}: image {quoted(image_id)} has no file in {config.val}"
             found.problems.add("label without image", f"{text}; remove the line or add the image")
         lines.setdefault(image_id, number)
+    places = {label for _, label in read.values() if classes.get(label) is None and _is_place(label, folders)}
+    numbers = {label for _, label in read.values() if label in folders and _is_place(label, folders)}
+    if places and numbers:
+        text = f"{path.name}: {quoted(min(numbers))} is a folder of {config.train} and {quoted(min(places))} is none"
+        found.problems.add("numbers", f"{text}: are they names, or positions from 0?  Write the folders' names")
+    for image_id, (where, label) in read.items():
+        name = folders[int(label)] if label in places else classes.get(label) or label
+        _take_label(image_id, name, where, config, names, found)
+
+
+def _is_place(label: str, folders: Sequence[str]) -> bool:
+    """Whether ``label`` is a place among the folders, counted from 0."""
+    return label.isdecimal() and len(label) < 10 and int(label) < len(folders)
 
 
 def _take_label(
@@ -212,7 +243,7 @@ def _take_label(
     elif config.classes is not None:
         found.left_out.add(image_id)
     else:
-        text = f"{where}: unknown class '{name}'; expected a folder of {config.train} or 0 … {len(names) - 1}"
+        text = f"{where}: unknown class {quoted(name)}; expected a folder of {config.train} or 0 … {len(names) - 1}"
         found.problems.add("unknown class", text)
 
 
@@ -229,11 +260,11 @@ def _boxes(
         return {}
     boxes: dict[str, list[Box]] = {}
     known = set(val)
-    for line in read_box_list(path, path.name, found.problems):
+    for line in read_box_list(path, path.name, found.problems, ImageNames(dict.fromkeys(val, ""))):
         if line.id in known:
             boxes.setdefault(line.id, []).append(line.box)
         else:
-            text = f"{path.name} line {line.line}: image '{line.id}' has no file in {config.val}"
+            text = f"{path.name} line {line.line}: image {quoted(line.id)} has no file in {config.val}"
             found.problems.add("box without image", f"{text}; remove the line or add the image")
     return boxes
 
@@ -242,14 +273,15 @@ def _read_annotations(
     folder: Path, config: ImageNetConfig, names: Sequence[str], val: Sequence[str], found: _Found
 ) -> dict[str, list[Box]]:
     """Boxes of the objects of each image's class: that of its folder, else that of its first object."""
-    there = file_names(folder)
+    there = ImageNames({name[:-4]: name for name in file_names(folder) if name.endswith(".xml")})
     boxes: dict[str, list[Box]] = {}
     for image_id in val:
-        if f"{image_id}.xml" not in there:
+        stem = there.get(image_id)
+        if stem is None:
             continue  # the join says which images have no box
-        objects = read_box_annotation(folder / f"{image_id}.xml", found.problems)
+        objects = read_box_annotation(folder / f"{stem}.xml", found.problems)
         if objects and image_id not in found.labels:
-            _take_label(image_id, objects[0][0], f"{folder / image_id}.xml", config, names, found)
+            _take_label(image_id, objects[0][0], f"{folder / stem}.xml", config, names, found)
         own = [names[label] for label in found.labels.get(image_id, ())]
         boxes[image_id] = [box for name, box in objects if name in own]
     return {image_id: own for image_id, own in boxes.items() if own}

@@ -14,18 +14,20 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, IMAGE_SUFFIXES, MASK_SUFFIXES, ClassList, StageConfig
+from stages.contracts import BACKGROUND_INDEX, IGNORE_INDEX, IMAGE_SUFFIXES, ClassList, StageConfig
+from stages.data.class_names import nearest
 from stages.data.joining import Sources, join_sources
+from stages.data.names import ImageNames
 from stages.data.readers import (
     check_label_lines,
     check_mask_folder,
     files_by_id,
-    nearest,
+    match_masks,
     read_annotation,
     read_id_list,
     read_labels_csv,
 )
-from stages.data.records import IdList, Problems, Scan, empty_scan
+from stages.data.records import IdList, Problems, Scan, empty_scan, quoted
 
 VOC_CLASSES = (
     "aeroplane",
@@ -122,19 +124,27 @@ def _scan(config: VocConfig) -> Scan:
         if getattr(config, name) != VocConfig.model_fields[name].default:
             check_mask_folder(config.root, getattr(config, name), f"data.{name}", problems)
     images = files_by_id(config.root, "JPEGImages", IMAGE_SUFFIXES, problems)
-    lists = _read_lists(config, problems)
-    read_labels = _labels_of_xml if config.labels is None else _labels_of_csv
+    names = ImageNames(images, root=config.root)
+    lists = _read_lists(config, names, problems)
+    if config.labels is None:
+        labels = _labels_of_xml(config, lists, images, problems)
+    else:
+        labels = _labels_of_csv(config.labels, config, lists, images, names, problems)
+    masks, full_masks = (
+        match_masks(config.root, folder, images, "JPEGImages") for folder in (config.masks, config.full_masks)
+    )
     sources = Sources(
         root=config.root,
         class_names=config.class_names,
         mask_values=voc_mask_values(config),
         lists=lists,
-        labels=read_labels(config, lists, images, problems),
+        labels=labels,
         images=images,
-        masks=files_by_id(config.root, config.masks, MASK_SUFFIXES, problems),
-        full_masks=files_by_id(config.root, config.full_masks, MASK_SUFFIXES, problems),
+        masks=masks.masks,
+        full_masks=full_masks.masks,
         image_folder="JPEGImages",
         mask_folder=config.masks,
+        mask_folders=(masks, full_masks),
     )
     return Scan(replace(join_sources(sources, problems), has_voc_palette=True), problems)
 
@@ -155,19 +165,19 @@ def _check_root(root: Path, problems: Problems) -> bool:
     return False
 
 
-def _read_lists(config: VocConfig, problems: Problems) -> dict[str, IdList]:
+def _read_lists(config: VocConfig, names: ImageNames, problems: Problems) -> dict[str, IdList]:
     """The lists that could be read, by split."""
-    names = {"train": config.train_list, "train_score": config.score_list, "val": config.val_list}
-    names["test"] = config.test_list
+    files = {"train": config.train_list, "train_score": config.score_list, "val": config.val_list}
+    files["test"] = config.test_list
     lists: dict[str, IdList] = {}
-    for split, name in names.items():
+    for split, name in files.items():
         if name is None:
             continue
         path = config.root / _LISTS / f"{name}.txt"
         if not path.is_file():
             problems.add("missing list", _missing_list(path, split, name))
             continue
-        listed = read_id_list(path, f"{_LISTS}/{name}.txt", problems)
+        listed = read_id_list(path, f"{_LISTS}/{name}.txt", problems, names)
         if listed is not None:
             lists[split] = listed
     return lists
@@ -194,18 +204,20 @@ def _labels_of_xml(
     config: VocConfig, lists: dict[str, IdList], images: dict[str, str], problems: Problems
 ) -> dict[str, tuple[int, ...]]:
     """Label indices of the images of train and val that have an annotation."""
-    annotations = files_by_id(config.root, "Annotations", (".xml",), problems)
-    if not annotations:
+    files = files_by_id(config.root, "Annotations", (".xml",), problems)
+    annotations = ImageNames(files)
+    if not files:
         text = f"{config.root}: there is no folder Annotations with the labels; add it, or name a CSV with data.labels"
         problems.add("labels", text)
         return {}
     labels: dict[str, tuple[int, ...]] = {}
     for split in ("train", "val"):
         for image_id in lists[split].ids if split in lists else ():
-            source = annotations.get(image_id, f"Annotations/{image_id}.xml")
-            if image_id in annotations:
-                names = read_annotation(config.root / source, problems)
-                labels[image_id] = _label_indices(config, names, source, problems)
+            known = annotations.get(image_id)
+            source = f"Annotations/{image_id}.xml" if known is None else files[known]
+            if known is not None:
+                found = read_annotation(config.root / source, problems)
+                labels[image_id] = _label_indices(config, found, source, problems)
             elif split == "train" and image_id in images:
                 text = f"{source}: the labels of training image '{image_id}' are missing"
                 problems.add("no labels", f"{text}; add the file or remove the image from the list")
@@ -213,15 +225,19 @@ def _labels_of_xml(
 
 
 def _labels_of_csv(
-    config: VocConfig, lists: dict[str, IdList], images: dict[str, str], problems: Problems
+    path: Path,
+    config: VocConfig,
+    lists: dict[str, IdList],
+    images: dict[str, str],
+    names: ImageNames,
+    problems: Problems,
 ) -> dict[str, tuple[int, ...]]:
     """Label indices of every image of the CSV."""
-    path = config.labels
-    if path is None or not path.is_file():
+    if not path.is_file():
         text = f"data.labels: {path} does not exist; correct the path, or set null to read Annotations/*.xml"
         problems.add("labels", text)
         return {}
-    rows = read_labels_csv(path, VOC_CLASSES, path.name, problems)
+    rows = read_labels_csv(path, VOC_CLASSES, path.name, problems, names)
     train = lists["train"].ids if "train" in lists else ()
     check_label_lines(rows, train=train, images=images, source=path.name, folder="JPEGImages", problems=problems)
     return {
@@ -233,6 +249,6 @@ def _labels_of_csv(
 def _label_indices(config: VocConfig, names: tuple[str, ...], source: str, problems: Problems) -> tuple[int, ...]:
     for name in names:
         if name not in VOC_CLASSES:
-            text = f"{source}: unknown class '{name}', {nearest(name, VOC_CLASSES)}"
+            text = f"{source}: unknown class {quoted(name)}, {nearest(name, VOC_CLASSES)}"
             problems.add("unknown class", text)
     return tuple(sorted({config.class_names.index(name) for name in names if name in config.class_names}))

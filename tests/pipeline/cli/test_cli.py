@@ -393,13 +393,39 @@ def test_data_synthetic_then_check_finds_what_was_broken(folder: Path, wsss, wss
     )
     fine = wsss_json("data", "check", "tiny.yaml", "--set", options)
     assert fine["problems"] == []
-    assert "is fine" in wsss("data", "check", "tiny.yaml", "--set", options)[0]
+    understood = fine["understood"]
+    assert (understood["num_images"], understood["splits"], understood["unused_masks"]) == (
+        7,
+        {"train": 5, "val": 2},
+        [],
+    )
+    assert [entry["name"] for entry in understood["classes"]] == ["auk", "bee"]
+    said = wsss("data", "check", "tiny.yaml", "--set", options)[0]
+    assert "7 images: 5 train, 2 val; height 96, width 96 px" in said
+    assert "1 auk: " in said
+    assert "is fine" in said
 
     first = sorted((folder / "made/JPEGImages").iterdir())[0]
     first.write_bytes(first.read_bytes()[:300])
     document = wsss_json("data", "check", "tiny.yaml", "--set", options, code=2)
     assert any(first.name in problem for problem in document["problems"])
     assert document["error"]["problems"] == document["problems"]
+
+
+def test_data_check_shortens_for_people_and_lists_all_for_programs(folder: Path, wsss, wsss_json):
+    wsss("data", "synthetic", "made", "--num-train", "5", "--num-val", "2", "--num-classes", "2")
+    labels = folder / "made/labels.csv"
+    labels.write_text(labels.read_text() + "".join(f"ghost{n},bee\n" for n in range(1000)) + "x\x1b[2J,bee\n")
+    options = "data={format: custom, root: made, images: JPEGImages, masks: SegmentationClass}"
+    document = wsss_json("data", "check", "tiny.yaml", "--set", options, code=2)
+    assert len(document["problems"]) == len(document["error"]["problems"]) == 1001
+    assert document["understood"]["num_images"] == 7
+    out, err = wsss("data", "check", "tiny.yaml", "--set", options, code=2)[:2]
+    assert "\x1b" not in out + err
+    assert r"'x\x1b[2J' names no image: it has the control character U+001B; rename the file" in err
+    assert "… and 975 more like the last one; `wsss data check --json` lists all" in err
+    assert err.count("ghost") == 25
+    assert "1,001 problems in the data set of tiny.yaml" in err
 
 
 def test_wrong_options_of_the_synthetic_set_are_named_as_flags(folder: Path, wsss_json):

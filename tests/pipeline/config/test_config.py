@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field, model_validator
 
 from pipeline.config.run_config import find_config, load_config
-from pipeline.config.yaml_models import load_model
+from pipeline.config.yaml_models import load_model, load_values
 from stages.contracts import StageConfig
 from stages.errors import ConfigError
 from tests.machine_speed import slowness
@@ -185,12 +185,33 @@ def test_unknown_key_in_a_union_offers_the_keys_of_the_chosen_member(tmp_path: P
         ("make_masks.crf.weight=.inf", "make_masks.crf.weight: expected a finite number, found inf"),
         ("make_masks.crf=5", "make_masks.crf: expected a section, found 5"),
         ("data.classes=cat", "data.classes: expected a list, found 'cat'"),
-        ("data.classes=[cat, 3]", "data.classes[1]: expected text, found 3"),
+        ("data.classes=[cat, [3]]", "data.classes[1]: expected text, found [3]"),
+        (
+            "data.classes=[cat, null]",
+            "data.classes[1]: expected text, found nothing (null); write it in quotes if it is a word",
+        ),
         ("weights.vgg16=", "weights.vgg16: expected a path, found nothing (null)"),
     ],
 )
 def test_wrong_values_name_path_and_value(tmp_path: Path, override: str, expected: str) -> None:
     assert f"{expected}  (--set {override})" in problems(tmp_path, GOOD, override)
+
+
+def test_items_of_a_list_of_names_are_taken_as_they_are_written(tmp_path: Path) -> None:
+    words = ("yes", "no", "on", "off", "true", "007", "1.50", "1e3", "12", "y", "-")
+    text = GOOD.replace("  root: VOC2012\n", f"  root: VOC2012\n  classes: [{', '.join(words[:-1])}, '-']\n")
+    assert "classes" in text
+    assert load(tmp_path, text).data.classes == words
+    assert load(tmp_path, text, "data.classes=[no, 2, 1_0]").data.classes == ("no", "2", "1_0")
+    assert load(tmp_path, text, "data.classes=[no]", "data.classes=[false]").data.classes == ("false",)
+    values = {"name": "demo", "data": {"format": "voc", "root": "VOC2012", "classes": ["a", 3]}}
+    values["make_masks"] = {"threshold": 0.3}
+    assert load_values(Small, values, [], "a request").data.classes == ("a", "3")
+    values["data"] = {"format": "voc", "root": "VOC2012", "classes": ["a", True]}  # yes, on or true: nobody knows
+    with pytest.raises(ConfigError) as caught:
+        load_values(Small, values, [], "a request")
+    expected = "data.classes[1]: expected text, found true; write it in quotes if it is a word"
+    assert caught.value.problems == (expected,)
 
 
 def test_validators_before_and_after_work_on_lists_and_whole_models(tmp_path: Path) -> None:
@@ -220,7 +241,7 @@ def test_a_malformed_override_hides_no_other_problem(tmp_path: Path) -> None:
         ("a..b=3", "--set a..b=3: expected dotted.path=value"),
         ("name.x=3", "--set name.x=3: name is the value 'demo', not a section"),
         ("seed=[1", "--set seed=[1: not valid YAML"),
-        ("name=\x07", "--set name=\\x07: not valid YAML: unacceptable character #x0007"),
+        ("name=\x07", r"--set name=\x07: not valid YAML: unacceptable character #x0007"),
     ],
 )
 def test_malformed_overrides(tmp_path: Path, override: str, expected: str) -> None:

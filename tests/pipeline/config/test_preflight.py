@@ -384,7 +384,7 @@ def test_a_softmax_over_images_of_several_labels_is_refused_with_all_else() -> N
 def test_thresholds_of_no_class_and_sweeps_of_no_image_are_refused_before_any_stage(tmp_path: Path) -> None:
     small = ("data.num_train=12", "data.num_val=4")
     check(*small, "make_masks.thresholds={cod: 0.2}", "make_masks.sweep={num_images: 12}")
-    (tmp_path / "ids.txt").write_text("train_00003 val_00001")
+    (tmp_path / "ids.txt").write_text("train_00003\nval_00001")
     wrong = (*small, "make_masks.thresholds={codd: 0.2, zebra: 0.3}")
     with pytest.raises(ConfigError) as caught:
         check(*wrong, f"make_masks.sweep={{image_list: {tmp_path}/ids.txt}}")
@@ -431,5 +431,5 @@ def test_a_list_of_pixel_labelled_images_enters_the_key_by_its_ids(tmp_path: Pat
         ]
 
     one = key(tmp_path / "a.txt", "train_00003\ntrain_00004\n")
-    assert key(tmp_path / "b.txt", "train_00003 train_00004") == one
+    assert key(tmp_path / "b.txt", "train_00003\r\n\r\ntrain_00004") == one
     assert key(tmp_path / "a.txt", "train_00003\ntrain_00005\n") != one

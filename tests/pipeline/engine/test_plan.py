@@ -77,7 +77,7 @@ def test_a_sweep_is_in_the_key_by_what_it_chooses_and_not_the_threshold_that_it_
     swept = {name: value for name, value in plain.items() if name != "threshold"}
     assert content("make_masks.sweep={}") == {**swept, "sweep": {"num_images": 100, "seed": 0}}
     assert content("make_masks.sweep={}", "make_masks.threshold=0.9") == content("make_masks.sweep={}")
-    (tmp_path / "ids.txt").write_text("train_00002 train_00001")
+    (tmp_path / "ids.txt").write_text("train_00002\ntrain_00001")
     listed = content(f"make_masks.sweep={{image_list: {tmp_path}/ids.txt}}")
     assert listed == {**swept, "sweep": {"ids": ["train_00001", "train_00002"]}}
 

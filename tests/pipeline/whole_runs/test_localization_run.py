@@ -173,7 +173,7 @@ def test_data_check_names_what_is_wrong_in_either_layout(tmp_path: Path) -> None
     (imagenet / "val_labels.txt").unlink()
     for root, data in ((cub, "cub"), (imagenet, "imagenet")):
         run = own_data(f"{{format: {data}, root: {root}}}")
-        assert check_data(run.data, SilentProgress(), processes=1)
+        assert check_data(run.data, SilentProgress(), processes=1).problems
 
 
 def test_the_example_of_the_page_is_a_config(tmp_path: Path) -> None:

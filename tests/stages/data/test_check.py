@@ -22,7 +22,7 @@ AsCustom = Callable[..., CustomConfig]
 
 
 def check(config: CustomConfig) -> list[str]:
-    return check_data(config, SilentProgress(), processes=1)
+    return check_data(config, SilentProgress(), processes=1).problems.lines()
 
 
 def mask_of(folder: Path, name: str = "train_00000") -> Path:
@@ -31,12 +31,12 @@ def mask_of(folder: Path, name: str = "train_00000") -> Path:
 
 def test_the_unbroken_set_has_no_problem(synthetic_folder: Path, as_custom: AsCustom) -> None:
     progress = SilentProgress()
-    assert check_data(as_custom(synthetic_folder), progress, processes=1) == []
+    assert check_data(as_custom(synthetic_folder), progress, processes=1).problems.lines() == []
     assert progress.warnings == []
 
 
 def test_a_generated_set_needs_no_files() -> None:
-    assert check_data(SyntheticConfig(num_train=2, num_val=1), SilentProgress()) == []
+    assert check_data(SyntheticConfig(num_train=2, num_val=1), SilentProgress()).problems.lines() == []
 
 
 def test_truncated_missing_and_false_images(broken: Path, as_custom: AsCustom) -> None:
@@ -116,7 +116,7 @@ def test_colours_in_another_order_are_a_defect_in_voc_alone(broken: Path, as_cus
     )
     save_in_another_order(path)
     progress = SilentProgress()
-    assert check_data(as_custom(broken), progress, processes=1) == []
+    assert check_data(as_custom(broken), progress, processes=1).problems.lines() == []
     (warning,) = progress.warnings
     assert warning.startswith(f"1 masks have VOC's colours in another order; fine where that is meant, but e.g. {path}")
     for image in (tiny_voc / "JPEGImages").iterdir():
@@ -125,10 +125,10 @@ def test_colours_in_another_order_are_a_defect_in_voc_alone(broken: Path, as_cus
     for mask in (mask_of(tiny_voc, name) for name in "abc"):
         write_index_mask(mask, np.kron(read_index_mask(mask), np.ones((2, 2), dtype=np.uint8)))
     config = VocConfig(root=tiny_voc, train_list="train")
-    assert check_data(config, SilentProgress(), processes=1) == []
+    assert check_data(config, SilentProgress(), processes=1).problems.lines() == []
     colours = Image.fromarray(voc_palette()[read_index_mask(mask)])
     colours.quantize(5, method=Image.Quantize.MEDIANCUT).save(mask)
-    (problem,) = check_data(config, SilentProgress(), processes=1)
+    (problem,) = check_data(config, SilentProgress(), processes=1).problems.lines()
     assert problem.startswith(f"{mask}: its palette is not VOC's but a re-ordered one")
 
 
@@ -181,7 +181,7 @@ def test_several_processes_give_the_same_lines_in_the_same_order(broken: Path, a
     for name in ("train_00001", "val_00002"):
         (broken / f"JPEGImages/{name}.jpg").write_bytes(b"no image")
     config = as_custom(broken)
-    assert check_data(config, SilentProgress(), processes=2) == check(config)
+    assert check_data(config, SilentProgress(), processes=2).problems.lines() == check(config)
 
 
 def test_a_killed_worker_is_the_machines_fault(

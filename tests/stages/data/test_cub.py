@@ -49,7 +49,7 @@ def test_a_good_set_is_listed(cub: Path) -> None:
     assert images["Red_Auk_0001"].boxes is None, "no box of a training image is handed on"
     assert listing.warnings == ()
     progress = SilentProgress()
-    assert check_data(CubConfig(root=cub), progress, processes=1) == []
+    assert check_data(CubConfig(root=cub), progress, processes=1).problems.lines() == []
     assert progress.warnings == []
 
 
@@ -171,7 +171,7 @@ def test_a_box_outside_its_image_is_refused_and_one_that_sticks_out_is_cut(cub: 
     records = open_image_set(tmp_path / "out", cub).index.split("val")
     assert [record.boxes for record in records[:2]] == [((0, (40, 8, 63, 47)),), ((1, (40, 8, 63, 18)),)]
     checked = SilentProgress()
-    assert check_data(config, checked, processes=1) == []
+    assert check_data(config, checked, processes=1).problems.lines() == []
     assert checked.warnings == progress.warnings
     assert progress.warnings == [
         "the boxes of 1 images reach beyond their image and are cut at its edge, at most by 10 pixels "
@@ -182,7 +182,7 @@ def test_a_box_outside_its_image_is_refused_and_one_that_sticks_out_is_cut(cub: 
         "images/001.Red_Auk/Red_Auk_0007.png: box 64, 8, 68, 12 (x0, y0, x1, y1) lies outside the image of 48×64 "
         "pixels (height×width); correct the box list"
     )
-    assert check_data(config, SilentProgress(), processes=1) == [expected]
+    assert check_data(config, SilentProgress(), processes=1).problems.lines() == [expected]
     with pytest.raises(DataError) as caught:
         prepare_data(PrepareDataConfig(), data=config, out=tmp_path / "again", progress=SilentProgress())
     assert list(caught.value.problems) == [expected]
@@ -192,6 +192,34 @@ def test_a_colour_mask_is_still_refused(cub: Path) -> None:
     path = cub / "segmentations/002.Blue_Bee/Blue_Bee_0006.png"
     with Image.open(path) as mask:
         mask.convert("RGB").save(path)
-    found = check_data(CubConfig(root=cub), SilentProgress(), processes=1)
+    found = check_data(CubConfig(root=cub), SilentProgress(), processes=1).problems.lines()
     assert len(found) == 1
     assert f"{path}: expected a mask of class indices (PNG mode P or L), found mode RGB" in found[0]
+
+
+def test_masks_that_belong_to_no_image_are_counted(cub: Path) -> None:
+    folder = cub / "segmentations/001.Red_Auk"
+    for name in ("Red_Auk_0001", "Red_Auk_0003"):
+        (folder / f"{name}.png").rename(folder / f"{name}_mask.png")
+    listing = list_data(CubConfig(root=cub))
+    assert listing.splits["train_score"] == ("Blue_Bee_0002", "Blue_Bee_0004")
+    assert listing.warnings == (
+        "2 of 8 files in segmentations belong to no image: '001.Red_Auk/Red_Auk_0001_mask.png', "
+        "'001.Red_Auk/Red_Auk_0003_mask.png'; they are not used: a mask is a PNG named as its image, "
+        "e.g. 'Red_Auk_0001.png'",
+    )
+
+
+def test_names_may_have_any_space_and_unicode_form_but_no_control_character(cub: Path) -> None:
+    edit(cub / "images.txt", lambda lines: lines.__setitem__(0, "1 001.Red_Auk/Caf\u00e9\u202f1.png"))
+    edit(cub / "images.txt", lambda lines: lines.__setitem__(1, "2 002.Blue_Bee/Bee\x1b[2J.png"))
+    for kind in ("images", "segmentations"):
+        folder = cub / kind / "001.Red_Auk"
+        (folder / "Red_Auk_0001.png").rename(folder / "Cafe\u0301\u202f1.png")
+    lines = problems(cub)
+    expected = "images.txt line 2: expected 'image_id path', found '2 002.Blue_Bee/Bee\\x1b[2J.png'"
+    assert lines[0] == f"{expected} (it has the control character U+001B); restore the file"
+    edit(cub / "images.txt", lambda lines: lines.__setitem__(1, "2 002.Blue_Bee/Blue_Bee_0002.png"))
+    (image,) = [image for image in list_data(CubConfig(root=cub)).images if image.id.startswith("Caf")]
+    assert image.image == "images/001.Red_Auk/Cafe\u0301\u202f1.png"
+    assert image.mask == "segmentations/001.Red_Auk/Cafe\u0301\u202f1.png"

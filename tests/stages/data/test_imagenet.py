@@ -58,7 +58,7 @@ def test_flat_val_with_lists(root: Path, tmp_path: Path) -> None:
     assert facts(listing) == EXPECTED
     assert listing.warnings == ()
     config = ImageNetConfig(root=root)
-    assert check_data(config, SilentProgress(), processes=1) == []
+    assert check_data(config, SilentProgress(), processes=1).problems.lines() == []
     prepare_data(PrepareDataConfig(), data=config, out=tmp_path / "out", progress=SilentProgress())
     record = open_image_set(tmp_path / "out", root).index.record(VAL[1])
     assert (record.size, record.labels, record.boxes, record.mask) == ((40, 50), *EXPECTED[VAL[1]], None)
@@ -126,13 +126,14 @@ def test_every_wrong_line_is_named_with_its_number(root: Path) -> None:
         f"localization.txt line 2: expected 'path,x0,y0,x1,y1', found 'val/{VAL[1]}.JPEG,1,2,3' "
         "(expected four numbers, found 3); correct the line",
         "localization.txt line 5: image 'other' has no file in val; remove the line or add the image",
-        "localization.txt line 7: expected 'path,x0,y0,x1,y1', found ',1,2,3,4' ('' names no image); correct the line",
+        "localization.txt line 7: expected 'path,x0,y0,x1,y1', found ',1,2,3,4' "
+        "(that names no image); correct the line",
         f"localization.txt line 8: expected 'path,x0,y0,x1,y1', found 'val/{VAL[3]}.JPEG,1,nan,3,4' "
         "(expected four numbers, found '1, nan, 3, 4'); correct the line",
         "val_labels.txt line 3: unknown class 'n1'; expected a folder of train or 0 … 1",
         f"val_labels.txt line 5: image '{VAL[0]}' has its label on line 1 already; remove one of the two",
         "val_labels.txt line 6: image 'other' has no file in val; remove the line or add the image",
-        "val_labels.txt line 7: expected 'path,class', found 'nothing'; correct the line",
+        "val_labels.txt line 7: expected 'path,class', found 'nothing' (no class); correct the line",
     ):
         assert text in found
 
@@ -199,3 +200,32 @@ def test_an_index_without_boxes_says_so(root: Path, tmp_path: Path) -> None:
     assert index["is_single_label"] is True
     assert all(image["boxes"] is None for image in index["images"])
     assert ImageIndex.model_validate(index).images[0].boxes is None
+
+
+def test_numbers_that_may_be_names_or_positions_are_asked_about(root: Path) -> None:
+    for old, new in (("n01", "1"), ("n02", "2")):
+        (root / "train" / old).rename(root / "train" / new)
+    labels = root / "val_labels.txt"
+    labels.write_text("".join(f"{name}.JPEG,{number % 2}\n" for number, name in enumerate(VAL)))
+    (line,) = [line for line in problems(root) if "positions" in line]
+    assert line == (
+        "val_labels.txt: '1' is a folder of train and '0' is none: are they names, or positions from 0?  "
+        "Write the folders' names"
+    )
+    labels.write_text("".join(f"{name}.JPEG,{1 + number % 2}\n" for number, name in enumerate(VAL)))
+    assert facts(listing_of(root)) == EXPECTED
+
+
+def test_file_names_that_are_no_text_are_named_and_other_unicode_forms_match(root: Path) -> None:
+    train = root / "train/n01"
+    (train / "n01_0.JPEG").rename(train / "caf\udce9.JPEG")
+    assert any("it is not UTF-8 (byte 0xE9); rename the file" in line for line in problems(root))
+    (train / "caf\udce9.JPEG").rename(train / "n01\u202f0.JPEG")
+    image = root / f"val/{VAL[0]}.JPEG"
+    image.rename(root / "val/e\u0301.JPEG")
+    for name in ("val_labels.txt", "localization.txt"):
+        text = (root / name).read_text(encoding="utf-8").replace(VAL[0], "\u00e9")
+        (root / name).write_text(text, encoding="utf-8")
+    listing = listing_of(root)
+    assert "n01\u202f0" in listing.splits["train"]
+    assert facts(listing)["e\u0301"] == EXPECTED[VAL[0]]

@@ -20,7 +20,7 @@ from stages.data.adapters.voc import VocConfig
 from stages.data.config import DataConfig, data_root
 from stages.data.listing import DataView, digest_data, find_changed_files, list_data
 from stages.data.records import Problems, Scan
-from stages.data.subsets import hash_half, hash_share
+from stages.data.subsets import hash_fraction, hash_half, hash_share
 from stages.errors import DataError
 
 AsCustom = Callable[..., CustomConfig]
@@ -154,17 +154,44 @@ def test_thousands_of_one_kind_do_not_hide_another() -> None:
     assert len(problems.lines()) == 101
 
 
-def test_hash_splits_depend_on_the_id_alone() -> None:
+def test_a_share_by_hash_is_never_less_and_hardly_moves_with_new_images() -> None:
     ids = [f"image_{number}" for number in range(2000)]
     chosen = hash_share(ids, 0.05, "holdout")
-    assert 70 <= len(chosen) <= 130
-    assert set(hash_share(ids[:1000], 0.05, "holdout")) == set(chosen) & set(ids[:1000])
+    assert 100 <= len(chosen) <= 130
+    assert set(chosen) >= {image_id for image_id in ids if hash_fraction(image_id, "holdout") < 0.05}
+    assert hash_share(reversed(ids), 0.05, "holdout") == chosen[::-1], "a function of the ids, in any order"
+    assert list(chosen) == sorted(chosen, key=ids.index)
+    for count in range(1000, 1100):
+        moved = set(hash_share(ids[:count], 0.05, "holdout")) ^ set(hash_share(ids[: count + 1], 0.05, "holdout"))
+        assert len(moved) <= 2, "one more image pushes at most one out of the share"
     assert set(hash_share(ids, 0.05, "val")) != set(chosen)
+    few = [image_id for image_id in ids if hash_fraction(image_id, "val") >= 0.1]  # none of which a coin would take
+    assert [len(hash_share(few[:count], 0.1, "val")) for count in (40, 41, 70)] == [4, 5, 7], "0.1 · 70 > 7 in binary"
     assert hash_share(ids, 0.0, "val") == ()
     assert len(hash_share(("a", "b"), 1e-9, "val")) == 1
     assert len(hash_share(("a", "b", "c"), 1 - 1e-9, "val")) == 2
     assert hash_share(("a",), 1 - 1e-9, "val") == ()
-    halves = [hash_half(image_id) for image_id in ids]
+    assert hash_share(("a", "a"), 0.5, "val") == ()
+
+
+def test_a_share_shows_every_class_and_takes_none_away() -> None:
+    # two common classes, one of two images, and one of a single image, which must stay
+    labels = {f"i{n:02d}": ["even" if n % 2 == 0 else "odd"] for n in range(40)}
+    labels["i07"] = labels["i21"] = ["pair"]
+    labels["i30"] = ["lone"]
+    chosen = hash_share(labels, 0.1, "val", labels)
+    assert len(chosen) == 4
+    assert {name for image_id in chosen for name in labels[image_id]} == {"even", "odd", "pair"}
+    many = {f"i{n:02d}": [f"class {n // 2}"] for n in range(40)}
+    halves = hash_share(many, 0.1, "val", many)
+    assert len(halves) == len({many[image_id][0] for image_id in halves}) == 20, "more than a tenth, for the classes"
+    assert hash_share(["i00", "i01"], 0.5, "val", {"i00": ["a"], "i01": ["b"]}) in {("i00",), ("i01",)}
+    # a candidate may go where another image, itself no candidate, keeps its class
+    assert hash_share(["m0", "m1"], 0.1, "val", {"m0": ["a"], "m1": ["b"], "n": ["a"]}) == ("m0",)
+
+
+def test_halves_depend_on_the_id_alone() -> None:
+    halves = [hash_half(f"image_{number}") for number in range(2000)]
     assert 900 < halves.count("train_select") < 1100
     assert hash_half("a") == "train_report"  # sha256("a") = ca978112…, first byte 0xca ≥ 128
     assert hash_half("b") == "train_select"  # sha256("b") = 3e23e816…

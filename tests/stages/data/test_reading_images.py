@@ -57,7 +57,7 @@ def test_a_phones_photo_fits_its_upright_mask(
     save_lying(broken / "JPEGImages/train_00001.jpg", quality=95)
     write_index_mask(broken / "SegmentationClass/train_00001.png", np.zeros((64, 48), dtype=np.uint8))
     config = as_custom(broken)
-    assert check_data(config, SilentProgress(), processes=1) == []
+    assert check_data(config, SilentProgress(), processes=1).problems.lines() == []
     prepare_data(PrepareDataConfig(), data=config, out=tmp_path / "out", progress=SilentProgress())
     images = open_image_set(tmp_path / "out", broken)
     record = images.index.record("train_00001")
@@ -81,12 +81,12 @@ def test_a_mask_of_the_unturned_pixels_is_told_by_its_size(
     mask = broken / "SegmentationClass/train_00001.png"
     write_index_mask(mask, np.zeros((48, 64), dtype=np.uint8))
     progress = SilentProgress()
-    assert check_data(as_custom(broken), progress, processes=1) == [
+    assert check_data(as_custom(broken), progress, processes=1).problems.lines() == [
         f"{mask}: is a mask of the unturned pixels, and its image is turned by its EXIF tag, as viewers show it; "
         "remove the image's tag (exiftool -Orientation= FILE), or turn the mask"
     ]
     write_index_mask(mask, np.zeros((64, 48), dtype=np.uint8))
-    assert check_data(as_custom(broken), progress, processes=1) == []
+    assert check_data(as_custom(broken), progress, processes=1).problems.lines() == []
     assert progress.warnings == []
 
 
@@ -98,13 +98,13 @@ def test_where_sizes_do_not_tell_whether_masks_are_turned_the_images_are_named(
         exif = Image.Exif()
         exif[0x0112] = orientation
         square.save(broken / f"JPEGImages/train_0000{number}.jpg", exif=exif)
-    turned = ", ".join(f"'{broken}/JPEGImages/train_0000{number}.jpg'" for number in (1, 2, 3))
+    turned = ", ".join(f"'JPEGImages/train_0000{number}.jpg'" for number in (1, 2, 3))
     text = (
         "3 images are turned by their EXIF tag and used as viewers show them, and nothing tells whether their masks or "
         f"boxes are turned too: {turned}; {REMEDIES}"
     )
     checked, prepared = SilentProgress(), SilentProgress()
-    assert check_data(as_custom(broken), checked, processes=1) == []
+    assert check_data(as_custom(broken), checked, processes=1).problems.lines() == []
     assert checked.warnings == [text]
     prepare_data(PrepareDataConfig(), data=as_custom(broken), out=tmp_path / "out", progress=prepared)
     assert text in prepared.warnings
@@ -123,7 +123,7 @@ def test_a_mask_with_a_tag_that_turns_it_is_refused_by_the_check_and_by_reading(
         Image.fromarray(np.zeros((64, 64), dtype=np.uint8)).save(mask, exif=exif)
         text = f"{mask}: its EXIF tag turns it, and a mask is read pixel by pixel; "
         text += "turn its pixels and save it without the tag"
-        assert check_data(as_custom(broken), SilentProgress(), processes=1) == [text] * is_refused
+        assert check_data(as_custom(broken), SilentProgress(), processes=1).problems.lines() == [text] * is_refused
         if is_refused:
             with pytest.raises(DataError) as caught:
                 read_index_mask(mask)
@@ -313,7 +313,7 @@ def test_an_image_too_small_to_look_at_is_refused(
         f"{path}: expected at least 16 pixels on each side, found 15×48 (height×width); "
         "replace the file, or set data.on_bad_image=skip"
     )
-    assert check_data(as_custom(broken), SilentProgress(), processes=1) == [line]
+    assert check_data(as_custom(broken), SilentProgress(), processes=1).problems.lines() == [line]
     with pytest.raises(DataError) as caught:
         prepare_data(PrepareDataConfig(), data=as_custom(broken), out=tmp_path, progress=SilentProgress())
     assert caught.value.problems == (line,)

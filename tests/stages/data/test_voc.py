@@ -59,11 +59,14 @@ def test_case_and_kind_of_suffixes_do_not_count(tiny_voc: Path, change: Callable
 
 
 def test_two_files_of_one_id_are_named(tiny_voc: Path) -> None:
-    for name in ("JPEGImages/a.jpg", "SegmentationClass/a.png"):
-        shutil.copy(tiny_voc / name, (tiny_voc / name).with_suffix(Path(name).suffix.upper()))
+    mask = tiny_voc / "SegmentationClass/a.png"
+    shutil.copy(mask, mask.with_suffix(".PNG"))
+    listing = list_data(config(tiny_voc))
+    assert next(image.mask for image in listing.images if image.id == "a") == "SegmentationClass/a.png"
+    assert any("in SegmentationClass belong to no image" in text and "a.PNG" in text for text in listing.warnings)
+    shutil.copy(tiny_voc / "JPEGImages/a.jpg", tiny_voc / "JPEGImages/a.JPG")
     text = problems_of(config(tiny_voc))
     assert f"{tiny_voc}/JPEGImages/a.jpg: JPEGImages/a.JPG gives the same id 'a'; remove one of the two" in text
-    assert f"{tiny_voc}/SegmentationClass/a.png: SegmentationClass/a.PNG gives the same id 'a'" in text
 
 
 def test_pipes_folders_and_links_to_themselves_are_no_files(tiny_voc: Path) -> None:
@@ -140,8 +143,8 @@ def test_all_problems_of_a_csv_at_once(tiny_voc: Path, tmp_path: Path) -> None:
     labels.write_text("image,labels\na,cta\nghost,cat\na,dog\nx,y,z\n", encoding="utf-8")
     lines = problems_of(config(tiny_voc, labels=labels)).splitlines()
     assert lines == [
-        "labels.csv line 4: image 'a' has its labels on line 2 already; join the two lines",
         "labels.csv line 5: expected 'image,labels' with the labels separated by spaces or ';', found 'x,y,z'",
+        "labels.csv line 4: image 'a' has its labels on line 2 already; join the two lines",
         "labels.csv line 3: image 'ghost' has no file in JPEGImages; remove the line or add the image",
         "labels.csv: training image 'b' has no line; add its labels or remove it from the list",
         "labels.csv line 2: unknown class 'cta', did you mean 'cat'?",
@@ -204,6 +207,16 @@ def test_a_named_folder_of_masks_must_be_there(tiny_voc: Path) -> None:
         f"data.full_masks: folder {tiny_voc}/Aug does not exist (folders there: Annotations, ImageSets, JPEGImages, "
         "SegmentationClass); correct the name",
     ]
+
+
+def test_masks_that_belong_to_no_image_are_counted(tiny_voc: Path) -> None:
+    folder = tiny_voc / "SegmentationClass"
+    (folder / "a.png").rename(folder / "a_mask.png")
+    (folder / "b.png").rename(folder / "b.tif")
+    assert list_data(config(tiny_voc)).warnings[0] == (
+        "2 of 3 files in SegmentationClass belong to no image: 'a_mask.png', 'b.tif'; they are not used: "
+        "a mask is a PNG named as its image, e.g. 'a.png'"
+    )
 
 
 REAL = Path(__file__).parents[4] / "shared" / "voc_animals"

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -25,13 +23,12 @@ from filelock import FileLock
 from pipeline.engine.outcomes import RunOutcome
 from pipeline.engine.spawn import PYTHON, find_our_code
 from pipeline.flows.environment import API_URL, HOST, STARTUP_TIMEOUT_S, bypass_proxy, set_prefect_environment
+from pipeline.flows.server import ORIGINS, STOP_TIMEOUT_S
 from stages.errors import EnvironmentFailure
 
-_STOP_TIMEOUT_S = 10.0
 _SERVER_ENVIRONMENT = {
     "PREFECT_UI_ENABLED": "0",
     "PREFECT__SERVER_EPHEMERAL": "1",
-    "PREFECT__SERVER_FINAL": "1",
     "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
 }
 """What Prefect itself gives to its temporary server, and no block types."""
@@ -70,7 +67,7 @@ def embedded_server(home: Path) -> Iterator[Callable[[], None]]:
         except OSError as error:
             raise EnvironmentFailure(f"PREFECT_HOME {home} cannot be written ({error.strerror})") from error
         process = subprocess.Popen(
-            [*PYTHON, "-m", "pipeline.flows.embedded_server", str(listener.fileno())],
+            [*PYTHON, "-m", "pipeline.flows.server", "--descriptor", str(listener.fileno())],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
@@ -78,7 +75,7 @@ def embedded_server(home: Path) -> Iterator[Callable[[], None]]:
             start_new_session=True,  # Ctrl-C is for the run, which still has to tell the server
             env=find_our_code()
             | _SERVER_ENVIRONMENT
-            | {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": url.removesuffix("/api")},
+            | {ORIGINS: url.removesuffix("/api")},
         )
 
         def wait() -> None:
@@ -107,7 +104,7 @@ def embedded_server(home: Path) -> Iterator[Callable[[], None]]:
                 getattr(sys.modules[module], senders[module]).drain_all(timeout=5.0)
             os.environ.pop(API_URL, None)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=_STOP_TIMEOUT_S)  # closes its stdin
+                process.communicate(timeout=STOP_TIMEOUT_S)  # closes its stdin
             process.kill()
             process.wait()
 
@@ -116,25 +113,3 @@ def _is_healthy(url: str) -> bool:
     with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5.0) as answer:
         return answer.status == 200
     return False
-
-
-def main() -> None:
-    """The child: serve on the socket whose number is the argument, until stdin ends."""
-    import uvicorn
-
-    def end_with_parent() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(sys.stdin.fileno(), 1024):
-                pass
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_STOP_TIMEOUT_S / 2)
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    app = "prefect.server.api.server:create_app"
-    config = uvicorn.Config(app, factory=True, log_level="error", lifespan="on", timeout_graceful_shutdown=2)
-    uvicorn.Server(config).run(sockets=[socket.socket(fileno=int(sys.argv[1]))])
-
-
-if __name__ == "__main__":
-    main()

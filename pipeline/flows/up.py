@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -29,12 +30,15 @@ from filelock import FileLock, Timeout
 from pipeline.engine.gpus import VARIABLE, find_gpus, short_name
 from pipeline.engine.spawn import find_our_code
 from pipeline.flows.environment import API_URL, HOST, LOOPBACK, STARTUP_TIMEOUT_S, bypass_proxy, set_private
+from pipeline.flows.server import ORIGINS
 from stages.contracts import write_atomic
 from stages.errors import EnvironmentFailure, InputError
 
 Say = Callable[[str], None]
 
 SERVER = "server"
+POOL_FILE = "process-pool.json"
+"""The pool's job template: a run cannot choose the program, the folder or the variables that it is executed with."""
 SETTINGS = {
     # signs of life of a flow run, which the automation for zombies counts on; Prefect's least
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
@@ -86,7 +90,7 @@ def up(call: UpCall, say: Say) -> dict[str, Any]:
         say("$ export " + shlex.join(f"{name}={value}" for name, value in variables.items()))
         os.environ.update(variables)  # before Prefect is imported, which then reads them
         bypass_proxy()
-        start = f"prefect server start --host {call.host} --port {call.port}"
+        start = f"python -m pipeline.flows.server --host {call.host} --port {call.port}"
         programs = {SERVER: state["programs"][SERVER] if before else start} if is_ours else {}
         if is_ours and not before:
             _check_port(call, url)
@@ -178,8 +182,7 @@ class Keeper:
     def write(self, programs: Mapping[str, str], **state: Any) -> None:  # noqa: ANN401 - JSON is any
         """Write the file with these programs, name to command, and what else to remember."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        prefect = shlex.quote(_program("prefect"))
-        commands = {name: command.replace("prefect", prefect, 1) for name, command in programs.items()}
+        commands = {name: _with_full_path(command) for name, command in programs.items()}
         template = jinja2.Template((_deploy_folder() / "supervisord.conf").read_text(), keep_trailing_newline=True)
         known = json.dumps({**state, "programs": programs})
         text = template.render(state=known, file=self.file, socket=self._socket, commands=commands)
@@ -206,6 +209,11 @@ def _deploy_folder() -> Path:
     """The files beside this code: of the installed package, or of a checkout."""
     package = Path(__file__).parents[1]
     return next(folder for folder in (package / "_deploy", package.parent / "deploy") if folder.is_dir())
+
+
+def _with_full_path(command: str) -> str:
+    """``command`` with the path of its program, which may follow ``env NAME=value``."""
+    return re.sub(r"^(env \S+ )?(\w+)", lambda found: (found[1] or "") + shlex.quote(_program(found[2])), command)
 
 
 def _program(name: str) -> str:
@@ -245,7 +253,7 @@ def _variables(call: UpCall, url: str, *, is_ours: bool) -> dict[str, str]:
     set_private(variables)
     if is_ours:  # no web page but the server's own may start runs
         origin = url.removesuffix("/api")
-        variables["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = f"{origin},{origin.replace(HOST, 'localhost')}"
+        variables[ORIGINS] = f"{origin},{origin.replace(HOST, 'localhost')}"
     variables = {name: os.environ.get(name, value) for name, value in variables.items()}
     store = call.artifacts if "://" in call.artifacts else str(Path(call.artifacts).absolute())
     variables |= {"PREFECT_HOME": str(call.home), API_URL: url, "WSSS_ARTIFACTS": store}
@@ -306,12 +314,15 @@ def _set_up(call: UpCall, keeper: Keeper) -> dict[str, Any]:
     if pool is None:
         # a worker creates its pool; `prefect work-pool create` would make the server ask GitHub for all types of pools
         words = ("--pool", call.pool, "--type", "process", "--name", "setup", "--install-policy", "never", "--run-once")
-        keeper.run("prefect", "worker", "start", *words)
+        keeper.run("prefect", "worker", "start", *words, "--base-job-template", str(files / POOL_FILE))
     elif pool.type != "process":
         raise InputError(
             f"work pool {call.pool!r} is of type {pool.type}, wsss up runs workers of type process: choose another "
             f"name with --pool, or start that pool's workers yourself: prefect worker start --pool {call.pool}"
         )
+    elif "command" in pool.base_job_template.get("variables", {}).get("properties", {}):
+        # whoever reaches the server could have the workers execute any program
+        keeper.run("prefect", "work-pool", "update", call.pool, "--base-job-template", str(files / POOL_FILE))
     # before the workers: each poll of theirs is a write, and SQLite refuses a deployment that meets one
     keeper.run("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(files / "prefect.yaml"))
     if not has_automations:

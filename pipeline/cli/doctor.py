@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -73,7 +71,10 @@ def run_check(name: str, check: Callable[[], Check]) -> Check:
     except WsssError as error:
         return Check(name, "failed", str(error))
     except Exception as error:  # whatever an import of a broken package raises
-        return Check(name, "failed", f"{type(error).__name__}: {error}", "install again from constraints.txt")
+        from pipeline.engine.failures import hide_secrets
+
+        words = hide_secrets(f"{type(error).__name__}: {error}")
+        return Check(name, "failed", words, "install again from constraints.txt")
 
 
 def check_packages(requirements: Sequence[str] | None = None) -> Check:
@@ -170,17 +171,10 @@ def check_store(artifacts: str | Path) -> Check:
 
 def check_prefect() -> Check:
     """The server that PREFECT_API_URL names answers; without one a run needs none."""
-    url = os.environ.get("PREFECT_API_URL", "").rstrip("/")
+    from pipeline.flows.environment import api_url, check_api
+
+    url = api_url()
     if not url:
         return Check("prefect", "ok", "no server is set (PREFECT_API_URL); `wsss up` starts one")
-    is_local = urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    # a configured proxy cannot answer for this machine
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local else []))
-    try:
-        with opener.open(f"{url}/health", timeout=5.0) as answer:
-            if answer.read().strip() == b"true":
-                return Check("prefect", "ok", f"{url} answers")
-        found = f"{url}/health does not answer as a Prefect API"
-    except (OSError, ValueError) as error:
-        found = f"{url} does not answer ({error})"
-    return Check("prefect", "failed", found, "start it with `wsss up`, or correct or unset PREFECT_API_URL")
+    check_api(url)
+    return Check("prefect", "ok", f"{url} answers")

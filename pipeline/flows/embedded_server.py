@@ -22,7 +22,15 @@ from filelock import FileLock
 
 from pipeline.engine.outcomes import RunOutcome
 from pipeline.engine.spawn import PYTHON, find_our_code
-from pipeline.flows.environment import API_URL, HOST, STARTUP_TIMEOUT_S, bypass_proxy, set_prefect_environment
+from pipeline.flows.environment import (
+    API_URL,
+    HOST,
+    STARTUP_TIMEOUT_S,
+    api_url,
+    bypass_proxy,
+    check_api,
+    set_prefect_environment,
+)
 from pipeline.flows.server import ORIGINS, STOP_TIMEOUT_S
 from stages.errors import EnvironmentFailure
 
@@ -36,9 +44,17 @@ _SERVER_ENVIRONMENT = {
 
 @contextlib.contextmanager
 def prepared_flow() -> Iterator[Callable[..., RunOutcome]]:
-    """``flows.run_flow``, when Prefect is imported and a server answers: that of PREFECT_API_URL, or one of our own."""
+    """``flows.run_flow``, when Prefect is imported and a server answers: that of PREFECT_API_URL, or one of our own.
+
+    Raises:
+        InputError: PREFECT_API_URL holds credentials.
+        EnvironmentFailure: no Prefect API answers there, or our own server did not come up.
+    """
     set_prefect_environment()
-    is_own = not os.environ.get(API_URL)
+    url = api_url()
+    if url:
+        check_api(url)
+    is_own = not url
     with embedded_server(Path(os.environ["PREFECT_HOME"])) if is_own else contextlib.nullcontext() as wait:
         from pipeline.flows.flows import run_flow  # takes seconds, in which the server starts too
 
@@ -73,9 +89,7 @@ def embedded_server(home: Path) -> Iterator[Callable[[], None]]:
             stderr=output,
             pass_fds=[listener.fileno()],
             start_new_session=True,  # Ctrl-C is for the run, which still has to tell the server
-            env=find_our_code()
-            | _SERVER_ENVIRONMENT
-            | {ORIGINS: url.removesuffix("/api")},
+            env=find_our_code() | _SERVER_ENVIRONMENT | {ORIGINS: url.removesuffix("/api")},
         )
 
         def wait() -> None:

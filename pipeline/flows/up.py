@@ -27,9 +27,19 @@ from xmlrpc.client import ServerProxy
 import jinja2
 from filelock import FileLock, Timeout
 
+from pipeline.engine.failures import hide_secrets
 from pipeline.engine.gpus import VARIABLE, find_gpus, short_name
 from pipeline.engine.spawn import find_our_code
-from pipeline.flows.environment import API_URL, HOST, LOOPBACK, STARTUP_TIMEOUT_S, bypass_proxy, set_private
+from pipeline.flows.environment import (
+    API_URL,
+    HOST,
+    LOOPBACK,
+    STARTUP_TIMEOUT_S,
+    api_url,
+    bypass_proxy,
+    check_api,
+    set_private,
+)
 from pipeline.flows.server import ORIGINS
 from stages.contracts import write_atomic
 from stages.errors import EnvironmentFailure, InputError
@@ -202,7 +212,8 @@ class Keeper:
         done = subprocess.run(command, env=find_our_code(), capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-            raise EnvironmentFailure(f"{shlex.join(words)} failed; see below, then run it again", lines[-8:])
+            shown = [hide_secrets(line) for line in lines[-8:]]
+            raise EnvironmentFailure(f"{shlex.join(words)} failed; see below, then run it again", shown)
 
 
 def _deploy_folder() -> Path:
@@ -236,11 +247,7 @@ def _one_command(home: Path) -> Iterator[None]:
 
 def find_server(call: UpCall, standing: str) -> str:
     """URL of the server that is meant; ``standing`` is that of what is up already."""
-    configured = os.environ.get(API_URL, "").rstrip("/").replace("//localhost:", "//127.0.0.1:")
-    if "@" in configured.partition("://")[2].partition("/")[0]:
-        raise InputError(
-            f"{API_URL} holds credentials, which would be printed; set PREFECT_API_AUTH_STRING=user:password"
-        )
+    configured = api_url().replace("//localhost:", "//127.0.0.1:")
     wanted = configured or (call.own_url if call.port != UpCall.port or not standing else standing)
     if standing and wanted != standing:
         raise InputError(f"what is up works with the server at {standing}, not at {wanted}: wsss down first")
@@ -275,25 +282,21 @@ def _check_port(call: UpCall, url: str) -> None:
 
 def _wait_for_server(url: str, keeper: Keeper | None) -> None:
     """Return when the server answers: a new one of the keeper's within two minutes, another at once."""
-    from prefect.client.orchestration import get_client
-
     end = time.monotonic() + STARTUP_TIMEOUT_S
     while True:
-        with get_client(sync_client=True) as client:
-            if (problem := client.api_healthcheck()) is None:
-                return
-        if keeper is None:
-            raise EnvironmentFailure(
-                f"{API_URL} is {url}, and no Prefect server answers there ({problem}); start it, correct the variable, "
-                "or unset it: wsss up then starts a server of its own"
-            )
+        try:
+            return check_api(url)
+        except EnvironmentFailure as failure:
+            if keeper is None:
+                raise
+            problem = failure.message
         if keeper.processes()[SERVER]["statename"] not in ("STARTING", "RUNNING") or time.monotonic() > end:
             lines = (keeper.logs / "server.log").read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
             keeper.run("supervisorctl", "shutdown")
             raise EnvironmentFailure(
                 f"Prefect's server did not come up ({problem}); see {keeper.logs}/server.log, and check the pins with "
                 "wsss doctor",
-                lines,
+                [hide_secrets(line) for line in lines],
             )
         time.sleep(0.2)
 

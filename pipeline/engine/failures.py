@@ -1,7 +1,7 @@
 """Carry an error from the child process to the command: its kind, its text, all its problems.
 
-Writes nothing, and reads the variables whose values are kept secret.  What the machine did wrong (disk, memory,
-permission) becomes an EnvironmentFailure; whatever else is not deliberate becomes an InternalFailure with its traceback.
+Reads the variables whose values are kept secret.  What the machine did wrong (disk, memory, permission) becomes an
+EnvironmentFailure; whatever else is not deliberate becomes an InternalFailure with its traceback.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def hide_secrets(text: str) -> str:
     text = re.sub(r"(\w://)[^/@\s'\"]*:[^@\s'\"]*@", rf"\1{_HIDDEN}@", text)
     for name, value in os.environ.items():
         if _SECRET_NAMES.search(name):
-            user, _, password = (value.partition("://")[2].rpartition("@")[0] if "://" in value else value).partition(
-                ":"
-            )
+            words = value.partition("://")[2].rpartition("@")[0] if "://" in value else value
+            user, _, password = words.partition(":")
             for secret in (f"{user}:{password}", password or user):
                 if len(secret) >= 4:  # a shorter one stands in any text
                     text = text.replace(secret, _HIDDEN)

@@ -26,6 +26,7 @@ ANSWER_TIMEOUT_S = 10.0
 """Seconds in which a server that was up before must answer, however slowly it speaks."""
 API_URL = "PREFECT_API_URL"
 HOME = "PREFECT_HOME"
+_ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[^\s?#]*)?")
 
 
 def set_private(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -65,7 +66,7 @@ def api_url() -> str:
         raise InputError(
             f"{API_URL} holds credentials, which would be printed; set PREFECT_API_AUTH_STRING=user:password"
         )
-    if url and not (re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", url) and url.isascii() and url.isprintable()):
+    if url and not (_ADDRESS.fullmatch(url) and url.isascii() and url.isprintable()):
         raise EnvironmentFailure(f"expected {API_URL} to be like http://127.0.0.1:4200/api, found no such address")
     return url
 
@@ -92,7 +93,7 @@ def check_api(url: str) -> None:
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A password goes to nobody but the server that was named."""
 
-    def redirect_request(self, *_: Any) -> None:  # noqa: ANN401 - of the base class
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:  # noqa: ANN401
         """Follow none."""
 
 
@@ -111,14 +112,16 @@ def _ask(url: str) -> str:
         with opener.open(f"{url}/health", timeout=ANSWER_TIMEOUT_S) as answer:
             if answer.read(64).strip() != b"true":
                 return "answers, but not as a Prefect API"
-        with opener.open(urllib.request.Request(f"{url}/flows/count", b"{}", headers), timeout=ANSWER_TIMEOUT_S):
-            return ""
     except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            return "refuses us: set PREFECT_API_AUTH_STRING to what the server has in PREFECT_SERVER_API_AUTH_STRING"
         known = {status.value: f" {status.phrase}" for status in http.HTTPStatus}
         return f"answers {error.code}{known.get(error.code, '')}"
     except urllib.error.URLError as error:
         return f"does not answer ({getattr(error.reason, 'strerror', None) or type(error.reason).__name__})"
     except (OSError, ValueError, http.client.HTTPException) as error:
         return f"does not answer as a web server ({type(error).__name__})"
+    try:  # health is told to everybody
+        opener.open(urllib.request.Request(f"{url}/flows/count", b"{}", headers), timeout=ANSWER_TIMEOUT_S).close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
+            return "refuses us: set PREFECT_API_AUTH_STRING to what the server has in PREFECT_SERVER_API_AUTH_STRING"
+    return ""

@@ -90,10 +90,11 @@ class Guard:
 
 
 def make_app() -> Application:
-    """Prefect's application behind a guard; the settings are those of the environment."""
+    """Prefect's application behind a guard, with Prefect's settings."""
     from prefect.server.api.server import create_app
+    from prefect.settings import PREFECT_SERVER_CORS_ALLOWED_ORIGINS
 
-    return Guard(create_app(final=True), os.environ.get(ORIGINS, "").split(","))
+    return Guard(create_app(final=True), PREFECT_SERVER_CORS_ALLOWED_ORIGINS.value().split(","))
 
 
 def _hide_database() -> None:

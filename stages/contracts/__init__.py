@@ -14,6 +14,7 @@ from stages.contracts.attention import (
 )
 from stages.contracts.files import (
     read_json,
+    read_model,
     write_atomic,
     write_json,
 )
@@ -84,6 +85,7 @@ __all__ = [
     "read_attention_shard",
     "read_index_mask",
     "read_json",
+    "read_model",
     "read_rgb",
     "upright",
     "voc_palette",

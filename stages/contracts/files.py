@@ -6,7 +6,9 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from stages.errors import DamagedFileError
 
@@ -41,5 +43,23 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - JSON is any
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is not readable JSON ({error}); rebuild the artifact that holds it") from error
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_model(path: Path, model: type[Model], stage: str) -> Model:
+    """Read a ``model`` that ``stage`` wrote as JSON.
+
+    Raises:
+        DamagedFileError: the file is missing, is not JSON, or describes something else; with the first few problems.
+    """
+    try:
+        return model.model_validate(read_json(path))
+    except ValidationError as error:
+        raise DamagedFileError(
+            f"{path} is no {model.__name__} of this version; rebuild {stage}",
+            [f"{'.'.join(map(str, each['loc']))[:80]}: {each['msg'][:200]}" for each in error.errors()[:8]],
+        ) from error

@@ -24,6 +24,7 @@ NUM_TRAINAUG = 10_582
 """Images of trainaug as the whole field uses it."""
 
 _NUM_CLASSES = 20
+_MATLAB_5 = b"MATLAB 5.0 MAT-file"
 _LISTS = "ImageSets/Segmentation"
 
 
@@ -133,7 +134,10 @@ def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
     from scipy.io import loadmat
 
     try:
-        mask = np.asarray(loadmat(path, variable_names=["GTcls"])["GTcls"][0]["Segmentation"][0])
+        with path.open("rb") as file:
+            is_known = file.read(len(_MATLAB_5)) == _MATLAB_5  # scipy would take noise for a huge array of MATLAB 4
+        found = loadmat(path, variable_names=["GTcls"])["GTcls"][0]["Segmentation"][0] if is_known else None
+        mask = np.asarray(found)
     except Exception as error:  # scipy's reader answers damaged bytes with whatever its parser trips over
         text = f"{path}: is no readable SBD mask ({type(error).__name__}: {error}); unpack benchmark.tgz again"
         raise DataError(text) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,6 @@ NUM_TRAINAUG = 10_582
 """Images of trainaug as the whole field uses it."""
 
 _NUM_CLASSES = 20
-_MATLAB_5 = b"MATLAB 5.0 MAT-file"
 _LISTS = "ImageSets/Segmentation"
 
 
@@ -131,16 +131,21 @@ def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
     Raises:
         DataError: missing, damaged, or not SBD's structure.
     """
-    from scipy.io import loadmat
-
     try:
-        with path.open("rb") as file:
-            is_known = file.read(len(_MATLAB_5)) == _MATLAB_5  # scipy would take noise for a huge array of MATLAB 4
-        found = loadmat(path, variable_names=["GTcls"])["GTcls"][0]["Segmentation"][0] if is_known else None
-        mask = np.asarray(found)
+        mask = np.asarray(_read_matlab_5(path)["GTcls"][0]["Segmentation"][0])
     except Exception as error:  # scipy's reader answers damaged bytes with whatever its parser trips over
         text = f"{path}: is no readable SBD mask ({type(error).__name__}: {error}); unpack benchmark.tgz again"
         raise DataError(text) from error
     if mask.dtype.kind not in "iuf" or mask.ndim != 2 or mask.size == 0 or mask.min() < 0 or mask.max() > _NUM_CLASSES:
         raise DataError(f"{path}: expected class indices 0 … {_NUM_CLASSES} in two dimensions; it is no mask of SBD")
     return mask.astype(np.uint8)
+
+
+def _read_matlab_5(path: Path) -> dict[str, Any]:
+    """The variable GTcls of a file of MATLAB 5; scipy would take noise for an array of MATLAB 4, of gigabytes."""
+    from scipy.io import loadmat
+
+    with path.open("rb") as file:
+        if not file.read(19).startswith(b"MATLAB 5.0 MAT-file"):
+            raise ValueError("expected a file of MATLAB 5")
+    return loadmat(path, variable_names=["GTcls"])

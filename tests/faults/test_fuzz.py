@@ -224,7 +224,7 @@ def another_value(draw: st.DrawFn, document: Any) -> Any:
 
 
 KNOWN_YAML = (b"!!timestamp foo", b"9" * 5000, b"[" * 5000, b"a" * 20_000)
-"""What the reading of YAML does not survive yet, or only in minutes; ``test_what_is_known_to_fail`` tells when it does."""
+"""What the reading of YAML does not survive yet, or in minutes; ``test_what_is_known_to_fail`` tells when it does."""
 
 
 def try_it(kind: Kind, folder: Path, data: bytes) -> None:

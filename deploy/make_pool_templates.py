@@ -72,14 +72,24 @@ def kubernetes_template(template: dict[str, Any]) -> dict[str, Any]:
     return template
 
 
+def closed(template: dict[str, Any]) -> dict[str, Any]:
+    """Without a way for a run to choose its program, and without names that the template does not know."""
+    template["variables"]["properties"].pop("command", None)
+    template["variables"]["additionalProperties"] = False
+    template["job_configuration"].pop("command", None)
+    if manifest := template["job_configuration"].get("job_manifest"):
+        manifest["spec"]["template"]["spec"]["containers"][0].pop("args", None)  # the worker's own command
+    return template
+
+
 def main() -> None:
     """Write both files beside this one."""
     from prefect_docker.worker import DockerWorker  # pyright: ignore[reportMissingImports]
     from prefect_kubernetes.worker import KubernetesWorker  # pyright: ignore[reportMissingImports]
 
     found = {
-        "docker-pool.json": docker_template(DockerWorker.get_default_base_job_template()),
-        "kubernetes-pool.json": kubernetes_template(KubernetesWorker.get_default_base_job_template()),
+        "docker-pool.json": closed(docker_template(DockerWorker.get_default_base_job_template())),
+        "kubernetes-pool.json": closed(kubernetes_template(KubernetesWorker.get_default_base_job_template())),
     }
     for name, template in found.items():
         Path(__file__).with_name(name).write_text(json.dumps(template, indent=2) + "\n", encoding="utf-8")

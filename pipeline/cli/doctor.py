@@ -1,15 +1,16 @@
-"""``wsss doctor``: is this machine fit for a run?  Writes nothing but a lock in the store."""
+"""``wsss doctor``: is this machine fit for a run?  Writes only a lock in the store, and what it removes again."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import os
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -41,12 +42,20 @@ class Check:
     remedy: str = ""
 
 
-def doctor(context: typer.Context, artifacts: ArtifactsOption = DEFAULT_ARTIFACTS, as_json: JsonOption = False) -> None:
+def doctor(
+    context: typer.Context,
+    artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Also try a tiny run, a kill, damage and locks beside the artifacts.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Check packages, device, CRF, store and Prefect; exit 4 when one of them will not do."""
     output = get_output(context)
-    checks = examine(artifacts)
-    output.document = {"checks": [dataclasses.asdict(check) for check in checks]}
-    for check in checks:
+    checks: list[Check] = []
+    for check in itertools.chain(examine(artifacts), try_out(artifacts) if self_test else ()):
+        checks.append(check)
+        output.document = {"checks": [dataclasses.asdict(check) for check in checks]}
         remedy = f"  → {check.remedy}" if check.remedy else ""
         output.say(f"{_MARKS[check.status]}  {check.name:9} {check.found}{remedy}")
     failed = [f"{c.name}: {c.found}{c.remedy and '; '}{c.remedy}" for c in checks if c.status == "failed"]
@@ -54,7 +63,7 @@ def doctor(context: typer.Context, artifacts: ArtifactsOption = DEFAULT_ARTIFACT
         raise EnvironmentFailure("this machine is not fit for a run yet", failed)
 
 
-def examine(artifacts: str | Path) -> list[Check]:
+def examine(artifacts: str | Path) -> Iterator[Check]:
     """Run every check; one that raises has failed, and the others still run."""
     checks: dict[str, Callable[[], Check]] = {
         "packages": check_packages,
@@ -63,7 +72,29 @@ def examine(artifacts: str | Path) -> list[Check]:
         "store": lambda: check_store(artifacts),
         "prefect": check_prefect,
     }
-    return [run_check(name, check) for name, check in checks.items()]
+    for name, check in checks.items():
+        yield run_check(name, check)
+
+
+def try_out(artifacts: str | Path) -> Iterator[Check]:
+    """Run the self-tests in a folder that is on the disk of the artifacts and removed at the end."""
+    from pipeline.cli.self_test import make_self_tests
+    from pipeline.engine.forecast import check_space
+    from pipeline.store.artifacts import open_store
+
+    with contextlib.ExitStack() as stack:
+        try:
+            place, _ = check_space(open_store(artifacts))
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".self-test-", dir=place))
+            tests = make_self_tests(Path(folder))
+        except (OSError, WsssError) as error:
+            yield Check("self-test", "failed", str(error), "choose another folder with --artifacts DIR")
+            return
+        for name, test in tests.items():
+            check = run_check(name, lambda name=name, test=test: Check(name, "ok", test()))
+            yield check
+            if check.status == "failed":
+                return
 
 
 def run_check(name: str, check: Callable[[], Check]) -> Check:
@@ -73,7 +104,10 @@ def run_check(name: str, check: Callable[[], Check]) -> Check:
     except WsssError as error:
         return Check(name, "failed", str(error))
     except Exception as error:  # whatever an import of a broken package raises
-        return Check(name, "failed", f"{type(error).__name__}: {error}", "install again from constraints.txt")
+        from pipeline.engine.failures import hide_secrets
+
+        words = hide_secrets(f"{type(error).__name__}: {error}")
+        return Check(name, "failed", words, "install again from constraints.txt")
 
 
 def check_packages(requirements: Sequence[str] | None = None) -> Check:
@@ -170,17 +204,10 @@ def check_store(artifacts: str | Path) -> Check:
 
 def check_prefect() -> Check:
     """The server that PREFECT_API_URL names answers; without one a run needs none."""
-    url = os.environ.get("PREFECT_API_URL", "").rstrip("/")
+    from pipeline.flows.environment import api_url, check_api
+
+    url = api_url()
     if not url:
         return Check("prefect", "ok", "no server is set (PREFECT_API_URL); `wsss up` starts one")
-    is_local = urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    # a configured proxy cannot answer for this machine
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local else []))
-    try:
-        with opener.open(f"{url}/health", timeout=5.0) as answer:
-            if answer.read().strip() == b"true":
-                return Check("prefect", "ok", f"{url} answers")
-        found = f"{url}/health does not answer as a Prefect API"
-    except (OSError, ValueError) as error:
-        found = f"{url} does not answer ({error})"
-    return Check("prefect", "failed", found, "start it with `wsss up`, or correct or unset PREFECT_API_URL")
+    check_api(url)
+    return Check("prefect", "ok", f"{url} answers")

@@ -1,12 +1,14 @@
 """Carry an error from the child process to the command: its kind, its text, all its problems.
 
-Pure.  What the machine did wrong (disk, memory, permission) becomes an EnvironmentFailure; whatever else is not
-deliberate becomes an InternalFailure with its traceback.
+Reads the variables whose values are kept secret.  What the machine did wrong (disk, memory, permission) becomes an
+EnvironmentFailure; whatever else is not deliberate becomes an InternalFailure with its traceback.
 """
 
 from __future__ import annotations
 
 import errno
+import os
+import re
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -43,6 +45,26 @@ class InternalFailure(WsssError):
         self.trace = trace
 
 
+_SECRET_NAMES = re.compile(r"AUTH_STRING|PASSWORD|SECRET|TOKEN|_KEY$|CONNECTION_URL", re.IGNORECASE)
+_HIDDEN = "***"
+
+
+def hide_secrets(text: str) -> str:
+    """Words of others (a library's error, a log) without the passwords in them.
+
+    These are what a URL carries before its host, and the values of variables that are named like a secret.
+    """
+    text = re.sub(r"(\w://)[^/@\s'\"]*:[^@\s'\"]*@", rf"\1{_HIDDEN}@", text)
+    for name, value in os.environ.items():
+        if _SECRET_NAMES.search(name):
+            words = value.partition("://")[2].rpartition("@")[0] if "://" in value else value
+            user, _, password = words.partition(":")
+            for secret in (f"{user}:{password}", password or user):
+                if len(secret) >= 4:  # a shorter one stands in any text
+                    text = text.replace(secret, _HIDDEN)
+    return text
+
+
 def deliberate(error: BaseException, doing: str) -> WsssError:
     """``error`` as one of the project's errors.
 
@@ -63,7 +85,7 @@ def deliberate(error: BaseException, doing: str) -> WsssError:
         name = f"{path}: " if path else ""
         return EnvironmentFailure(f"{doing}: {name}{remedy}")
     text = "".join(traceback.format_exception(error))
-    return InternalFailure(f"{doing} failed: {type(error).__name__}: {error}", trace=text)
+    return InternalFailure(hide_secrets(f"{doing} failed: {type(error).__name__}: {error}"), trace=hide_secrets(text))
 
 
 def to_message(error: WsssError) -> dict[str, Any]:

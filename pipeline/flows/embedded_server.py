@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -24,14 +22,21 @@ from filelock import FileLock
 
 from pipeline.engine.outcomes import RunOutcome
 from pipeline.engine.spawn import PYTHON, find_our_code
-from pipeline.flows.environment import API_URL, HOST, STARTUP_TIMEOUT_S, bypass_proxy, set_prefect_environment
+from pipeline.flows.environment import (
+    API_URL,
+    HOST,
+    STARTUP_TIMEOUT_S,
+    api_url,
+    bypass_proxy,
+    check_api,
+    set_prefect_environment,
+)
+from pipeline.flows.server import ORIGINS, STOP_TIMEOUT_S
 from stages.errors import EnvironmentFailure
 
-_STOP_TIMEOUT_S = 10.0
 _SERVER_ENVIRONMENT = {
     "PREFECT_UI_ENABLED": "0",
     "PREFECT__SERVER_EPHEMERAL": "1",
-    "PREFECT__SERVER_FINAL": "1",
     "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
 }
 """What Prefect itself gives to its temporary server, and no block types."""
@@ -39,9 +44,17 @@ _SERVER_ENVIRONMENT = {
 
 @contextlib.contextmanager
 def prepared_flow() -> Iterator[Callable[..., RunOutcome]]:
-    """``flows.run_flow``, when Prefect is imported and a server answers: that of PREFECT_API_URL, or one of our own."""
+    """``flows.run_flow``, when Prefect is imported and a server answers: that of PREFECT_API_URL, or one of our own.
+
+    Raises:
+        InputError: PREFECT_API_URL holds credentials.
+        EnvironmentFailure: no Prefect API answers there, or our own server did not come up.
+    """
     set_prefect_environment()
-    is_own = not os.environ.get(API_URL)
+    url = api_url()
+    if url:
+        check_api(url)
+    is_own = not url
     with embedded_server(Path(os.environ["PREFECT_HOME"])) if is_own else contextlib.nullcontext() as wait:
         from pipeline.flows.flows import run_flow  # takes seconds, in which the server starts too
 
@@ -70,15 +83,13 @@ def embedded_server(home: Path) -> Iterator[Callable[[], None]]:
         except OSError as error:
             raise EnvironmentFailure(f"PREFECT_HOME {home} cannot be written ({error.strerror})") from error
         process = subprocess.Popen(
-            [*PYTHON, "-m", "pipeline.flows.embedded_server", str(listener.fileno())],
+            [*PYTHON, "-m", "pipeline.flows.server", "--descriptor", str(listener.fileno())],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
             pass_fds=[listener.fileno()],
             start_new_session=True,  # Ctrl-C is for the run, which still has to tell the server
-            env=find_our_code()
-            | _SERVER_ENVIRONMENT
-            | {"PREFECT_SERVER_CORS_ALLOWED_ORIGINS": url.removesuffix("/api")},
+            env=find_our_code() | _SERVER_ENVIRONMENT | {ORIGINS: url.removesuffix("/api")},
         )
 
         def wait() -> None:
@@ -107,7 +118,7 @@ def embedded_server(home: Path) -> Iterator[Callable[[], None]]:
                 getattr(sys.modules[module], senders[module]).drain_all(timeout=5.0)
             os.environ.pop(API_URL, None)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=_STOP_TIMEOUT_S)  # closes its stdin
+                process.communicate(timeout=STOP_TIMEOUT_S)  # closes its stdin
             process.kill()
             process.wait()
 
@@ -116,25 +127,3 @@ def _is_healthy(url: str) -> bool:
     with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5.0) as answer:
         return answer.status == 200
     return False
-
-
-def main() -> None:
-    """The child: serve on the socket whose number is the argument, until stdin ends."""
-    import uvicorn
-
-    def end_with_parent() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(sys.stdin.fileno(), 1024):
-                pass
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_STOP_TIMEOUT_S / 2)
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    app = "prefect.server.api.server:create_app"
-    config = uvicorn.Config(app, factory=True, log_level="error", lifespan="on", timeout_graceful_shutdown=2)
-    uvicorn.Server(config).run(sockets=[socket.socket(fileno=int(sys.argv[1]))])
-
-
-if __name__ == "__main__":
-    main()

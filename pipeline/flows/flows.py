@@ -37,7 +37,7 @@ from pipeline.flows.parameters import Config, FlowCall, Part, Parts, Split, Stag
 from pipeline.flows.tasks import PrefectListener, run_as_task
 from pipeline.report.page import ensure_picture, ensure_report, run_name
 from pipeline.store.artifacts import open_store
-from stages.errors import EnvironmentFailure, WsssError
+from stages.errors import WsssError
 
 MAX_STARTS = 3
 """A flow run that crashes is scheduled again by an automation, which does not count; the start after these ends it."""
@@ -116,14 +116,7 @@ def run_flow(
 
     Raises:
         WsssError: the first error of the run.
-        EnvironmentFailure: the configured Prefect API does not answer.
     """
-    with get_client(sync_client=True) as client:
-        if error := client.api_healthcheck():
-            raise EnvironmentFailure(
-                f"the Prefect API {client.api_url} does not answer ({error}); start it (wsss up), correct "
-                "PREFECT_API_URL, or run without it: --engine local"
-            )
     # the flow checks its parameters itself
     stages: dict[str, Any] = {"from_stage": from_, "until": until, "force": list(force)}
     token = _given.set(run)

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -26,15 +27,28 @@ from xmlrpc.client import ServerProxy
 import jinja2
 from filelock import FileLock, Timeout
 
+from pipeline.engine.failures import hide_secrets
 from pipeline.engine.gpus import VARIABLE, find_gpus, short_name
 from pipeline.engine.spawn import find_our_code
-from pipeline.flows.environment import API_URL, HOST, LOOPBACK, STARTUP_TIMEOUT_S, bypass_proxy, set_private
+from pipeline.flows.environment import (
+    API_URL,
+    HOST,
+    LOOPBACK,
+    STARTUP_TIMEOUT_S,
+    api_url,
+    bypass_proxy,
+    check_api,
+    set_private,
+)
+from pipeline.flows.server import ORIGINS
 from stages.contracts import expand_path, write_atomic
 from stages.errors import EnvironmentFailure, InputError
 
 Say = Callable[[str], None]
 
 SERVER = "server"
+POOL_FILE = "process-pool.json"
+"""The pool's job template: a run cannot choose the program, the folder or the variables that it is executed with."""
 SETTINGS = {
     # signs of life of a flow run, which the automation for zombies counts on; Prefect's least
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
@@ -86,7 +100,7 @@ def up(call: UpCall, say: Say) -> dict[str, Any]:
         say("$ export " + shlex.join(f"{name}={value}" for name, value in variables.items()))
         os.environ.update(variables)  # before Prefect is imported, which then reads them
         bypass_proxy()
-        start = f"prefect server start --host {call.host} --port {call.port}"
+        start = f"python -m pipeline.flows.server --host {call.host} --port {call.port}"
         programs = {SERVER: state["programs"][SERVER] if before else start} if is_ours else {}
         if is_ours and not before:
             _check_port(call, url)
@@ -178,8 +192,7 @@ class Keeper:
     def write(self, programs: Mapping[str, str], **state: Any) -> None:  # noqa: ANN401 - JSON is any
         """Write the file with these programs, name to command, and what else to remember."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        prefect = shlex.quote(_program("prefect"))
-        commands = {name: command.replace("prefect", prefect, 1) for name, command in programs.items()}
+        commands = {name: _with_full_path(command) for name, command in programs.items()}
         template = jinja2.Template((_deploy_folder() / "supervisord.conf").read_text(), keep_trailing_newline=True)
         known = json.dumps({**state, "programs": programs})
         text = template.render(state=known, file=self.file, socket=self._socket, commands=commands)
@@ -199,13 +212,19 @@ class Keeper:
         done = subprocess.run(command, env=find_our_code(), capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-            raise EnvironmentFailure(f"{shlex.join(words)} failed; see below, then run it again", lines[-8:])
+            shown = [hide_secrets(line) for line in lines[-8:]]
+            raise EnvironmentFailure(f"{shlex.join(words)} failed; see below, then run it again", shown)
 
 
 def _deploy_folder() -> Path:
     """The files beside this code: of the installed package, or of a checkout."""
     package = Path(__file__).parents[1]
     return next(folder for folder in (package / "_deploy", package.parent / "deploy") if folder.is_dir())
+
+
+def _with_full_path(command: str) -> str:
+    """``command`` with the path of its program, which may follow ``env NAME=value``."""
+    return re.sub(r"^(env \S+ )?(\w+)", lambda found: (found[1] or "") + shlex.quote(_program(found[2])), command)
 
 
 def _program(name: str) -> str:
@@ -228,11 +247,7 @@ def _one_command(home: Path) -> Iterator[None]:
 
 def find_server(call: UpCall, standing: str) -> str:
     """URL of the server that is meant; ``standing`` is that of what is up already."""
-    configured = os.environ.get(API_URL, "").rstrip("/").replace("//localhost:", "//127.0.0.1:")
-    if "@" in configured.partition("://")[2].partition("/")[0]:
-        raise InputError(
-            f"{API_URL} holds credentials, which would be printed; set PREFECT_API_AUTH_STRING=user:password"
-        )
+    configured = api_url().replace("//localhost:", "//127.0.0.1:")
     wanted = configured or (call.own_url if call.port != UpCall.port or not standing else standing)
     if standing and wanted != standing:
         raise InputError(f"what is up works with the server at {standing}, not at {wanted}: wsss down first")
@@ -245,7 +260,7 @@ def _variables(call: UpCall, url: str, *, is_ours: bool) -> dict[str, str]:
     set_private(variables)
     if is_ours:  # no web page but the server's own may start runs
         origin = url.removesuffix("/api")
-        variables["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = f"{origin},{origin.replace(HOST, 'localhost')}"
+        variables[ORIGINS] = f"{origin},{origin.replace(HOST, 'localhost')}"
     variables = {name: os.environ.get(name, value) for name, value in variables.items()}
     store = call.artifacts if "://" in call.artifacts else str(expand_path(call.artifacts).absolute())
     variables |= {"PREFECT_HOME": str(call.home), API_URL: url, "WSSS_ARTIFACTS": store}
@@ -267,25 +282,21 @@ def _check_port(call: UpCall, url: str) -> None:
 
 def _wait_for_server(url: str, keeper: Keeper | None) -> None:
     """Return when the server answers: a new one of the keeper's within two minutes, another at once."""
-    from prefect.client.orchestration import get_client
-
     end = time.monotonic() + STARTUP_TIMEOUT_S
     while True:
-        with get_client(sync_client=True) as client:
-            if (problem := client.api_healthcheck()) is None:
-                return
-        if keeper is None:
-            raise EnvironmentFailure(
-                f"{API_URL} is {url}, and no Prefect server answers there ({problem}); start it, correct the variable, "
-                "or unset it: wsss up then starts a server of its own"
-            )
+        try:
+            return check_api(url)
+        except EnvironmentFailure as failure:
+            if keeper is None:
+                raise
+            problem = failure.message
         if keeper.processes()[SERVER]["statename"] not in ("STARTING", "RUNNING") or time.monotonic() > end:
             lines = (keeper.logs / "server.log").read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
             keeper.run("supervisorctl", "shutdown")
             raise EnvironmentFailure(
                 f"Prefect's server did not come up ({problem}); see {keeper.logs}/server.log, and check the pins with "
                 "wsss doctor",
-                lines,
+                [hide_secrets(line) for line in lines],
             )
         time.sleep(0.2)
 
@@ -306,12 +317,15 @@ def _set_up(call: UpCall, keeper: Keeper) -> dict[str, Any]:
     if pool is None:
         # a worker creates its pool; `prefect work-pool create` would make the server ask GitHub for all types of pools
         words = ("--pool", call.pool, "--type", "process", "--name", "setup", "--install-policy", "never", "--run-once")
-        keeper.run("prefect", "worker", "start", *words)
+        keeper.run("prefect", "worker", "start", *words, "--base-job-template", str(files / POOL_FILE))
     elif pool.type != "process":
         raise InputError(
             f"work pool {call.pool!r} is of type {pool.type}, wsss up runs workers of type process: choose another "
             f"name with --pool, or start that pool's workers yourself: prefect worker start --pool {call.pool}"
         )
+    elif "command" in pool.base_job_template.get("variables", {}).get("properties", {}):
+        # whoever reaches the server could have the workers execute any program
+        keeper.run("prefect", "work-pool", "update", call.pool, "--base-job-template", str(files / POOL_FILE))
     # before the workers: each poll of theirs is a write, and SQLite refuses a deployment that meets one
     keeper.run("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(files / "prefect.yaml"))
     if not has_automations:

@@ -503,7 +503,8 @@ def open_store(location: str | Path) -> Store:
     """
     location = str(location).removeprefix("file://")
     if re.match(rf"({'|'.join(DRIVERS)}):/[^/]", location):
-        raise InputError(f"{location} looks like a URL that lost a slash; write {location.replace(':/', '://', 1)}")
+        url = Mirror(location.replace(":/", "://", 1)).url  # which refuses credentials without repeating them
+        raise InputError(f"{location} looks like a URL that lost a slash; write {url}")
     if "://" in location:
         url = Mirror(location).url
         base = os.environ.get("WSSS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wsss"

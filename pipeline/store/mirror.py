@@ -60,7 +60,8 @@ class Mirror:
             raise InputError(
                 f"{protocol}:// cannot hold artifacts; use one of {known}, or mount it and give the folder"
             )
-        if "@" in rest.partition("/")[0] and protocol not in ("abfs", "az"):
+        name = rest.partition("/")[0].rpartition("@")[0]
+        if "?" in rest or ":" in name or (name and protocol not in ("abfs", "az")):
             raise InputError(f"{protocol}://…: credentials do not belong in a URL; set the driver's variables instead")
         if not rest.strip("/"):
             raise InputError(f"{protocol}://: the bucket is missing; write {protocol}://BUCKET/FOLDER")

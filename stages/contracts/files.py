@@ -7,7 +7,9 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from stages.errors import DamagedFileError, InputError
 
@@ -119,3 +121,21 @@ def parse_json(data: bytes, where: str) -> Any:  # noqa: ANN401 - JSON is any
 
 def _refuse(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_model(path: Path, model: type[Model], stage: str) -> Model:
+    """Read a ``model`` that ``stage`` wrote as JSON.
+
+    Raises:
+        DamagedFileError: the file is missing, is not JSON, or describes something else; with the first few problems.
+    """
+    try:
+        return model.model_validate(read_json(path))
+    except ValidationError as error:
+        raise DamagedFileError(
+            f"{path} is no {model.__name__} of this version; rebuild {stage}",
+            [f"{'.'.join(map(str, each['loc']))[:80]}: {each['msg'][:200]}" for each in error.errors()[:8]],
+        ) from error

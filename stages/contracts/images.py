@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 from pydantic import Field
 
-from stages.contracts.files import read_json, stand_in
+from stages.contracts.files import read_model, stand_in
 from stages.contracts.masks import MASK_MODES, OBJECT_MASK_MODES, read_index_mask
 from stages.contracts.running import StageConfig
 from stages.errors import DataError
@@ -176,8 +176,11 @@ def open_image_set(prepared: Path, data_root: Path | None) -> ImageSet:
     Args:
         prepared: The stage's output folder with ``index.json``.
         data_root: Folder of the user's data; None where prepare_data generated the data under ``prepared / "data"``.
+
+    Raises:
+        DamagedFileError: the index is missing or damaged.
     """
-    index = ImageIndex.model_validate(read_json(prepared / "index.json"))
+    index = read_model(prepared / "index.json", ImageIndex, "prepare_data")
     return ImageSet(index=index, root=prepared / "data" if data_root is None else data_root)
 
 

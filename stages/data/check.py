@@ -61,7 +61,7 @@ class CheckedImage:
     moved_palettes: tuple[str, ...] = ()
     """Its masks that have VOC's colours in another order, where that may be meant."""
     turned: str | None = None
-    """The image's path below the root where its EXIF tag turns it and nothing tells whether its masks and boxes are turned too."""
+    """The image's file where its EXIF tag turns it and nothing tells whether masks and boxes are turned too."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,10 +137,8 @@ def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
     Raises:
         DataError: missing, damaged, or not SBD's structure.
     """
-    from scipy.io import loadmat
-
     try:
-        mask = np.asarray(loadmat(path, variable_names=["GTcls"])["GTcls"][0]["Segmentation"][0])
+        mask = np.asarray(_read_matlab_5(path)["GTcls"][0]["Segmentation"][0])
     except Exception as error:  # scipy's reader answers damaged bytes with whatever its parser trips over
         text = f"{path}: is no readable SBD mask ({type(error).__name__}: {error}); unpack benchmark.tgz again"
         raise DataError(text) from error
@@ -153,3 +152,13 @@ def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
             "unpack benchmark.tgz again"
         )
     return mask.astype(np.uint8)
+
+
+def _read_matlab_5(path: Path) -> dict[str, Any]:
+    """The variable GTcls of a file of MATLAB 5; scipy would take noise for an array of MATLAB 4, of gigabytes."""
+    from scipy.io import loadmat
+
+    with path.open("rb") as file:
+        if not file.read(19).startswith(b"MATLAB 5.0 MAT-file"):
+            raise ValueError("expected a file of MATLAB 5")
+    return loadmat(path, variable_names=["GTcls"])

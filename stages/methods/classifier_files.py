@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 
-from stages.contracts import ClassList, Progress, StageConfig, read_json, write_json
+from stages.contracts import ClassList, Progress, StageConfig, read_json, read_model, write_json
 from stages.errors import ConfigError, DamagedFileError, WeightsError
 from stages.methods import MethodConfig, MethodConfigUnion, build_method
 from stages.nets.backbones.config import BackboneConfig, ClassificationLoss, HeadName
@@ -202,14 +202,7 @@ def read_description(folder: Path) -> ClassifierDescription:
     Raises:
         DamagedFileError: the file is missing or is no description.
     """
-    path = folder / DESCRIPTION_FILE
-    try:
-        return ClassifierDescription.model_validate(read_json(path))
-    except ValidationError as error:
-        raise DamagedFileError(
-            f"{path} does not describe a classifier of this version; rebuild train_classifier",
-            [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()],
-        ) from error
+    return read_model(folder / DESCRIPTION_FILE, ClassifierDescription, "train_classifier")
 
 
 def load_classifier(folder: Path, device: torch.device) -> tuple[Classifier, Method]:

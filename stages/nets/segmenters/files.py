@@ -9,10 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
-from stages.contracts import ClassList, StageConfig, read_json, write_json
-from stages.errors import DamagedFileError
+from stages.contracts import ClassList, StageConfig, read_model, write_json
 from stages.nets.segmenters.config import AnySegmenterConfig, SegmenterConfig
 
 if TYPE_CHECKING:
@@ -61,12 +58,7 @@ def read_segmenter_record(folder: Path) -> SegmenterRecord:
     Raises:
         DamagedFileError: missing or not a record.
     """
-    try:
-        return SegmenterRecord.model_validate(read_json(folder / RECORD_FILE))
-    except ValidationError as error:
-        raise DamagedFileError(
-            f"{folder / RECORD_FILE} is no segmenter record ({error}); rebuild train_segmenter"
-        ) from error
+    return read_model(folder / RECORD_FILE, SegmenterRecord, "train_segmenter")
 
 
 def load_segmenter(folder: Path, device: torch.device | str = "cpu") -> Segmenter:

@@ -53,7 +53,7 @@ def test_a_wrong_api_url_is_exit_4_and_starts_nothing(tmp_path: Path):
     code, message, said = wsss(tmp_path / "home", "up", PREFECT_API_URL="http://127.0.0.1:9/api")
     assert code == 4
     assert "no Prefect server answers there" in message
-    assert "correct the variable, or unset it" in message
+    assert "correct PREFECT_API_URL (does the URL end in /api?), or unset it" in message
     assert "$ supervisord" not in said
 
 
@@ -95,6 +95,19 @@ def test_supervisord_keeps_what_its_file_names_and_reports_it(tmp_path: Path):
     assert said[0] == f"$ supervisord -c '{home}/supervisord.conf'"
 
 
+def test_the_file_of_supervisord_names_programs_by_their_path_and_nobody_else_reads_it(tmp_path: Path):
+    keeper = Keeper(tmp_path, lambda text: None)
+    worker = "env CUDA_VISIBLE_DEVICES=0,1 prefect worker start --pool prefect"
+    keeper.write({"server": "python -m pipeline.flows.server", "gpu0": worker}, api_url=UP, workers={})
+    lines = [line for line in keeper.file.read_text().splitlines() if line.startswith("command=")]
+    folder = Path(sys.executable).parent
+    assert lines == [
+        f"command={folder}/python -m pipeline.flows.server",
+        f"command=env CUDA_VISIBLE_DEVICES=0,1 {folder}/prefect worker start --pool prefect",
+    ]
+    assert keeper.file.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_command_that_fails_shows_its_words(tmp_path: Path):
     with pytest.raises(EnvironmentFailure, match=r"supervisord -c .*supervisord.conf failed") as caught:
         Keeper(tmp_path, lambda text: None).run("supervisord")
@@ -132,8 +145,21 @@ def test_the_compose_file_listens_on_this_machine_alone():
     device = services["worker0"]["deploy"]["resources"]["reservations"]["devices"][0]
     assert (device["device_ids"], device["capabilities"]) == (["0"], ["gpu"])
     assert services["worker0"]["shm_size"] == "8g"
+    assert services["server"]["command"][:3] == ["python", "-m", "pipeline.flows.server"], "behind the guard"
+    assert "http://server:4200" in services["server"]["environment"]["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"].split(",")
     url = services["server"]["environment"]["PREFECT_SERVER_DATABASE_CONNECTION_URL"]
     assert url.startswith("postgresql+asyncpg://")
+
+
+def test_no_pool_lets_a_run_choose_its_program():
+    process = json.loads((DEPLOY / "process-pool.json").read_text())
+    assert process["variables"]["properties"] == {}
+    for name in ("process", "docker", "kubernetes"):
+        text = (DEPLOY / f"{name}-pool.json").read_text()
+        variables = json.loads(text)["variables"]
+        assert variables["additionalProperties"] is False
+        assert not {"command", "args"} & variables["properties"].keys()
+        assert "{{ command }}" not in text
 
 
 def test_the_pool_templates_give_a_gpu_shared_memory_and_the_store():

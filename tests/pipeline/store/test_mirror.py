@@ -100,6 +100,9 @@ def test_a_folder_is_a_store_and_a_url_one_with_a_mirror(url: str, tmp_path: Pat
         ("sftp://host/artifacts", "use one of s3://"),
         ("s3://", "the bucket is missing"),
         ("s3://key:secret@bucket/a", "credentials do not belong in a URL"),
+        ("s3:/key:secret@bucket/a", "credentials do not belong in a URL"),
+        ("az://name:secret@account/a", "credentials do not belong in a URL"),
+        ("az://container@account/a?sig=secret", "credentials do not belong in a URL"),
     ],
 )
 def test_url_that_cannot_be_a_store_is_refused(location: str, expected: str) -> None:

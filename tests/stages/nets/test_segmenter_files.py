@@ -54,7 +54,7 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(DamagedFileError, match=r"segmenter\.json is not readable JSON"):
         load_segmenter(tmp_path)
     write_json(tmp_path / "segmenter.json", {"net": {"name": "unheard"}})
-    with pytest.raises(DamagedFileError, match="is no segmenter record"):
+    with pytest.raises(DamagedFileError, match="is no SegmenterRecord of this version; rebuild train_segmenter"):
         load_segmenter(tmp_path)
     config, segmenter = make(NETS[0])
     save_segmenter(tmp_path, config, segmenter, ["cat", "dog"])

@@ -32,7 +32,7 @@ from stages.data.records import PROBLEMS_SHOWN, DataListing, some
 from stages.data.subsets import hold_out
 from stages.errors import DataError
 
-VERSION = 3
+VERSION = 4
 """Bumped when the same input gives another output."""
 
 

@@ -23,7 +23,7 @@ def run(
     """Run a config to its mIoU; what is in the store is reused.
 
     Args:
-        config: A YAML file, the name of a shipped config, or its values.
+        config: A YAML file, the name of a shipped config or of a run, or the values.
         artifacts: The artifact store: a folder or a URL.
         from_: First stage to run; the stages before it must be cached.
         until: Last stage to run.
@@ -39,8 +39,9 @@ def run(
         WsssError: as ``wsss run`` says it; the message has every problem.
     """
     from pipeline.cli.console import ConsoleListener, make_console
-    from pipeline.config.run_config import RunConfig, find_config, load_config
+    from pipeline.config.run_config import RunConfig
     from pipeline.config.yaml_models import load_values
+    from pipeline.engine.records import load_named
     from pipeline.engine.run import Run
     from pipeline.engine.stage_table import TABLE
     from pipeline.store.artifacts import open_store
@@ -49,7 +50,7 @@ def run(
     if isinstance(config, Mapping):
         described = load_values(RunConfig, config, words, "the config")
     else:
-        described = load_config(find_config(str(config)), words)
+        described = load_named(os.fspath(config), words, str(artifacts))
     listener = None if quiet else ConsoleListener(make_console(is_json=False), TABLE.names)
     try:
         bound = Run(described, open_store(str(artifacts)), listener=listener, invocation=f"{config}")

@@ -41,9 +41,9 @@ class Segmenter:
         """Load a segmenter.
 
         Args:
-            where: A folder that ``wsss export`` wrote; a ``train_segmenter`` folder; or a config, as of ``wsss run``.
+            where: A folder that ``wsss export`` wrote; a ``train_segmenter`` folder; a config or a run.
             device: auto, cpu, mps, cuda or cuda:N.
-            artifacts: The store of a config.
+            artifacts: The store of a config or run.
 
         Raises:
             InputError: there is no such folder or config, or the config trains no segmenter.

@@ -137,27 +137,35 @@ def _find(store: Store, text: str) -> tuple[str, str]:
 
 @config_app.command("show")
 def show_config(
-    context: typer.Context, config: ConfigArgument, overrides: OverridesOption = None, as_json: JsonOption = False
+    context: typer.Context,
+    config: ConfigArgument,
+    overrides: OverridesOption = None,
+    artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
+    as_json: JsonOption = False,
 ) -> None:
     """The whole config with every default, as YAML."""
     import yaml
 
     output = get_output(context)
-    values = load_run(config, overrides).model_dump(mode="json")
+    values = load_run(config, overrides, artifacts).model_dump(mode="json")
     output.document = {"config": config, "values": values}
     output.tell(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
 
 
 @config_app.command("check")
 def check_config(
-    context: typer.Context, config: ConfigArgument, overrides: OverridesOption = None, as_json: JsonOption = False
+    context: typer.Context,
+    config: ConfigArgument,
+    overrides: OverridesOption = None,
+    artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
+    as_json: JsonOption = False,
 ) -> None:
     """Check a config, its data lists, weights and networks, without decoding an image."""
     from pipeline.config.preflight import preflight
 
     output = get_output(context)
     output.document = {"config": config}
-    listing = preflight(load_run(config, overrides))
+    listing = preflight(load_run(config, overrides, artifacts))
     splits = {name: len(ids) for name, ids in listing.splits.items()}
     output.document |= {"classes": list(listing.classes.names), "images": splits, "warnings": list(listing.warnings)}
     images = ", ".join(f"{count} {name}" for name, count in splits.items())

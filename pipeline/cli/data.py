@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import ConfigArgument, JsonOption, OverridesOption, as_path
+from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption, as_path
 from pipeline.cli.output import get_output, load_run
+from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 from stages.errors import ConfigError, DataError
 
 data_app = typer.Typer(help="Make, fetch, convert and check data sets.", no_args_is_help=True, rich_markup_mode=None)
@@ -87,7 +88,11 @@ def sbd(
 
 @data_app.command()
 def check(
-    context: typer.Context, config: ConfigArgument, overrides: OverridesOption = None, as_json: JsonOption = False
+    context: typer.Context,
+    config: ConfigArgument,
+    overrides: OverridesOption = None,
+    artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
+    as_json: JsonOption = False,
 ) -> None:
     """Check lists, labels, every image and every mask of a config's data set, and say what was understood of it."""
     from dataclasses import asdict
@@ -95,7 +100,7 @@ def check(
     from stages.data.check import check_data
     from stages.data.records import PROBLEMS_SHOWN
 
-    run = load_run(config, overrides)
+    run = load_run(config, overrides, artifacts)
     output = get_output(context)
     output.document = {"config": config, "understood": None, "problems": [], "warnings": []}
     with output.progress("data check") as progress:

@@ -26,6 +26,7 @@ from pipeline.cli.output import INTERRUPTED, Output, run_document
 from pipeline.cli.predict import predict
 from pipeline.cli.reproduce import reproduce
 from pipeline.cli.run import report, run, stage, status
+from pipeline.cli.runs import runs
 from pipeline.cli.score import score
 from pipeline.cli.submission import submission
 from pipeline.cli.up import down, up
@@ -41,7 +42,22 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's help costs 0.1 s
     pretty_exceptions_enable=False,
 )
-for command in (run, stage, status, report, predict, export, compare, score, reproduce, submission, doctor, up, down):
+for command in (
+    run,
+    runs,
+    stage,
+    status,
+    report,
+    predict,
+    export,
+    compare,
+    score,
+    reproduce,
+    submission,
+    doctor,
+    up,
+    down,
+):
     app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(artifacts_app, name="artifacts")

@@ -19,7 +19,9 @@ def as_path(text: str | Path) -> Path:
     return expand_path(text)
 
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped config.")]
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="YAML file, shipped config, or a run: its name or last.")
+]
 
 OverridesOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one value of the config; repeatable.")

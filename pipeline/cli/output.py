@@ -71,15 +71,16 @@ def get_output(context: typer.Context) -> Output:
     return context.ensure_object(Output)
 
 
-def load_run(config: str, overrides: Sequence[str] | None) -> RunConfig:
-    """The config that CONFIG and ``--set`` mean.
+def load_run(config: str, overrides: Sequence[str] | None, artifacts: str) -> RunConfig:
+    """The config that CONFIG and ``--set`` mean: a file, a shipped config, or a run of the store ``artifacts``.
 
     Raises:
         ConfigError: with every problem.
+        InputError: several runs begin so.
     """
-    from pipeline.config.run_config import find_config, load_config
+    from pipeline.engine.records import load_named
 
-    return load_config(find_config(config), overrides or [])
+    return load_named(config, overrides or [], artifacts)
 
 
 def run_document(

@@ -24,7 +24,7 @@ def predict(
     context: typer.Context,
     words: Annotated[
         list[str],
-        typer.Argument(metavar="[CONFIG] IMAGE...", help="A config (not with --model), then files, folders, patterns."),
+        typer.Argument(metavar="[CONFIG] IMAGE...", help="CONFIG (not with --model), then files, folders, patterns."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", parser=as_path, help="Folder to write to.")],
     model: Annotated[

@@ -48,7 +48,7 @@ def run(
     """Run a config to its mIoU; what is in the store is reused."""
     output = get_output(context)
     output.document = run_document(config)
-    run_config = load_run(config, overrides)
+    run_config = load_run(config, overrides, artifacts)
 
     from pipeline.cli.console import ConsoleListener, make_console, print_end, print_metrics, print_plan
     from pipeline.delivery.submission import archive_command
@@ -112,7 +112,7 @@ def stage(
     output.document = run_document(config)
     if part is not None and force:
         raise typer.BadParameter("a part is never built again alone; leave --force away", param_hint="--part")
-    run_config = load_run(config, overrides)
+    run_config = load_run(config, overrides, artifacts)
 
     from pipeline.cli.console import ConsoleListener, make_console, print_end, print_metrics
     from pipeline.engine.run import Run
@@ -147,7 +147,7 @@ def status(
     """Per stage: cached, partial, missing or damaged, with key, size and age."""
     output = get_output(context)
     output.document = {"config": config, "stages": []}
-    run_config = load_run(config, overrides)
+    run_config = load_run(config, overrides, artifacts)
 
     from pipeline.engine.run import Run
     from pipeline.report.tables import format_seconds, format_value
@@ -175,7 +175,7 @@ def report(
     """Write the self-contained HTML report of what the store holds for a config."""
     output = get_output(context)
     output.document = {"config": config, "report": None}
-    run_config = load_run(config, overrides)
+    run_config = load_run(config, overrides, artifacts)
 
     from pipeline.engine.run import Run
     from pipeline.report.page import report_path, write_report

@@ -76,7 +76,7 @@ def submission(
 
     def open_run() -> tuple[RunConfig, Store, str]:
         invocation = write_invocation(str(config), overrides, artifacts)
-        return load_run(str(config), overrides), open_store(artifacts), invocation
+        return load_run(str(config), overrides, artifacts), open_store(artifacts), invocation
 
     def expected() -> Expected:
         if config is None or image_list is not None or images is not None:

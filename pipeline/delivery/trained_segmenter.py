@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.run_config import RunConfig, find_config, load_config
+from pipeline.config.run_config import RunConfig
 from pipeline.engine.invocation import write_invocation
 from pipeline.engine.plan import Plan, plan_run
+from pipeline.engine.records import load_named
 from pipeline.store.artifacts import Artifact, Store, open_store
 from stages.contracts import open_image_set
 from stages.errors import ConfigError, DataError, MissingArtifactError
@@ -81,7 +82,7 @@ def find_segmenter(config: str, overrides: Sequence[str] | None, artifacts: str,
         ConfigError: the config trains no segmenter.
         MissingArtifactError: it is not in the store; the command that makes it is in the message.
     """
-    run = load_config(find_config(config), overrides or [])
+    run = load_named(config, overrides or [], artifacts)
     if not run.evaluate.segmentation:
         raise ConfigError(f"{config} trains no segmenter (evaluate.segmentation: false); {doing} needs one")
     store = open_store(artifacts)

@@ -13,18 +13,20 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.run_config import RunConfig, find_config, load_config
+from pipeline.config.yaml_models import load_values
 from pipeline.engine.plan import Plan
-from pipeline.store.artifacts import Store, discard, survey
+from pipeline.store.artifacts import Store, discard, open_store, survey
 from pipeline.store.locks import LEASE_S, ArtifactLock
 from stages.contracts import read_json, write_json
-from stages.errors import DamagedFileError, EnvironmentFailure, InputError, WsssError
+from stages.errors import ConfigError, DamagedFileError, EnvironmentFailure, InputError, WsssError
 
 SHOWN_RUNS = 5
 """Runs that an error names."""
@@ -150,9 +152,9 @@ def read_runs(store: Store, *, damaged: Callable[[str], None] | None = None) -> 
 
 
 def find_run(store: Store, text: str) -> RunRecord:
-    """The run that ``text`` means: ``last``, or the beginning of one run's name (``demo``, ``demo-20261130-1811``).
+    """The run that ``text`` means: ``last``, or the beginning of one run's name or id (``demo``, ``demo-20261130-18``).
 
-    The run's id alone, ``20261130-181148-26df31``, will do too.
+    Records of one name and config, such as of a run and of a stage that was rerun alone, are one run.
 
     Raises:
         InputError: no run, or several.
@@ -160,15 +162,43 @@ def find_run(store: Store, text: str) -> RunRecord:
     records = read_runs(store, damaged=lambda _: None)
     if not records:
         raise InputError(f"{store.location} has no runs; name the store of the run with --artifacts")
-    if text == "last":
-        return records[0]
     found = [record for record in records if text and (record.path.stem.startswith(text) or record.run_id == text)]
-    if len(found) == 1:
-        return found[0]
+    if text == "last":
+        found = [record for record in records if (record.name, record.config) == (records[0].name, records[0].config)]
+    if found and all((record.name, record.config) == (found[0].name, found[0].config) for record in found):
+        return max(found, key=lambda record: len(record.keys))  # the newest of those that know of most stages
     shown = [f"{record.path.stem} ({record.state})" for record in found or records][:SHOWN_RUNS]
     if found:
         raise InputError(f"'{text}' means {len(found)} runs; give more of the name. The newest:", shown)
     raise InputError(f"no run '{text}' in {store.location}; give the beginning of a name, or last. The newest:", shown)
+
+
+def load_named(text: str, overrides: Sequence[str], artifacts: str) -> RunConfig:
+    """The config that ``text`` means: a YAML file, the name of a shipped one, or a run as of ``find_run``.
+
+    Args:
+        text: As on the command line.
+        overrides: ``a.b=value``, on top of what the file or the run has.
+        artifacts: The store that holds the run.
+
+    Raises:
+        ConfigError: there is no such config or run, or it is not valid.
+        InputError: several runs begin so.
+    """
+    try:
+        path = find_config(text)
+    except ConfigError as error:
+        store = open_store(artifacts)
+        if not any((store.root / "runs").glob("*.json")):
+            raise
+        try:
+            record = find_run(store, text)
+        except InputError as other:
+            if f"'{text}' means" in other.message:
+                raise
+            raise ConfigError(f"{error.message}; and {other.message}", other.problems) from None
+        return load_values(RunConfig, record.config, overrides, f"the config of {record.path.stem}")
+    return load_config(path, overrides)
 
 
 def _read_record(path: Path) -> RunRecord:

@@ -93,14 +93,15 @@ def reproduce(
         WsssError: a stage failed.
     """
     config = table.run_type.model_validate(record.config)
-    wanted = list(record.keys) if stage is None else [table.spec(stage).name]
-    if wanted[0] not in record.keys:
-        raise ConfigError(f"{record.path.stem} has no {stage}; its stages: {', '.join(record.keys)}")
+    stages = [name for name in table.names if name in record.keys]  # a record has them by the alphabet
+    wanted = stages if stage is None else [table.spec(stage).name]
+    if not wanted or wanted[0] not in record.keys:
+        raise ConfigError(f"{record.path.stem} has no {stage}; its stages: {', '.join(stages)}")
     if stage is None:
         # of a run that ended early, or was pruned, what there is
         is_there = {name: store.lookup(name, key) is not None for name, key in record.keys.items()}
-        wanted = list(itertools.takewhile(is_there.__getitem__, wanted)) or wanted
-        if left := [name for name in record.keys if name not in wanted]:
+        wanted = list(itertools.takewhile(is_there.__getitem__, stages)) or stages
+        if left := stages[len(wanted) :]:
             listener.info(f"built again up to {wanted[-1]}: {left[0]} of this run is not in the store")
     plan = plan_run(config, store.digest_cache, table, last=wanted[-1])
     before = {name: store.require(name, record.keys[name]) for name in wanted}

@@ -12,9 +12,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, WithJsonSchema
 
-from pipeline.config.run_config import RunConfig, find_config, load_config, shipped_configs
+from pipeline.config.run_config import RunConfig, shipped_configs
 from pipeline.config.yaml_models import load_values
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
+from pipeline.engine.records import load_named
 
 StageName = Literal["prepare_data", "train_classifier", "make_attention", "make_masks", "train_segmenter", "evaluate"]
 """The stages, for the form's menu; a test compares them with the table's."""
@@ -65,7 +66,7 @@ class FlowCall:
             ConfigError: it is not valid; with all problems.
         """
         if isinstance(self.config, str):
-            return load_config(find_config(self.config), self.overrides)
+            return load_named(self.config, self.overrides, self.artifacts)
         values = self.config.model_dump(mode="json", exclude_unset=True)
         return load_values(RunConfig, values, self.overrides, "the config of the form")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.cli import main as cli
 from pipeline.cli.doctor import Check, check_packages, check_prefect, check_store
 from pipeline.cli.options import as_path
 from pipeline.engine import forecast
+from pipeline.store.artifacts import Store
 from stages.contracts import write_index_mask
 from tests.machine_speed import slowness
 from tests.pipeline.whole_runs.tiny_run import tiny_yaml
@@ -319,12 +321,12 @@ def test_run_status_artifacts_and_report(folder: Path, wsss, wsss_json):
     assert partial.stem.endswith("-partial"), "a page of an unfinished run never stands where the finished one will"
 
     check_reproduction(folder, wsss, wsss_json, Path(stage["path"]))
+    check_runs(folder, wsss, wsss_json, stage["key"])
     check_artifacts(wsss, wsss_json, stage["key"], Path(stage["path"]))
 
 
 def check_reproduction(folder: Path, wsss, wsss_json, path: Path) -> None:
-    assert "'tiny' means 2 runs" in wsss_json("reproduce", "tiny", code=2)["error"]["message"]
-    found = wsss_json("reproduce", "last")
+    found = wsss_json("reproduce", "tiny")
     assert (found["verdict"], [stage["stage"] for stage in found["stages"]]) == ("equal", ["prepare_data"])
     assert found["stages"][0]["files"] == found["stages"][0]["environment"] == {}
     assert not (folder / "artifacts" / ".reproduced").exists()
@@ -333,11 +335,16 @@ def check_reproduction(folder: Path, wsss, wsss_json, path: Path) -> None:
     built = folder / "again" / "prepare_data" / path.name
     assert (built / "index.json").read_bytes() == (path / "index.json").read_bytes()
 
-    # a store whose artifact says that it has other bytes, as another machine's would
-    manifest = json.loads((built / "manifest.json").read_text())
-    manifest["content"]["files"]["index.json"]["sha256"] = "0" * 64
-    manifest["run"] |= {"threads": 77, "metrics": {"data.num_train": 5, "data.num_val": 2}}
-    (built / "manifest.json").write_text(json.dumps(manifest))
+    # what another machine would have built under this key
+    beside = Store(folder / "again")
+    old = beside.require("prepare_data", path.name)
+    with beside.lock("prepare_data", path.name):
+        work, _ = beside.work_dir("prepare_data", path.name)
+        shutil.copytree(old.path, work, dirs_exist_ok=True)
+        (work / "index.json").write_bytes((work / "index.json").read_bytes() + b"\n")
+        content = {name: value for name, value in old.content.items() if name != "files"}
+        run = {**old.run, "threads": 77, "metrics": {"data.num_train": 5, "data.num_val": 2}}
+        beside.publish("prepare_data", path.name, content=content, run=run)
     failed = wsss_json("reproduce", "last", "--out", "again", code=4)
     assert failed["verdict"] == "different"
     assert failed["stages"][0]["files"] == {"index.json": "different"}
@@ -348,6 +355,30 @@ def check_reproduction(folder: Path, wsss, wsss_json, path: Path) -> None:
     assert third.endswith("1 of 2 metrics differ; 1 by more than 0.01: data.num_train 6 → 5")
     assert wsss_json("reproduce", "last", "--out", "again", "--tolerance", "0.5")["verdict"] == "close"
     assert "no run 'nothing'" in wsss_json("reproduce", "nothing", code=2)["error"]["message"]
+
+
+def check_runs(folder: Path, wsss, wsss_json, key: str) -> None:
+    """The run is found again by its name, by last and by the beginning, wherever a config is asked for."""
+    wsss("run", "tiny.yaml", "--until", "prepare_data", "--set", "seed=5", "--set", "name=other")
+    other, *_ = wsss_json("runs")["runs"]
+    assert (other["name"], other["state"], other["metrics"]["data.num_train"]) == ("other", "done", 6)
+    out, _ = wsss("runs", "-n", "1")
+    assert out.splitlines()[0].startswith(other["run"])
+    assert out.splitlines()[1].startswith("and ")
+    for word in ("other", "last", other["run"]):
+        assert wsss_json("config", "show", word)["values"]["seed"] == 5
+        assert wsss_json("status", word)["stages"][0]["key"] == key
+    assert wsss_json("config", "show", "last", "--set", "seed=6")["values"]["seed"] == 6
+    assert wsss_json("run", "tiny", "--until", "prepare_data")["stages"][0]["state"] == "cached"
+    assert "wsss run other" in wsss_json("predict", "other", str(folder), "--out", "x", code=3)["error"]["message"]
+    message = wsss_json("status", "othre", code=2)["error"]["message"]
+    assert "no config file othre" in message
+    assert "no run 'othre'" in message
+    wsss("run", "tiny.yaml", "--until", "prepare_data", "--set", "seed=7", "--set", "name=other")
+    found = wsss_json("status", "other", code=2)["error"]
+    assert found["message"].startswith("'other' means 2 runs")
+    assert len(found["problems"]) == 2
+    assert wsss_json("status", other["run"])["stages"][0]["key"] == key
 
 
 def check_artifacts(wsss, wsss_json, key: str, path: Path) -> None:

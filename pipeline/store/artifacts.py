@@ -178,7 +178,9 @@ class Store:
             try:
                 if not (self._mirror and self._unsent(stage, key).exists()):
                     return self._open(stage, key)
-                return self._send(self._mirror, stage, key) if self._holds(stage, key) else None
+                if not self._holds(stage, key):
+                    return None
+                return self._send(self._mirror, stage, key)
             except DamagedFileError:
                 if stamp == _stamp(self.path(stage, key) / MANIFEST) and self._is_there(stage, key):
                     raise  # else another process has replaced or removed it meanwhile
@@ -452,8 +454,14 @@ class Store:
         return self.root / stage / f".unsent-{key}"
 
     def _send(self, mirror: Mirror, stage: str, key: str) -> Artifact:
-        """Put an artifact that is whole here into the mirror, in the place of its unfinished work there."""
+        """Put an artifact that is whole here into the mirror, in the place of its unfinished work there.
+
+        Raises:
+            DamagedFileError: it is not as it was written any more; nothing was sent.
+        """
         artifact = self._open(stage, key)
+        if damage := examine(artifact.path, artifact.content["files"])[0]:
+            raise DamagedFileError(next(iter(damage.values())))
         del self._whole[stage, key]  # until it is there
         with contextlib.suppress(DamagedFileError):
             there = self._mirrored_manifest(mirror, stage, key)

@@ -42,6 +42,8 @@ MANIFEST = "manifest.json"
 _NUM_TRANSFERS = 8
 _NUM_READERS = 4
 """Threads that digest files: hashlib lets the others run, and a disk is quicker with several readers."""
+_SMALL_BYTES = 2**20
+"""Smaller files are read at once: twice as quick as the buffer of ``file_digest``."""
 _INDEX = "index.json"
 
 
@@ -294,21 +296,29 @@ def find_damage(where: Path | str, files: Mapping[str, Any], sizes: Mapping[str,
 
 def find_changes(where: Path | str, files: Mapping[str, Any], names: Sequence[str], folder: Path) -> dict[str, str]:
     """Those of the ``names`` that are not in ``folder`` as the manifest has them → what is wrong; reads every byte."""
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        found = pool.map(lambda name: _difference(folder / name, files[name]), names)
-        return {name: f"{where}/{name}{text}" for name, text in zip(names, found, strict=True) if text}
+
+    def read(share: Sequence[str]) -> dict[str, str]:
+        found = {name: _difference(folder / name, files[name]) for name in share}
+        return {name: f"{where}/{name}{text}" for name, text in found.items() if text}
+
+    with ThreadPoolExecutor(
+        _NUM_READERS
+    ) as pool:  # a task for each of ten thousand masks would cost as much as reading
+        shares = pool.map(read, [names[first::_NUM_READERS] for first in range(_NUM_READERS)])
+        return {name: text for share in shares for name, text in share.items()}
 
 
 def _difference(file: Path, expected: Mapping[str, Any]) -> str:
     """What is wrong with ``file``, to be said behind its name; empty when it is as ``expected``."""
     try:
-        with file.open("rb") as stream:
-            is_same = hashlib.file_digest(stream, "sha256").hexdigest() == expected["sha256"]
+        with file.open("rb", buffering=0) as stream:
+            is_small = expected["size"] < _SMALL_BYTES
+            digest = hashlib.sha256(stream.readall()) if is_small else hashlib.file_digest(stream, "sha256")
     except FileNotFoundError:
         return " is missing"
     except OSError as error:
         return f" cannot be read ({error.strerror})"
-    return "" if is_same else ": the content differs from the manifest's sha256"
+    return "" if digest.hexdigest() == expected["sha256"] else ": the content differs from the manifest's sha256"
 
 
 def _is_whole(file: Path, expected: Mapping[str, Any]) -> bool:

@@ -298,14 +298,20 @@ def test_damaged_cache_is_filled_again(first: Store) -> None:
     assert fresh.verify(STAGE, KEY) == []
 
 
-def test_damage_of_what_the_mirror_does_not_have_yet_is_set_aside(first: Store, monkeypatch) -> None:
-    monkeypatch.setattr(Mirror, "put", lambda *_: (_ for _ in ()).throw(EnvironmentFailure("away")))
-    with pytest.raises(EnvironmentFailure, match="away"):
-        build(first)
+def test_what_rotted_before_it_was_sent_is_not_sent(first: Store, mirror: Mirror) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mirror, "put", lambda *_: (_ for _ in ()).throw(EnvironmentFailure("away")))
+        with pytest.raises(EnvironmentFailure, match="away"):
+            build(first)
     (first.path(STAGE, KEY) / "stats.json").write_text("[]")
-    again = Store(first.root, Mirror(first.location))
-    assert again.lookup(STAGE, KEY) is None, "another machine could not use it"
-    assert len(again.verify(STAGE, KEY)) == 1
+    again, heard = Store(first.root, Mirror(first.location)), list[str]()
+    with again.lock(STAGE, KEY):
+        assert again.lookup(STAGE, KEY, damaged=heard.append) is None
+        assert "stats.json: the content differs" in heard[0]
+        assert mirror.sizes(FOLDER) == {}
+        again.set_aside(STAGE, KEY)
+        build(again)
+    assert mirror.read(f"{FOLDER}/stats.json") == b"{}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

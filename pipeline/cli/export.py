@@ -22,7 +22,7 @@ def export(
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the trained segmenter as model.safetensors, config.json and model.onnx."""
+    """Write the trained segmenter as model.safetensors, model.onnx, config.json and a model card."""
     from pipeline.delivery.trained_segmenter import find_segmenter
     from stages.scoring.export import export_segmenter
 
@@ -40,7 +40,7 @@ def export(
             sample=found.sample_image() if onnx else None,
             force=force,
         )
-    files = [*record.files, "config.json"]
+    files = [*record.files, "README.md", "config.json"]
     agreement = None if record.onnx is None else record.onnx.model_dump(mode="json")
     output.document |= {"key": found.artifact.key, "files": files, "onnx": agreement}
     output.tell(f"exported {found.artifact.key}: {', '.join(files)} in {out}")

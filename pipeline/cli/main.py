@@ -24,6 +24,7 @@ from pipeline.cli.doctor import doctor
 from pipeline.cli.export import export
 from pipeline.cli.output import INTERRUPTED, Output, run_document
 from pipeline.cli.predict import predict
+from pipeline.cli.push import push
 from pipeline.cli.reproduce import reproduce
 from pipeline.cli.run import report, run, stage, status
 from pipeline.cli.runs import runs
@@ -50,6 +51,7 @@ for command in (
     report,
     predict,
     export,
+    push,
     compare,
     score,
     reproduce,

@@ -1,7 +1,7 @@
 """Write a trained segmenter as a folder for others: safetensors, a config, and ONNX that was compared with torch.
 
-Reads: output folder of ``train_segmenter``.  Writes: ``model.safetensors``, ``model.onnx``, ``config.json``, which take
-the places of an earlier export's once all of them are on the disk.
+Reads: output folder of ``train_segmenter``.  Writes: ``model.safetensors``, ``model.onnx``, ``README.md`` (the model
+card), ``config.json``, which take the places of an earlier export's once all of them are on the disk.
 Shapes: B images, C classes with background, H W image pixels.
 Uses torch's TorchScript-based ONNX exporter: it needs no onnxscript, takes seconds, and keeps height, width and batch
 free in all our nets.  (The newer one takes 6 to 30 times as long and refuses DeepLabV3+ with free sizes.)
@@ -34,6 +34,7 @@ from stages.scoring.exported_model import (
     Normalisation,
     OnnxRecord,
 )
+from stages.scoring.model_card import CARD_FILE, metadata, write_card
 from stages.scoring.prediction import PredictionConfig
 
 if TYPE_CHECKING:
@@ -99,27 +100,37 @@ def export_segmenter(
         check_packages()
     record = read_segmenter_record(segmenter)
     net = load_segmenter(segmenter)
-    contents = {TENSORS_FILE: _read(segmenter / WEIGHTS_FILE)}
-    agreement = None
-    if onnx:
-        contents[ONNX_FILE] = to_onnx(net)
-        agreement = compare_onnx(net, contents[ONNX_FILE], sample=sample)
-        progress.info(
-            f"onnxruntime against torch: |Δlogit| up to {agreement.max_abs_difference:.2g} "
-            f"of logits up to {agreement.max_abs_logit:.3g}"
-        )
-    files = {name: FileRecord(size=len(data), sha256=_digest(data)) for name, data in contents.items()}
+    trained = _read(segmenter / WEIGHTS_FILE)
     export = ExportRecord(
         net=record.net,
         classes=("background", *record.classes),
         normalisation=Normalisation(),
         prediction=prediction,
         provenance=dict(provenance),
-        onnx=agreement,
-        files=files,
+        onnx=None,
+        trained_sha256=_digest(trained),
+        files={},
     )
-    _write_files(out, contents, export)
+    contents = {TENSORS_FILE: _with_metadata(trained, metadata(export))}
+    if onnx:
+        contents[ONNX_FILE] = to_onnx(net, metadata(export))
+        agreement = compare_onnx(net, contents[ONNX_FILE], sample=sample)
+        export = export.model_copy(update={"onnx": agreement})
+        progress.info(
+            f"onnxruntime against torch: |Δlogit| up to {agreement.max_abs_difference:.2g} "
+            f"of logits up to {agreement.max_abs_logit:.3g}"
+        )
+    files = {name: FileRecord(size=len(data), sha256=_digest(data)) for name, data in contents.items()}
+    export = export.model_copy(update={"files": files})
+    _write_files(out, contents | {CARD_FILE: write_card(export).encode()}, export)
     return export
+
+
+def _with_metadata(tensors: bytes, texts: Mapping[str, str]) -> bytes:
+    """The same tensors with ``texts`` in the header of the file."""
+    from safetensors.torch import load, save
+
+    return save(load(tensors), metadata={"format": "pt", **texts})
 
 
 def _write_files(out: Path, contents: Mapping[str, bytes], export: ExportRecord) -> None:
@@ -140,7 +151,7 @@ def _write_files(out: Path, contents: Mapping[str, bytes], export: ExportRecord)
 
 def _check_place(out: Path, *, force: bool) -> None:
     """A folder of ours may be replaced on demand; any other that is not empty is left alone."""
-    ours = {CONFIG_FILE, TENSORS_FILE, ONNX_FILE}
+    ours = {CONFIG_FILE, TENSORS_FILE, ONNX_FILE, CARD_FILE}
     # a killed export may leave the temporary file of write_atomic behind
     found = {path.name for path in out.iterdir() if not path.name.startswith(".tmp-")} if out.is_dir() else set()
     if out.exists() and not out.is_dir():
@@ -208,8 +219,12 @@ def full_size_net(net: Segmenter) -> nn.Module:
     return FullSize().eval()
 
 
-def to_onnx(net: Segmenter) -> bytes:
-    """The net on the CPU as ONNX: normalised images (B, 3, H, W) to logits (B, C, H, W); B, H and W are free."""
+def to_onnx(net: Segmenter, texts: Mapping[str, str] | None = None) -> bytes:
+    """The net on the CPU as ONNX: normalised images (B, 3, H, W) to logits (B, C, H, W); B, H and W are free.
+
+    The free dimensions have names (batch, height, width), and ``texts`` are the file's metadata.
+    """
+    import onnx
     import torch
 
     free = {0: "batch", 2: "height", 3: "width"}
@@ -226,7 +241,10 @@ def to_onnx(net: Segmenter) -> bytes:
             output_names=[OUTPUT],
             dynamic_axes={INPUT: free, OUTPUT: free},
         )
-        return Path(folder, ONNX_FILE).read_bytes()
+        model = onnx.load(str(Path(folder, ONNX_FILE)))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = net.num_classes
+    onnx.helper.set_model_props(model, dict(texts or {}))
+    return model.SerializeToString()
 
 
 def compare_onnx(net: Segmenter, onnx: bytes, *, sample: NDArray[np.uint8] | None = None) -> OnnxRecord:

@@ -3,6 +3,7 @@
     config.json          net, classes, normalisation, how to look at images, provenance; digests of the other files
     model.safetensors    the tensors
     model.onnx           the same net for other runtimes (may be left out)
+    README.md            the model card (``stages.scoring.model_card``)
 
 Written by ``stages.scoring.export``; reads are checked against the digests.  Torch-free at import; never unpickles.
 """
@@ -79,6 +80,8 @@ class ExportRecord(StageConfig):
     """How the config that trained it looks at whole images."""
     provenance: dict[str, Any]
     onnx: OnnxRecord | None
+    trained_sha256: str
+    """Of the tensors' file as it was trained: with it a mask counts as made by the same model."""
     files: dict[str, FileRecord]
 
 
@@ -121,6 +124,16 @@ def _parse(path: Path, content: Any) -> ExportRecord:  # noqa: ANN401 - JSON is 
     return record
 
 
+def check_files(folder: Path, record: ExportRecord) -> None:
+    """Compare every file of an export with its digest.
+
+    Raises:
+        DamagedFileError: one is missing or differs.
+    """
+    for name, expected in record.files.items():
+        _check_file(folder / name, expected)
+
+
 def _check_file(path: Path, expected: FileRecord) -> None:
     if not path.is_file():
         raise DamagedFileError(f"{path} is missing; export the model again")
@@ -155,7 +168,7 @@ def load_export(folder: Path, record: ExportRecord, device: str = "cpu") -> Segm
 def exported_source(folder: Path, record: ExportRecord) -> SegmenterSource:
     """An exported segmenter as ``predict_pictures`` takes it."""
     load = functools.partial(load_export, folder, record)
-    return SegmenterSource(record.classes, record.files[TENSORS_FILE].sha256, load)
+    return SegmenterSource(record.classes, record.trained_sha256, load)
 
 
 def trained_source(folder: Path) -> SegmenterSource:

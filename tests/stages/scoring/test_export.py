@@ -4,9 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
 
+import wsss
 from stages.contracts import Runtime, SilentProgress
 from stages.data.pictures import find_pictures
 from stages.errors import DamagedFileError, EnvironmentFailure, InputError
@@ -77,7 +82,67 @@ def test_the_config_says_all_that_a_user_needs(exported: Path, segmenter: Path):
     assert found["provenance"] == PROVENANCE
     assert set(found["files"]) == {"model.safetensors", "model.onnx"}
     assert found["onnx"]["max_abs_difference"] <= 1e-3 * max(1, found["onnx"]["max_abs_logit"])
-    assert (exported / "model.safetensors").read_bytes() == (segmenter / "segmenter.safetensors").read_bytes()
+    assert same_tensors(exported / "model.safetensors", segmenter / "segmenter.safetensors")
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    found = [load_file(path) for path in (first, second)]
+    return found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_tensors_and_onnx_can_be_used_without_the_config(exported: Path):
+    with safe_open(exported / "model.safetensors", "pt") as file:
+        texts = file.metadata()
+    model = onnx.load(exported / "model.onnx")
+    for found in (texts, {entry.key: entry.value for entry in model.metadata_props}):
+        assert found["kind"] == "wsss-segmenter"
+        assert json.loads(found["classes"]) == ["background", *CLASSES]
+        assert json.loads(found["normalisation"])["mean"] == [0.485, 0.456, 0.406]
+        assert json.loads(found["net"])["name"] == "largefov"
+        assert found["key"] == "0123"
+    (images,), (logits,) = model.graph.input, model.graph.output
+    dims = [[dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (images, logits)]
+    assert dims == [["batch", 3, "height", "width"], ["batch", len(CLASSES) + 1, "height", "width"]]
+
+
+def test_the_model_card_has_classes_scores_and_how_to_use_it(segmenter: Path, tmp_path: Path):
+    provenance = {
+        "run": "cats",
+        "key": "0123",
+        "supervision": "weak",
+        "mask_supervision": ["a", "b"],
+        "metrics": {"segmenter.miou": 0.51234, "segmenter.miou_low": 0.5},
+    }
+    export_segmenter(
+        segmenter,
+        tmp_path / "out",
+        prediction=PredictionConfig(),
+        provenance=provenance,
+        progress=SilentProgress(),
+        onnx=False,
+    )
+    _, head, body = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+    found = yaml.safe_load(head)
+    assert found["pipeline_tag"] == "image-segmentation"
+    (result,) = found["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "mean_iou", "name": "mIoU on val, single scale", "value": 0.5123}]
+    assert "from image-level labels and the true masks of 2 images" in body
+    assert f"0 background, 1 {CLASSES[0]}" in body
+    assert "- mIoU on val, single scale: 51.2 %" in body
+    assert "wsss predict --model" in body
+    assert "onnxruntime" not in body
+
+
+def test_the_onnx_lines_of_the_card_run_and_give_the_mask_of_torch(exported: Path, tmp_path: Path):
+    card = (exported / "README.md").read_text()
+    assert "None: the run was not evaluated" in card
+    code = card.split("```python\n")[2].split("```")[0]
+    save_noise(tmp_path / "photo.png", (64, 96), seed=3)
+    code = code.replace("photo.jpg", str(tmp_path / "photo.png")).replace("FOLDER", str(exported))
+    names: dict[str, object] = {}
+    exec(code, names)
+    expected = wsss.Segmenter.load(exported, device="cpu").predict(tmp_path / "photo.png", scales=[1.0], flip=False)
+    assert (names["mask"] == expected).mean() > 0.999
 
 
 def test_the_exported_net_is_the_trained_one_and_so_are_its_files(exported: Path, segmenter: Path, tmp_path: Path):
@@ -128,7 +193,7 @@ def test_onnxruntime_gives_torchs_logits_at_sizes_that_were_not_traced(name: str
 
 def test_onnx_of_another_net_is_refused_and_nothing_is_written(segmenter: Path, tmp_path: Path, monkeypatch):
     other = to_onnx(load_segmenter(save_lively_segmenter(tmp_path / "other", seed=1)))
-    monkeypatch.setattr(export_module, "to_onnx", lambda net: other)
+    monkeypatch.setattr(export_module, "to_onnx", lambda net, texts: other)
     with pytest.raises(EnvironmentFailure, match="differs from torch"):
         export(segmenter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -154,7 +219,7 @@ def test_without_the_extra_the_command_is_said_and_no_onnx_still_works(segmenter
         export(segmenter, tmp_path / "out")
     record = export(segmenter, tmp_path / "out", onnx=False)
     assert record.onnx is None
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
 
 # -- places and damage ------------------------------------------------------------------------------------------------
@@ -188,8 +253,8 @@ def test_an_export_that_fails_leaves_the_earlier_one_whole(segmenter: Path, copy
     (copy / ".tmp-export").mkdir()
     (copy / ".tmp-export" / "model.safetensors").write_bytes(b"half of it")  # as a killed export leaves it
     export(other, copy, onnx=False, force=True)
-    assert {path.name for path in copy.iterdir()} == {"config.json", "model.safetensors"}
-    assert (copy / "model.safetensors").read_bytes() == (other / "segmenter.safetensors").read_bytes()
+    assert {path.name for path in copy.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert same_tensors(copy / "model.safetensors", other / "segmenter.safetensors")
 
 
 @pytest.mark.parametrize("renamed", [0, 1])

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
@@ -31,6 +31,7 @@ from stages.contracts import encode_index_mask, iter_attention, open_image_set, 
 from stages.contracts.attention import AttentionRecord, write_attention_shard
 from stages.data.adapters.custom import CustomConfig
 from stages.data.boxes import read_box_annotation, read_box_list
+from stages.data.names import ImageNames
 from stages.data.readers import read_annotation
 from stages.data.records import Problems
 from stages.data.sbd import read_sbd_mask
@@ -51,6 +52,8 @@ KEY = "0123456789abcdef0123"
 
 
 # -- the kinds of files -----------------------------------------------------------------------------------------------
+
+NAMES = ImageNames({"a": "a.jpg"})
 
 
 class Kind(NamedTuple):
@@ -152,7 +155,9 @@ KINDS = {
     "ids": Kind("ids.txt", b"a\nb\n", lambda here: read_ids(here / "ids.txt", "option")),
     "annotation": Kind("a.xml", XML, lambda here: read_annotation(here / "a.xml", Problems())),
     "boxes": Kind("a.xml", XML, lambda here: read_box_annotation(here / "a.xml", Problems())),
-    "box list": Kind("b.txt", b"a.jpg,1,2,3,4\n", lambda here: read_box_list(here / "b.txt", "b.txt", Problems())),
+    "box list": Kind(
+        "b.txt", b"a.jpg,1,2,3,4\n", lambda here: read_box_list(here / "b.txt", "b.txt", Problems(), NAMES)
+    ),
     "mat": Kind("a.mat", _mat(), lambda here: read_sbd_mask(here / "a.mat")),
     "mask": Kind("a.png", encode_index_mask(np.eye(8, dtype=np.uint8)), lambda here: read_index_mask(here / "a.png")),
     "png": Kind("b.png", _png(PHOTO), lambda here: read_rgb(here / "b.png")),
@@ -223,10 +228,6 @@ def another_value(draw: st.DrawFn, document: Any) -> Any:
     return draw(VALUES)
 
 
-KNOWN_YAML = (b"!!timestamp foo", b"9" * 5000, b"[" * 5000, b"a" * 20_000)
-"""What the reading of YAML does not survive yet, or in minutes; ``test_what_is_known_to_fail`` tells when it does."""
-
-
 def try_it(kind: Kind, folder: Path, data: bytes) -> None:
     """Read ``data`` as this kind: an answer, or one of our errors, within the limits."""
     path = folder / kind.path
@@ -277,12 +278,11 @@ def test_a_valid_one_is_read(name: str, tmp_path: Path):
 def test_changed_bytes_are_an_answer_or_one_of_our_errors(name: str, tmp_path: Path, draw: st.DataObject):
     kind = KINDS[name]
     data = draw.draw(damaged(kind.data))
-    assume(name != "config" or not any(known in data for known in KNOWN_YAML))
     try_it(kind, tmp_path, data)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(DOCUMENTS.keys() - {"manifest"}))  # its values: test_what_is_known_to_fail
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
 @often
 @given(draw=st.data())
 def test_other_values_are_an_answer_or_one_of_our_errors(name: str, tmp_path: Path, draw: st.DataObject):
@@ -296,7 +296,6 @@ def test_other_values_are_an_answer_or_one_of_our_errors(name: str, tmp_path: Pa
 )
 def test_overrides_are_taken_or_refused_by_our_errors(path: str, text: st.DataObject):
     data = text.draw(damaged(b"[1, {a: b}]"))
-    assume(not any(known in data for known in KNOWN_YAML))
     value = data.decode(errors="surrogateescape")
     started = time.monotonic()
     words = ""
@@ -312,7 +311,7 @@ def changed(**run: Any) -> bytes:
     return _json({**MANIFEST, "run": {**MANIFEST["run"], **run}})
 
 
-KNOWN = [
+FOUND = [
     ("config", b"name: !!timestamp foo"),
     ("config", b"seed: " + b"9" * 5000),
     ("manifest", changed(metrics=None)),
@@ -322,9 +321,10 @@ KNOWN = [
 ]
 
 
-@pytest.mark.xfail(strict=True, reason="limits of YAML and a manifest's own types are being mended: issue 15, 7 and 11")
-@pytest.mark.parametrize(("name", "data"), KNOWN, ids=[f"{name}-{data[-30:]!r}" for name, data in KNOWN])
-def test_what_is_known_to_fail(name: str, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("name", "data"), FOUND, ids=[f"{name}-{data[-30:]!r}" for name, data in FOUND])
+def test_what_once_failed_is_an_answer_or_one_of_our_errors(
+    name: str, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("tests.faults.test_fuzz.LIMIT_S", 1.0)
     try_it(KINDS[name], tmp_path, data)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import ArtifactsOption, JsonOption
+from pipeline.cli.options import ArtifactsOption, JsonOption, as_path
 from pipeline.cli.output import get_output
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 from stages.errors import EnvironmentFailure
@@ -31,7 +31,9 @@ def reproduce(
     ] = 0.01,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Store to build in and keep; default a folder that is removed."),
+        typer.Option(
+            "--out", metavar="DIR", parser=as_path, help="Store to build in and keep; default a folder that is removed."
+        ),
     ] = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,

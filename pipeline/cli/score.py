@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import JsonOption
+from pipeline.cli.options import JsonOption, as_path
 from pipeline.cli.output import get_output
 
 
@@ -22,8 +22,12 @@ class Unsure(enum.StrEnum):
 
 def score(
     context: typer.Context,
-    truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="Folder of true masks: PNG of class indices.")],
-    predictions: Annotated[Path, typer.Argument(metavar="PRED", help="Folder of predicted masks of the same names.")],
+    truth: Annotated[
+        Path, typer.Argument(metavar="TRUTH", parser=as_path, help="Folder of true masks: PNG of class indices.")
+    ],
+    predictions: Annotated[
+        Path, typer.Argument(metavar="PRED", parser=as_path, help="Folder of predicted masks of the same names.")
+    ],
     classes: Annotated[
         str | None, typer.Option(metavar="A,B,…", help="Names of the foreground classes in order; default numbers.")
     ] = None,

@@ -247,7 +247,7 @@ def test_a_fault_of_ours_is_exit_1_with_a_traceback_on_stderr(wsss, monkeypatch:
     def broken(*_: object) -> None:
         raise KeyError("unforeseen")
 
-    monkeypatch.setattr("pipeline.config.run_config.load_config", broken)
+    monkeypatch.setattr("pipeline.engine.records.load_config", broken)
     out, err = wsss("run", "tiny.yaml", "--json", code=1)
     assert "a fault of ours" in json.loads(out)["error"]["message"]
     assert "Traceback (most recent call last)" in err
@@ -258,7 +258,7 @@ def test_an_interrupt_is_130(wsss, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.config.run_config.load_config", interrupted)
+    monkeypatch.setattr("pipeline.engine.records.load_config", interrupted)
     out, _ = wsss("run", "tiny.yaml", "--json", code=130)
     assert json.loads(out)["error"]["code"] == 130
     _, err = wsss("run", "tiny.yaml", code=130)
@@ -272,7 +272,7 @@ def test_any_name_can_be_said_on_any_terminal(folder: Path):
     command = [sys.executable, "-m", "pipeline.cli.main", "run", "é\udcff.yaml", "--json"]
     answer = subprocess.run(command, capture_output=True, env=environment)
     assert answer.returncode == 2, answer.stderr
-    assert "é\udcff.yaml" in json.loads(answer.stdout)["error"]["message"]
+    assert r"é\udcff.yaml" in json.loads(answer.stdout)["error"]["message"]
 
 
 def test_help_is_no_document(wsss):

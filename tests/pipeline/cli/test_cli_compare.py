@@ -15,7 +15,7 @@ from pipeline.engine.plan import plan_run
 from pipeline.report.comparison import compare_runs, write_page
 from pipeline.store.artifacts import Store
 from stages.ops.metrics.boundaries import count_boundaries
-from stages.ops.metrics.confusion import SparseConfusions, mean_iou, write_confusions
+from stages.ops.metrics.confusion import SparseConfusions, mean_iou
 from tests.pipeline.report.scored_worlds import (
     IDS,
     PREPARED,
@@ -137,7 +137,7 @@ def test_a_config_means_its_evaluation(store: Store, wsss_json, tmp_path: Path) 
         ((ONE, PREPARED), 2, "is an artifact of prepare_data; name one of evaluate"),
         ((ONE, "artifacts"), 2, "artifacts is no folder of an evaluate artifact: it has no confusions.npz"),
         ((ONE, "20260103"), 3, "the evaluation of 20260103 (evaluate 2222"),
-        ((ONE, "3c3c"), 4, "does not hold readable confusion counts"),
+        ((ONE, "3c3c"), 4, "confusions.npz: the content differs from the manifest"),
     ],
 )
 def test_wrong_words_are_named(store: Store, wsss, words: tuple[str, ...], code: int, text: str) -> None:
@@ -161,10 +161,9 @@ def test_outlines_are_compared_where_they_were_counted(store: Store, wsss_json) 
     rng = np.random.default_rng(0)
     truth = (rng.random((30, 30)) < 0.5).astype(np.uint8)
     for key, prediction in (("5" * 20, truth), ("6" * 20, np.zeros_like(truth))):
-        publish_scores(store, key, {"segmenter": counts(0.5)})
         matrix = count_boundaries(truth, prediction, 3)["_boundary"]
         outlines = {"segmenter_boundary": SparseConfusions.from_matrices(4, [("v00", matrix)])}
-        write_confusions(store.path("evaluate", key) / "boundaries.npz", outlines)
+        publish_scores(store, key, {"segmenter": counts(0.5)}, outlines=outlines)
     document = wsss_json("5" * 20, "6" * 20)
     row = next(row for row in document["metrics"] if row["metric"] == "segmenter.boundary_iou")
     assert row["values"][0]["value"] == 1

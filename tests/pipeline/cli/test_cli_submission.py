@@ -193,7 +193,8 @@ def test_what_the_server_would_refuse_is_not_written(folder: Path, wsss_json):
     damaged = predicted / "2008_000011.png"
     damaged.write_bytes(bytes(damaged.stat().st_size))
     document = wsss_json("submission", "tiny.yaml", "--out", "a.tgz", code=4)
-    assert "2008_000011.png: not a readable mask" in document["error"]["message"]
+    assert "is damaged; set aside" in document["error"]["message"]
+    assert "2008_000011.png: the content differs" in document["error"]["problems"][0]
 
 
 def test_other_predictions_of_the_run_are_packed(folder: Path, wsss_json):

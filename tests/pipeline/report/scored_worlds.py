@@ -57,11 +57,19 @@ def publish_data(store: Store, key: str = PREPARED, names: tuple[str, ...] = NAM
 
 
 def publish_scores(
-    store: Store, key: str, things: Mapping[str, SparseConfusions], *, prepared: str = PREPARED, **metrics: Any
+    store: Store,
+    key: str,
+    things: Mapping[str, SparseConfusions],
+    *,
+    prepared: str = PREPARED,
+    outlines: Mapping[str, SparseConfusions] | None = None,
+    **metrics: Any,
 ) -> Artifact:
-    """The artifact of an evaluation, without outlines, as early versions wrote it."""
+    """The artifact of an evaluation; without ``outlines`` they were not counted."""
     folder, _ = store.work_dir("evaluate", key)
     write_confusions(folder / "confusions.npz", things)
+    if outlines is not None:
+        write_confusions(folder / "boundaries.npz", outlines)
     found = {f"{thing}.miou": mean_iou(value.total()) for thing, value in things.items()} | metrics
     write_json(folder / "metrics.json", found)
     return publish(store, "evaluate", key, {"prepare_data": prepared}, {"metrics": found})

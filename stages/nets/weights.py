@@ -289,7 +289,7 @@ def _why_not_torch(path: Path, complaint: str) -> str | None:
         is_zip = file.read(2) == b"PK"
     try:
         names = zipfile.ZipFile(path).namelist() if is_zip else []
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # of damaged bytes it reads odd versions
         return None
     if any(name.endswith("constants.pkl") for name in names):
         return "it is a TorchScript program"

@@ -119,7 +119,7 @@ def test_pretrained_weights_enter_by_content(cache: Path, tmp_path: Path) -> Non
     public = keys(cache, *backbone)
     files = {}
     for name, content in (("a.pth", b"one"), ("b.pth", b"one"), ("c.pth", b"two")):
-        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).write_bytes(b"PK\x03\x04" + content)  # begins as torch's files do
         files[name] = keys(cache, *backbone, f"weights.squeezenet1_1={tmp_path / name}")
     assert files["a.pth"] == files["b.pth"]
     assert files["a.pth"]["train_classifier"] != files["c.pth"]["train_classifier"]

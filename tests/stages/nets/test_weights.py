@@ -289,6 +289,17 @@ def test_archives_that_are_no_weights_and_cut_files(tmp_path):
             read_tensors(tmp_path / name)
 
 
+def test_an_archive_whose_directory_is_damaged_is_cut_off_or_damaged(tmp_path):
+    file = tmp_path / "w.pth"
+    torch.save({"a": torch.zeros(1000)}, file)
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 190  # the version that the archive asks for
+    content[:200] = b"PK\x03\x04" + bytes(196)
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"\(it is cut off or damaged: "):
+        read_tensors(file)
+
+
 def test_the_bytes_tell_the_kind_and_not_the_name(tmp_path):
     tensors = {"a": torch.arange(3.0)}
     torch.save(tensors, tmp_path / "torch.safetensors")

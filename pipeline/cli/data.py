@@ -112,4 +112,6 @@ def check(
         count = f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}"
         shown = problems if output.is_json else found.problems.lines(PROBLEMS_SHOWN)
         raise DataError(f"{count} in the data set of {config}", shown)
-    output.tell(f"the data set of {config} is fine")
+    count = len(progress.warnings)
+    but = f" but for the {'warning' if count == 1 else f'{count:,} warnings'} above" if count else ""
+    output.tell(f"the data set of {config} is fine{but}")

@@ -59,7 +59,7 @@ def servers_of(home: Path) -> list[int]:
             words = entry.with_name("cmdline").read_bytes()
         except OSError:
             continue
-        if f"PREFECT_HOME={home}".encode() in variables and b"embedded_server" in words:
+        if f"PREFECT_HOME={home}".encode() in variables and b"pipeline.flows.server" in words:
             found.append(int(entry.parent.name))
     return found
 

@@ -27,6 +27,13 @@ class EngineName(enum.StrEnum):
     PREFECT = "prefect"
 
 
+class PageColours(enum.StrEnum):
+    """The palette of a page; mask files always have VOC's."""
+
+    SAFE = "safe"
+    VOC = "voc"
+
+
 def run(
     context: typer.Context,
     config: ConfigArgument,
@@ -75,7 +82,7 @@ def run(
     finally:
         listener.close()
         output.document = run_document(config, stages=listener.outcomes)
-    page = ensure_report(run_config, plan, store, outcome)
+    page = ensure_report(run_config, plan, store, outcome, invocation)
     output.document = run_document(config, outcome.run_id, outcome.stages, page)
     print_metrics(console, outcome.metrics)
     print_end(console, [(stage.stage, text) for stage in outcome.stages for text in stage.warnings], page)
@@ -157,6 +164,9 @@ def report(
     context: typer.Context,
     config: ConfigArgument,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The HTML file to write.")] = None,
+    palette: Annotated[
+        PageColours, typer.Option("--palette", help="Colours of the classes: safe for colour-blind readers, or VOC's.")
+    ] = PageColours.SAFE,
     overrides: OverridesOption = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
@@ -171,11 +181,13 @@ def report(
     from pipeline.store.artifacts import open_store
 
     store = open_store(artifacts)
+    invocation = write_invocation(config, overrides, artifacts)
     finished = Run(run_config, store)
     plan, found = finished.plan, finished.finished_artifacts()
     if "prepare_data" not in found:
-        command = f"wsss run {write_invocation(config, overrides, artifacts)}"
-        raise MissingArtifactError(f"nothing of {config} is in {artifacts} yet; build it with: {command}")
+        raise MissingArtifactError(f"nothing of {config} is in {artifacts} yet; build it with: wsss run {invocation}")
     path = out or report_path(run_config, plan, store, is_complete=plan.table.names[-1] in found)
-    output.document["report"] = write_report(run_config, plan, store, list(found), path)
+    output.document["report"] = write_report(
+        run_config, plan, store, list(found), path, invocation=invocation, palette=palette.value
+    )
     output.tell(f"report: {path}")

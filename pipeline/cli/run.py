@@ -188,6 +188,12 @@ def report(
         raise MissingArtifactError(f"nothing of {config} is in {artifacts} yet; build it with: wsss run {invocation}")
     path = out or report_path(run_config, plan, store, is_complete=plan.table.names[-1] in found)
     output.document["report"] = write_report(
-        run_config, plan, store, list(found), path, invocation=invocation, palette=palette.value
+        run_config,
+        plan,
+        store,
+        list(found),
+        path,
+        invocation=invocation,
+        palette="voc" if palette is PageColours.VOC else "safe",
     )
     output.tell(f"report: {path}")

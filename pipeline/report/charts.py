@@ -124,7 +124,8 @@ def cooccurrence_picture(title: str, matrix: NDArray[np.int64], names: Sequence[
     images = np.diagonal(matrix)
     kept = np.sort(np.argsort(-images, kind="stable")[:MOST_CLASSES])
     kept = kept[images[kept] > 0]
-    matrix, names, images = matrix[np.ix_(kept, kept)], [names[index] for index in kept.tolist()], images[kept]
+    matrix, images = matrix[np.ix_(kept, kept)], images[kept]
+    names = [names[index] for index in kept.tolist()]
 
     def hint(row: int, column: int, share: float) -> str:
         if row == column:

@@ -34,9 +34,13 @@ Source: Machado, Oliveira and Fernandes, "A Physiologically-based Model for Simu
 IEEE TVCG 2009, table 1, severity 1.0.
 """
 
+_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+"""Linear sRGB in CIE XYZ (IEC 61966-2-1); white is the sum of each row."""
+
 _FIRST = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 """Okabe and Ito's "Color Universal Design" (2008) without its black, which shadows have as well."""
-_VOID = (150, 150, 150)
+_VOID = (255, 255, 255)
+"""That of the hatching."""
 
 VIRIDIS = np.array(
     [(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99),
@@ -82,31 +86,15 @@ def safe_palette() -> Palette:
     return palette
 
 
-def see(colours: NDArray[np.uint8], vision: Vision) -> NDArray[np.uint8]:
-    """``colours`` (N, 3) as somebody with ``vision`` sees them, (N, 3)."""
-    return np.round(_seen(colours, vision) * 255).astype(np.uint8)
-
-
-def colour_distance(one: NDArray[np.uint8], other: NDArray[np.uint8], vision: Vision) -> float:
-    """CIE 1976 distance of two colours (3,) as somebody with ``vision`` sees them; about 2 is just noticeable."""
-    return float(np.linalg.norm(_lab(one[None], vision) - _lab(other[None], vision)))
-
-
 def colour_css(colour: NDArray[np.uint8]) -> str:
     """A colour (3,) as ``#rrggbb``."""
     return f"#{colour.tobytes().hex()}"
 
 
-def _seen(colours: NDArray[np.uint8], vision: Vision) -> NDArray[np.float64]:
-    """sRGB in [0, 1]."""
+def _lab(colours: NDArray[np.uint8], vision: Vision) -> NDArray[np.float64]:
+    """CIE L*a*b* (N, 3), D65, of ``colours`` (N, 3) as a reader sees them; a distance of 2 is just noticeable."""
     share = colours / 255.0
     linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
-    linear = np.clip(linear @ _SEEN[vision].T, 0, 1)
-    return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
-
-
-def _lab(colours: NDArray[np.uint8], vision: Vision) -> NDArray[np.float32]:
-    """CIE L*a*b* (N, 3) of ``colours`` (N, 3) as seen."""
-    import cv2
-
-    return cv2.cvtColor(_seen(colours, vision)[None].astype(np.float32), cv2.COLOR_RGB2LAB)[0]
+    xyz = np.clip(linear @ _SEEN[vision].T, 0, 1) @ _XYZ.T / _XYZ.sum(axis=1)
+    x, y, z = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)

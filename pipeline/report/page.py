@@ -131,7 +131,7 @@ def build_report(
     packages = {name: version for found in runs for name, version in (found.get("packages") or {}).items()}
     rows = metric_rows(metrics)
     colours = find_palette(palette)
-    script = resources.files(__package__).joinpath("gallery.js").read_text("utf-8") if scored else ""
+    script = resources.files("pipeline.report").joinpath("gallery.js").read_text("utf-8") if scored else ""
     return write_template(
         "report.html",
         out,

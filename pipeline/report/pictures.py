@@ -199,7 +199,7 @@ def show_examples(
 
 
 def _show(examples: Sequence[Example], classes: ClassList, palette: Palette) -> Mapping[str, Any]:
-    names, shown = classes.names_with_background, []
+    shown = []
     for example in examples:
         photo = fit(example.image, PICTURE_PX)
         masks = {
@@ -208,25 +208,29 @@ def _show(examples: Sequence[Example], classes: ClassList, palette: Palette) -> 
             "prediction": example.prediction,
             "truth": example.truth,
         }
-        pictures = {"image": photo, "attention": None if example.heat is None else fit(example.heat, PICTURE_PX)}
-        pictures |= {
-            title: lay_over(photo, paint_mask(fit(mask, PICTURE_PX), palette))
-            for title, mask in masks.items()
-            if mask is not None
-        }
+        pictures = {"image": photo} if example.heat is None else {"image": photo, "attention": example.heat}
+        pictures |= {title: outline(photo, mask, palette) for title, mask in masks.items() if mask is not None}
         if example.truth is not None and example.result is not None:
             errors = paint_errors(fit(example.truth, PICTURE_PX), fit(example.result, PICTURE_PX))
             pictures["errors"] = lay_over(_to_grey(photo), errors)
-        tiles = [
-            {"title": title, "uri": picture_uri(encode_picture(picture))}
-            for title, picture in pictures.items()
-            if picture is not None
-        ]
         score = None if example.miou is None else f"{example.miou * 100:.1f} %"
-        present = [{"name": names[index], "colour": colour_css(palette[index])} for index in example.classes]
-        shown.append({"id": example.id, "score": score, "classes": present, "tiles": tiles})
+        shown.append(figure(example.id, pictures, example.classes, classes, palette, score))
     is_scored = any(example.miou is not None for example in examples)
     return {"examples": shown, "scored": is_scored, "missing": "there are no images to show."}
+
+
+def figure(
+    image_id: str,
+    pictures: Mapping[str, NDArray[np.uint8]],
+    present: Sequence[int],
+    classes: ClassList,
+    palette: Palette,
+    score: str | None = None,
+) -> dict[str, Any]:
+    """What the template's ``example`` draws: RGB pictures (H, W, 3) by title, and the classes that are ``present``."""
+    tiles = [{"title": t, "uri": picture_uri(encode_picture(fit(p, PICTURE_PX)))} for t, p in pictures.items()]
+    names = [{"name": classes.names_with_background[i], "colour": colour_css(palette[i])} for i in present]
+    return {"id": image_id, "score": score, "classes": names, "tiles": tiles}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,9 +269,14 @@ def paint_mask(mask: NDArray[np.uint8], palette: Palette) -> NDArray[np.uint8]:
     layer[is_object, 3] = 255
     layer[inner, 3] = TINT_ALPHA
     layer[~is_object & ~_has_equal_neighbours(np.where(is_object, mask, BACKGROUND_INDEX))] = HALO
-    rows, columns = np.indices(mask.shape, sparse=True)
-    layer[is_void & ((rows + columns) % 6 < 2)] = HATCH
+    diagonal = np.arange(mask.shape[0])[:, None] + np.arange(mask.shape[1])
+    layer[is_void & (diagonal % 6 < 2)] = HATCH
     return layer
+
+
+def outline(photo: NDArray[np.uint8], mask: NDArray[np.uint8], palette: Palette) -> NDArray[np.uint8]:
+    """``photo`` RGB (H, W, 3) with a mask (h, w) of the whole image painted over it, RGB (H, W, 3)."""
+    return lay_over(photo, paint_mask(fit(mask, max(photo.shape[:2])), palette))
 
 
 def paint_errors(truth: NDArray[np.uint8], result: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -305,6 +314,8 @@ def _to_grey(photo: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def fit(picture: NDArray[np.uint8], longest_px: int) -> NDArray[np.uint8]:
     """Resize RGB (H, W, 3) or class indices (H, W), which gain no value, to this longest side."""
     height, width = picture.shape[:2]
+    if max(height, width) == longest_px:
+        return picture
     scale = longest_px / max(height, width)
     method = Image.Resampling.NEAREST if picture.ndim == 2 else Image.Resampling.LANCZOS
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -347,9 +358,8 @@ def write_picture_grid(
     """
     palette = safe_palette()
 
-    def outline(example: Example, mask: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
-        photo = fit(example.image, tile_px)
-        return None if mask is None else lay_over(photo, paint_mask(fit(mask, tile_px), palette))
+    def show(example: Example, mask: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+        return None if mask is None else outline(fit(example.image, tile_px), mask, palette)
 
     images = open_image_set(artifacts["prepare_data"], data_root)
     confusions = load_confusions(artifacts)
@@ -360,8 +370,8 @@ def write_picture_grid(
             {
                 "image": [e.image for e in found],
                 "attention": [e.heat for e in found],
-                "pseudo-mask": [outline(e, e.pseudo_mask) for e in found],
-                "truth": [outline(e, e.truth) for e in found],
+                "pseudo-mask": [show(e, e.pseudo_mask) for e in found],
+                "truth": [show(e, e.truth) for e in found],
             }
         )
     if "evaluate" in artifacts:
@@ -372,8 +382,8 @@ def write_picture_grid(
         sides.append(
             {
                 "image": [e.image for e in found],
-                "prediction": [outline(e, e.prediction) for e in found],
-                "truth": [outline(e, e.truth) for e in found],
+                "prediction": [show(e, e.prediction) for e in found],
+                "truth": [show(e, e.truth) for e in found],
             }
         )
     if not sides:

@@ -198,7 +198,9 @@ def collapse_notes(confusions: Mapping[str, SparseConfusions], classes: ClassLis
             notes.append((title, "every pixel is background, though there are objects: it has collapsed"))
         elif found[top] >= _COLLAPSE_FOUND * found.sum() and true[top] <= _COLLAPSE_TRUE * true.sum():
             shares = f"{found[top] / found.sum():.0%} of the object pixels are {classes.names[top]}"
-            notes.append((title, f"{shares}, of the true ones {true[top] / true.sum():.0%}: it has collapsed to one class"))
+            notes.append(
+                (title, f"{shares}, of the true ones {true[top] / true.sum():.0%}: it has collapsed to one class")
+            )
         elif never:
             shown = ", ".join(never[:_NAMED]) + (f" and {len(never) - _NAMED} more" if len(never) > _NAMED else "")
             notes.append((title, f"{len(never)} of {np.count_nonzero(true)} classes never appear: {shown}"))

@@ -38,7 +38,7 @@ def compare(
     from pipeline.store.artifacts import open_store
 
     output = get_output(context)
-    output.document = {"runs": list(runs), "metrics": [], "classes": [], "notes": [], "page": None}
+    output.document = {"runs": list(runs), "settings": [], "metrics": [], "classes": [], "notes": [], "page": None}
     if len(runs) < 2:
         raise InputError(f"a comparison needs at least two runs, found {len(runs)}: wsss compare RUN RUN...")
     store = open_store(artifacts)
@@ -71,6 +71,7 @@ def _describe(found: Comparison) -> dict[str, Any]:
 
     return {
         "runs": [{"run": run.word, "title": run.title, "key": run.key, "path": run.path} for run in found.runs],
+        "settings": [{"setting": row.name, "values": row.values} for row in found.settings],
         "metrics": [describe_row(row) for row in found.rows],
         "classes": [{"class": row.class_name, **describe_row(row)} for row in found.class_rows],
         "notes": list(found.notes),
@@ -83,13 +84,27 @@ def _show(found: Comparison, *, per_class: bool) -> None:
     console = make_console(is_json=False)
     for number, run in enumerate(found.runs, start=1):
         console.print(f"{number}  {run.title}  {run.word}", markup=False)
+    if found.settings:
+        console.print(_settings_table(found))
     console.print(_table(found, found.rows))
     if per_class:
         for rows in found.rows_by_metric().values():
             console.print(_table(found, rows))
     for note in found.notes:
         console.print(f"note: {note}", markup=False)
-    console.print("(low … high): 95 % bootstrap interval over the images; ▲ share of resamples in which it is better")
+    console.print("(low … high): 95 % bootstrap interval over the images; differences are to run 1")
+
+
+def _settings_table(found: Comparison) -> Table:
+    from rich.markup import escape
+
+    from pipeline.cli.console import make_table
+
+    runs = [escape(f"{number} {run.title}") for number, run in enumerate(found.runs, start=1)]
+    table = make_table("set otherwise", *runs)
+    for row in found.settings:
+        table.add_row(escape(row.name), *(escape("–" if value is None else value) for value in row.values))
+    return table
 
 
 def _table(found: Comparison, rows: Sequence[ScoreRow]) -> Table:
@@ -100,8 +115,8 @@ def _table(found: Comparison, rows: Sequence[ScoreRow]) -> Table:
 
     title = escape(label_text(rows[0])) if rows and rows[0].class_name else "score"
     runs = [escape(f"{number} {run.title}") for number, run in enumerate(found.runs, start=1)]
-    table = make_table(title, ">images", *runs)
+    table = make_table(title, *runs, ">images")
     for line in table_lines(rows):
-        cells = ["\n".join(filter(None, (cell["value"], cell["difference"]))) for cell in line["cells"]]
-        table.add_row(escape(line["label"]), line["images"], *cells)
+        texts = [(cell["value"], cell["difference"], cell["odds"]) for cell in line["cells"]]
+        table.add_row(escape(line["label"]), *("\n".join(filter(None, cell)) for cell in texts), line["images"])
     return table

@@ -30,6 +30,13 @@ class EngineName(enum.StrEnum):
     PREFECT = "prefect"
 
 
+class PageColours(enum.StrEnum):
+    """The palette of a page; mask files always have VOC's."""
+
+    SAFE = "safe"
+    VOC = "voc"
+
+
 def run(
     context: typer.Context,
     config: ConfigArgument,
@@ -72,7 +79,7 @@ def run(
 
     def write_page(outcome: RunOutcome) -> None:
         nonlocal page
-        page = ensure_report(run_config, plan, store, outcome)
+        page = ensure_report(run_config, plan, store, outcome, invocation)
 
     is_local = engine is EngineName.LOCAL or (engine is EngineName.AUTO and not os.environ.get("PREFECT_API_URL"))
     try:
@@ -168,6 +175,9 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", parser=as_path, help="The HTML file to write.")
     ] = None,
+    palette: Annotated[
+        PageColours, typer.Option("--palette", help="Colours of the classes: safe for colour-blind readers, or VOC's.")
+    ] = PageColours.SAFE,
     overrides: OverridesOption = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
@@ -182,11 +192,19 @@ def report(
     from pipeline.store.artifacts import open_store
 
     store = open_store(artifacts)
+    invocation = write_invocation(config, overrides, artifacts)
     finished = Run(run_config, store)
     plan, found = finished.plan, finished.finished_artifacts()
     if "prepare_data" not in found:
-        command = f"wsss run {write_invocation(config, overrides, artifacts)}"
-        raise MissingArtifactError(f"nothing of {config} is in {artifacts} yet; build it with: {command}")
+        raise MissingArtifactError(f"nothing of {config} is in {artifacts} yet; build it with: wsss run {invocation}")
     path = out or report_path(run_config, plan, store, is_complete=plan.table.names[-1] in found)
-    output.document["report"] = write_report(run_config, plan, store, list(found), path)
+    output.document["report"] = write_report(
+        run_config,
+        plan,
+        store,
+        list(found),
+        path,
+        invocation=invocation,
+        palette="voc" if palette is PageColours.VOC else "safe",
+    )
     output.tell(f"report: {path}")

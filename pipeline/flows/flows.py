@@ -184,7 +184,7 @@ def _run_all(call: FlowCall, from_stage: str | None, until: str | None, force: S
     _name_run(title)
 
     def show(outcome: RunOutcome) -> None:
-        report = ensure_report(run.config, run.plan, run.store, outcome)
+        report = ensure_report(run.config, run.plan, run.store, outcome, run.invocation)
         picture = ensure_picture(report, run.config, run.plan, run.store) if report is not None else None
         page = write_page(title, f"wsss run {run.invocation}", outcome.stages, report, picture)
         _show_result(run.config.name, title, page)

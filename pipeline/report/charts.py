@@ -1,4 +1,4 @@
-"""Lay out line charts and the confusion matrix for the report: data in, drawing coordinates out.
+"""Lay out line charts and matrices of classes for the report: data in, drawing coordinates out.
 
 The template turns them into inline SVG.  Reads and writes nothing, and needs no plotting library: a report is written
 within a moment and follows the page's light or dark colours.  Coordinates are SVG's: pixels, y downwards.
@@ -8,7 +8,7 @@ Shapes: C classes with background.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,21 +105,60 @@ def matrix_picture(title: str, matrix: NDArray[np.int64], names: Sequence[str]) 
     """
     kept = np.flatnonzero(matrix.sum(axis=0) + matrix.sum(axis=1))  # in the truth or predicted
     matrix, names = _join_best(matrix[np.ix_(kept, kept)], [names[index] for index in kept.tolist()])
+
+    def hint(row: int, column: int, share: float) -> str:
+        part, pixels = f"{share * 100:.2f} % of its pixels", f"({matrix[row, column]:,})"
+        if row == column:
+            return f"{names[row]}: {part} found {pixels}"
+        return f"{names[row]} taken for {names[column]}: {part} {pixels}"
+
+    return _lay_out(title, matrix, matrix.sum(axis=1), names, ("true", "predicted"), hint)
+
+
+def cooccurrence_picture(title: str, matrix: NDArray[np.int64], names: Sequence[str]) -> Drawing:
+    """Lay out how many of each class's images have each other class too, as shares of the class's images.
+
+    ``matrix`` has the images with both classes (K, K), on its diagonal those of one class; ``names`` are the K classes.
+    Of more than ``MOST_CLASSES`` the most frequent are shown.
+    """
+    images = np.diagonal(matrix)
+    kept = np.sort(np.argsort(-images, kind="stable")[:MOST_CLASSES])
+    kept = kept[images[kept] > 0]
+    matrix, images = matrix[np.ix_(kept, kept)], images[kept]
+    chosen = set(kept.tolist())
+    names = [name for index, name in enumerate(names) if index in chosen]
+
+    def hint(row: int, column: int, share: float) -> str:
+        if row == column:
+            return f"{names[row]}: {images[row]:,} images"
+        both = f"{matrix[row, column]:,} of {images[row]:,} images with {names[row]}"
+        return f"{both} have {names[column]} too ({share * 100:.1f} %)"
+
+    return _lay_out(title, matrix, images, names, ("images with", "that have"), hint)
+
+
+def _lay_out(
+    title: str,
+    matrix: NDArray[np.int64],
+    whole: NDArray[np.int64],
+    names: Sequence[str],
+    axes: tuple[str, str],
+    hint: Callable[[int, int, float], str],
+) -> Drawing:
+    """Cells shaded by ``matrix`` as a share of ``whole``, that of their row; ``axes`` names rows and columns."""
     cell_px = min(max(660 / max(len(names), 1), 18), 44)  # pixels, of which a letter takes 6.4 and the axis's title 18
     margin = max((len(name) for name in names), default=0) * 6.4 + 2 * _MARGIN_PX + 18
-    true = matrix.sum(axis=1, keepdims=True)
-    shares = np.divide(matrix, true, out=np.zeros(matrix.shape), where=true > 0)
+    shares = np.divide(matrix, whole[:, None], out=np.zeros(matrix.shape), where=whole[:, None] > 0)
     cells = []
     for row, column in zip(*(places.tolist() for places in np.nonzero(matrix)), strict=True):
-        share, pixels = float(shares[row, column]), f"({matrix[row, column]:,})"
-        percent, part = f"{share * 100:.0f}", f"{share * 100:.2f} % of its pixels"
-        found = f"{names[row]}: {part} found {pixels}"
-        hint = f"{names[row]} taken for {names[column]}: {part} {pixels}" if row != column else found
+        share = float(shares[row, column])
+        percent = f"{share * 100:.0f}"
         cell = {"x": column * cell_px, "y": row * cell_px, "share": share, "is_dark": share >= 0.7}
-        cells.append({**cell, "text": "" if percent == "0" else percent, "hint": hint})
+        cells.append({**cell, "text": "" if percent == "0" else percent, "hint": hint(row, column, share)})
     side = len(names) * cell_px
     return {
         "title": title,
+        "axes": axes,
         "cells": cells,
         "labels": [{"name": name, "at": (place + 0.5) * cell_px} for place, name in enumerate(names)],
         "cell_px": cell_px,

@@ -1,6 +1,7 @@
-"""Compare finished evaluations: every score on the images that all have, and differences to the first with intervals.
+"""Compare finished evaluations: what was set otherwise, every score on the images that all have, and pictures.
 
-Reads the store: run records, ``evaluate`` artifacts and the index of their ``prepare_data``; writes nothing.
+Reads the store: run records, ``evaluate`` artifacts, the manifests of all their stages, the index of their
+``prepare_data`` and, for the page, images; writes nothing but the page.
 Scores can be compared where they are of the same classes, on the same images, against the same truth; what differs is
 refused in words.
 Source: paired bootstrap over images (``stages.ops.metrics.bootstrap``): each resample scores all runs on the same
@@ -9,8 +10,9 @@ images.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,23 @@ from pipeline.config.run_config import find_config, load_config
 from pipeline.engine.invocation import write_invocation
 from pipeline.engine.plan import plan_run
 from pipeline.engine.records import read_runs
+from pipeline.report.colours import Palette, PaletteName, find_palette
 from pipeline.report.page import write_template
-from pipeline.report.tables import METRICS, MetricText, format_value
+from pipeline.report.pictures import PICTURE_PX, figure, fit, outline, score_images
+from pipeline.report.tables import METRICS, STAGE_MEANINGS, MetricText, format_value, natural_key
 from pipeline.store.artifacts import MANIFEST, Store, check_manifest, examine
-from stages.contracts import ImageRecord, expand_path, open_image_set, read_json
-from stages.errors import ConfigError, DamagedFileError, InputError, MissingArtifactError
+from stages.contracts import (
+    BACKGROUND_INDEX,
+    IGNORE_INDEX,
+    ImageRecord,
+    ImageSet,
+    expand_path,
+    open_image_set,
+    read_index_mask,
+    read_json,
+)
+from stages.errors import ConfigError, DamagedFileError, InputError, MissingArtifactError, WsssError
+from stages.evaluate import SCORE_SUFFIXES
 from stages.ops.metrics.bootstrap import Interval, interval, mean_over_classes, resample_iou
 from stages.ops.metrics.confusion import SparseConfusions, read_confusions
 from stages.scoring.intervals import Score, score_of
@@ -37,6 +51,8 @@ _TRAINING = ("attention", "masks")
 """Scores of training images, of which each run leaves out those whose masks it was trained on."""
 _NAMED = 5
 """Ids and classes that a refusal names."""
+NUM_PICTURES = 12
+"""Images that a page shows: those on which the runs differ most."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,18 @@ class ScoredRun:
     metrics: Mapping[str, Any]
     val: tuple[ImageRecord, ...] | None = None
     """The images of val; None where the data's index is not there any more."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """What decided its result, by dotted name, of the stages whose manifests are there; empty where none is."""
+    images: ImageSet | None = None
+    """Images and true masks; None where nobody knows where they lie."""
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """One setting that is not the same in all runs; None for a run without such a setting."""
+
+    name: str
+    values: tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -94,6 +122,8 @@ class Comparison:
     """The same for each class."""
     notes: tuple[str, ...] = ()
     """What a reader must know, one sentence each."""
+    settings: tuple[SettingRow, ...] = ()
+    """What was set otherwise, in the order of the stages."""
 
     def rows_by_metric(self) -> dict[str, list[ScoreRow]]:
         """The rows of the classes for each metric that has them."""
@@ -136,7 +166,8 @@ def find_scored_run(word: str, store: Store) -> ScoredRun:
     prepared = artifact.run.get("upstream", {}).get("prepare_data", "")
     has_index = bool(prepared) and store.lookup("prepare_data", prepared) is not None
     data = store.require("prepare_data", prepared).path if has_index else None
-    return _read_files(word, _title(name, key), key, artifact.path, data)
+    roots = [record.config.get("data", {}).get("root") for record in read_runs(store) if record.keys.get(STAGE) == key]
+    return _read_files(word, _title(name, key), key, artifact.path, data, next(filter(None, roots), None))
 
 
 def _title(name: str, key: str) -> str:
@@ -182,16 +213,65 @@ def _read_folder(word: str, path: Path) -> ScoredRun:
     return _read_files(word, key[:8], key, path, prepared if (prepared / "index.json").is_file() else None)
 
 
-def _read_files(word: str, title: str, key: str, path: Path, prepared: Path | None) -> ScoredRun:
+def _read_files(
+    word: str, title: str, key: str, path: Path, prepared: Path | None, data_root: str | None = None
+) -> ScoredRun:
     counts = read_confusions(path / _COUNTS)
     counts |= read_confusions(path / _OUTLINES) if (path / _OUTLINES).is_file() else {}
     metrics = read_json(path / "metrics.json")
     if not isinstance(metrics, dict):
         raise DamagedFileError(f"{path / 'metrics.json'} holds no metrics; rebuild {STAGE}")
+    settings = _read_settings(path.resolve())
     if prepared is None:
-        return ScoredRun(word, title, key, path, None, counts, metrics)
-    index = open_image_set(prepared, None).index
-    return ScoredRun(word, title, key, path, index.classes.names_with_background, counts, metrics, index.split("val"))
+        return ScoredRun(word, title, key, path, None, counts, metrics, settings=settings)
+    images = open_image_set(prepared, None if data_root is None else Path(data_root))
+    classes, val = images.index.classes.names_with_background, images.index.split("val")
+    found = images if images.root.is_dir() else None
+    return ScoredRun(word, title, key, path, classes, counts, metrics, val, settings, found)
+
+
+def _read_settings(evaluate: Path) -> dict[str, str]:
+    """What the manifests of an evaluation and of the stages before it say, in the order of the stages."""
+    if not (evaluate / MANIFEST).is_file():
+        return {}
+    manifests = {STAGE: read_json(evaluate / MANIFEST)}
+    for stage, key in manifests[STAGE].get("run", {}).get("upstream", {}).items():
+        path = evaluate.parent.parent / stage / key / MANIFEST
+        if path.is_file():
+            manifests[stage] = read_json(path)
+    settings: dict[str, str] = {}
+    for stage in STAGE_MEANINGS:
+        if stage not in manifests:
+            continue
+        content = manifests[stage].get("content", {})
+        data = content.get("data") if stage == "prepare_data" else None
+        own = {"made by version": content.get("version"), "seed": content.get("seed")}
+        own |= {"code": manifests[stage].get("run", {}).get("revision")}
+        settings |= _flatten("data", data or {})
+        settings |= _flatten(stage, {**content.get("config", {}), **{n: v for n, v in own.items() if v is not None}})
+    return settings
+
+
+def _flatten(name: str, value: object) -> dict[str, str]:
+    """Leaves of nested dictionaries by dotted name, as YAML would have them on one line."""
+    if isinstance(value, Mapping) and value:
+        return {inner: text for key, part in value.items() for inner, text in _flatten(f"{name}.{key}", part).items()}
+    return {name: "" if value == {} else json.dumps(value, ensure_ascii=False).strip('"')}
+
+
+def _compare_settings(runs: Sequence[ScoredRun]) -> tuple[SettingRow, ...]:
+    """The settings in which ``runs`` differ; of a stage that only some have, one line says so."""
+    sections = {name.partition(".")[0]: None for run in runs for name in run.settings}
+    rows = []
+    for section in sections:
+        theirs = [{n: v for n, v in run.settings.items() if n.partition(".")[0] == section} for run in runs]
+        if not all(theirs):
+            rows.append(SettingRow(section, tuple("yes" if found else None for found in theirs)))
+        having = [found for found in theirs if found]
+        for name in sorted({name for found in having for name in found}, key=natural_key):
+            if len({found.get(name) for found in having}) > 1:
+                rows.append(SettingRow(name, tuple(found.get(name) for found in theirs)))
+    return tuple(rows)
 
 
 def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
@@ -221,8 +301,9 @@ def compare_runs(runs: Sequence[ScoredRun]) -> Comparison:
         class_rows += classes
     more, left_out = _compare_numbers(runs, {row.metric for row in rows}, apart)
     order = {metric: place for place, metric in enumerate(METRICS)}
-    rows = sorted([*rows, *more], key=lambda row: order.get(row.metric, len(order)))
-    return Comparison(tuple(runs), tuple(rows), tuple(class_rows), tuple(dict.fromkeys([*notes, *left_out])))
+    rows = sorted([*rows, *more], key=lambda row: (order.get(row.metric, len(order)), natural_key(row.metric)))
+    notes = tuple(dict.fromkeys([*notes, *left_out]))
+    return Comparison(tuple(runs), tuple(rows), tuple(class_rows), notes, _compare_settings(runs))
 
 
 def _compare_counts(
@@ -386,7 +467,7 @@ def value_text(row: ScoreRow, place: int) -> str:
 
 
 def difference_text(row: ScoreRow, place: int) -> str:
-    """``+1.2 (-0.3 … +2.7) ▲ 93 %`` in points of percent; nothing for the run that is compared with."""
+    """``+1.2 (-0.3 … +2.7)`` in points of percent; nothing for the run that is compared with."""
     found = row.differences[place]
     if found is None:
         return ""
@@ -395,9 +476,17 @@ def difference_text(row: ScoreRow, place: int) -> str:
     if found.interval == Interval(0.0, 0.0):
         return "the same"
     text = f"{found.value * 100:+.1f}"
-    if found.interval is not None:
-        text += f" ({found.interval.low * 100:+.1f} … {found.interval.high * 100:+.1f})"
-    return text if found.better_ratio is None else f"{text} ▲ {found.better_ratio * 100:.0f} %"
+    if found.interval is None:
+        return text
+    return f"{text} ({found.interval.low * 100:+.1f} … {found.interval.high * 100:+.1f})"
+
+
+def odds_text(row: ScoreRow, place: int) -> str:
+    """``better in 93 % of resamples``; nothing where nothing was resampled, or where the runs are the same."""
+    found = row.differences[place]
+    if found is None or found.better_ratio is None or found.interval == Interval(0.0, 0.0):
+        return ""
+    return f"better in {found.better_ratio * 100:.0f} % of resamples"
 
 
 def table_lines(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
@@ -408,14 +497,64 @@ def table_lines(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
         for place, difference in enumerate(row.differences):
             limits = None if difference is None else difference.interval
             sign = "" if limits is None else "better" if limits.low > 0 else "worse" if limits.high < 0 else ""
-            cells.append({"value": value_text(row, place), "difference": difference_text(row, place), "sign": sign})
+            texts = {"difference": difference_text(row, place), "odds": odds_text(row, place)}
+            cells.append({"value": value_text(row, place), **texts, "sign": sign})
         images = "" if row.num_images is None else str(row.num_images)
         lines.append({"label": row.class_name or label_text(row), "images": images, "cells": cells})
     return lines
 
 
-def write_page(found: Comparison, out: Path) -> Path:
-    """Write ``found`` as one self-contained HTML page that needs no network and no script, atomically."""
+def write_page(found: Comparison, out: Path, palette: PaletteName = "safe") -> Path:
+    """Write ``found`` as one self-contained HTML page that needs no network and no script, atomically.
+
+    It shows the images on which the predictions differ most; where they cannot be read, the page says why.
+    """
     classes = {label_text(rows[0]): table_lines(rows) for rows in found.rows_by_metric().values()}
-    lines = table_lines(found.rows)
-    return write_template("comparison.html", out, runs=found.runs, lines=lines, classes=classes, notes=found.notes)
+    try:
+        examples, missing = _show_pictures(found, find_palette(palette))
+    except WsssError as error:
+        examples, missing = [], f"the pictures could not be read: {error}"
+    return write_template(
+        "comparison.html",
+        out,
+        runs=found.runs,
+        settings=found.settings,
+        unknown=[run.title for run in found.runs if not run.settings],
+        lines=table_lines(found.rows),
+        classes=classes,
+        notes=found.notes,
+        examples=examples,
+        missing=missing,
+    )
+
+
+def _show_pictures(found: Comparison, palette: Palette) -> tuple[list[dict[str, Any]], str]:
+    """Image, truth and each run's prediction where their IoU is furthest apart; or why there is nothing to show."""
+    images = next((run.images for run in found.runs if run.images is not None), None)
+    if images is None:
+        return [], "where the images lie is not known any more."
+    scores = []
+    for run in found.runs:
+        written = run.settings.get("evaluate.predictions", "single")
+        suffixes = [suffix for kind, suffix in SCORE_SUFFIXES.items() if kind == written]
+        scores.append(score_images(run.counts, "segmenter" + "".join(suffixes)))
+    common = set.intersection(*(set(own) for own in scores))
+    if not common:
+        return [], "no image's predictions were scored in all runs."
+
+    def spread(image_id: str) -> float:
+        values = [own[image_id] for own in scores]
+        return max(values) - min(values)
+
+    chosen = sorted(common, key=lambda image_id: (-spread(image_id), natural_key(image_id)))[:NUM_PICTURES]
+    examples = []
+    for image_id in chosen:
+        record = images.index.record(image_id)
+        photo, truth = fit(images.read_image(record), PICTURE_PX), images.read_mask(record)
+        pictures = {"image": photo, "truth": outline(photo, truth, palette)}
+        for number, (run, own) in enumerate(zip(found.runs, scores, strict=True), start=1):
+            mask = read_index_mask(run.path / "predictions" / f"{image_id}.png")
+            pictures[f"run {number}: {own[image_id] * 100:.1f} %"] = outline(photo, mask, palette)
+        present = [v for v in np.unique(truth).tolist() if v not in (BACKGROUND_INDEX, IGNORE_INDEX)]
+        examples.append(figure(image_id, pictures, present, images.index.classes, palette))
+    return examples, ""

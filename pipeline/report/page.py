@@ -1,27 +1,43 @@
 """Write the report of a run: one self-contained HTML page, and where in the store it stands.
 
 Reads the artifacts of a run and their manifests; writes ``<store>/reports/<name>-<key>.html`` and the picture beside
-it.  The key of the last artifact is in the names, so neither can show another result.  The page needs no network and no
-script: pictures are data URIs, charts inline SVG, and everything that comes from the run is escaped.
+it.  The key of the last artifact is in the names, so neither can show another result.  The page needs no network:
+pictures are data URIs (those of a gallery that is too large lie in a folder beside the page), charts inline SVG, and
+everything that comes from the run is escaped.  Its one script moves the gallery; without it the page is complete.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from pipeline.config.run_config import RunConfig
 from pipeline.delivery.submission import archive_command
 from pipeline.engine.outcomes import RunOutcome
 from pipeline.engine.plan import Plan
-from pipeline.report.charts import Drawing, line_chart, matrix_picture
-from pipeline.report.pictures import colour_css, load_confusions, show_examples, write_picture_grid
-from pipeline.report.tables import class_table, format_seconds, format_time, metric_rows, stage_rows, step_rows
+from pipeline.report.charts import Drawing, cooccurrence_picture, line_chart, matrix_picture
+from pipeline.report.colours import ERRORS, VIRIDIS, Palette, PaletteName, colour_css, find_palette
+from pipeline.report.gallery import Shot, make_gallery, scored_sets
+from pipeline.report.pictures import load_confusions, show_examples, write_picture_grid
+from pipeline.report.tables import (
+    class_table,
+    collapse_notes,
+    format_seconds,
+    format_time,
+    metric_rows,
+    stage_rows,
+    step_rows,
+)
 from pipeline.store.artifacts import Store
-from stages.contracts import IGNORE_INDEX, ImageSet, open_image_set, read_json, write_atomic
+from stages.contracts import BACKGROUND_INDEX, ImageSet, open_image_set, read_json, write_atomic
+from stages.errors import WsssError
 from stages.ops.metrics.confusion import SparseConfusions
 
 Manifests = Mapping[str, Mapping[str, Any]]
@@ -45,15 +61,18 @@ def report_path(run: RunConfig, plan: Plan, store: Store, *, is_complete: bool) 
     return store.root / "reports" / f"{run_name(run, plan)}{'' if is_complete else '-partial'}.html"
 
 
-def ensure_report(run: RunConfig, plan: Plan, store: Store, outcome: RunOutcome) -> Path | None:
-    """The report of a run that reached its end, None for another; written again only when one of its stages was."""
+def ensure_report(run: RunConfig, plan: Plan, store: Store, outcome: RunOutcome, invocation: str) -> Path | None:
+    """The report of a run that reached its end, None for another; written again only when one of its stages was.
+
+    ``invocation`` is config and options as the user wrote them.
+    """
     states = {stage.stage: stage.state for stage in outcome.stages}
     if plan.table.names[-1] not in states:
         return None
     path = report_path(run, plan, store, is_complete=True)
     if path.is_file() and all(state in ("cached", "skipped") for state in states.values()):
         return path
-    return write_report(run, plan, store, plan.keys, path, states=states)
+    return write_report(run, plan, store, plan.keys, path, invocation=invocation, states=states)
 
 
 def write_report(
@@ -63,13 +82,17 @@ def write_report(
     stages: Collection[str],
     out: Path,
     *,
+    invocation: str,
     states: Mapping[str, str] | None = None,
+    palette: PaletteName = "safe",
 ) -> Path:
     """Write the report of the artifacts of ``stages``, which the store holds; the rest as for ``build_report``."""
     found = {name: store.require(name, plan.keys[name]) for name in stages}
     artifacts = {name: artifact.path for name, artifact in found.items()}
     manifests = {name: artifact.manifest for name, artifact in found.items()}
-    return build_report(run, artifacts, manifests, plan.data.root, out, states=states)
+    return build_report(
+        run, artifacts, manifests, plan.data.root, out, invocation=invocation, states=states, palette=palette
+    )
 
 
 def ensure_picture(report: Path, run: RunConfig, plan: Plan, store: Store) -> Path:
@@ -88,13 +111,16 @@ def build_report(
     data_root: Path | None,
     out: Path,
     *,
+    invocation: str,
     states: Mapping[str, str] | None = None,
+    palette: PaletteName = "safe",
 ) -> Path:
     """Write the report of ``run`` to ``out``; parts whose stage did not run are left out with one sentence.
 
     ``artifacts`` has the folder of each stage that ran or was cached, and ``manifests`` their ``manifest.json``;
-    prepare_data may be all there is.  ``data_root`` is None where prepare_data generated the data.  ``states`` says
-    built, cached, resumed, skipped or failed by stage, where the report follows a run.  ``out`` is written atomically.
+    prepare_data may be all there is.  ``data_root`` is None where prepare_data generated the data.  ``invocation``
+    is config and options as the user wrote them.  ``states`` says built, cached, resumed, skipped or failed by stage,
+    where the report follows a run.  ``palette`` colours the classes on the page.  ``out`` is written atomically.
     """
     config = run.model_dump(mode="json")
     images = open_image_set(artifacts["prepare_data"], data_root) if "prepare_data" in artifacts else None
@@ -104,28 +130,72 @@ def build_report(
     metrics = {name: value for found in runs for name, value in (found.get("metrics") or {}).items()}
     packages = {name: version for found in runs for name, version in (found.get("packages") or {}).items()}
     rows = metric_rows(metrics)
-    classes = images.index.classes.names_with_background if images else ()
-    legend = [*enumerate(classes), *([(IGNORE_INDEX, "void or unsure")] if images else [])]
+    colours = find_palette(palette)
+    script = resources.files("pipeline.report").joinpath("gallery.js").read_text("utf-8") if scored else ""
     return write_template(
         "report.html",
         out,
         name=run.name,
         summary=_summarise(config, images, manifests),
-        facts=_facts(run, config, runs, has_scores="evaluate" in artifacts),
+        facts=_facts(run, config, runs, invocation, has_scores="evaluate" in artifacts),
         cards=[row for name in CARDS for row in rows if row.name == name],
+        notes=collapse_notes(scored, images.index.classes) if images else [],
         metrics=rows,
         class_table=class_table(scored, images.index.classes) if scored and images else None,
         matrix=_matrix(confusions, images),
-        losses=_loss_charts(artifacts),
+        together=_together(images),
+        losses=_training_charts(artifacts),
         sweep=_sweep(artifacts),
         steps=step_rows(metrics),
-        legend=[{"name": name, "colour": colour_css(index)} for index, name in legend],
-        colours=[colour_css(index) for index in range(256)],
+        legend=_legend(images, colours),
+        colours=[colour_css(colour) for colour in colours],
         stages=stage_rows(manifests, states or {}),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         packages="\n".join(f"{name}=={version}" for name, version in sorted(packages.items())),
-        **show_examples(images, artifacts, confusions, run.evaluate.written_score),
+        **show_examples(images, artifacts, confusions, run.evaluate.written_score, colours),
+        gallery=_gallery(images, artifacts, confusions, run.evaluate.written_score, colours, out),
+        errors=[{"name": name, "colour": colour_css(np.array(c, np.uint8))} for name, c in ERRORS.items()],
+        heat=", ".join(colour_css(colour.astype(np.uint8)) for colour in VIRIDIS),
+        script=script,
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _legend(images: ImageSet | None, colours: Palette) -> list[dict[str, str]]:
+    """The classes by their colours; background is the photo itself."""
+    names = images.index.classes.names_with_background if images else ()
+    return [
+        {"name": name, "colour": colour_css(colours[index])}
+        for index, name in enumerate(names)
+        if index != BACKGROUND_INDEX
+    ]
+
+
+def _gallery(
+    images: ImageSet | None,
+    artifacts: Mapping[str, Path],
+    confusions: Mapping[str, SparseConfusions],
+    predictions: str,
+    palette: Palette,
+    out: Path,
+) -> dict[str, Any]:
+    """Every scored image; a data root that has moved since the run costs the gallery, not the page."""
+    sets = scored_sets(artifacts, confusions, predictions) if images else []
+    missing = "no image with a true mask was scored."
+    shots: list[Shot] = []
+    if images and sets:
+        try:
+            shots = make_gallery(images, sets, confusions, palette, out)
+        except WsssError as error:
+            missing = f"the pictures could not be read: {error}"
+    names = images.index.classes.names_with_background if images else ()
+    present = sorted({index for shot in shots for index in shot.class_iou})
+    return {
+        "missing": missing,
+        "sets": [group.title for group in sets],
+        "classes": [(index, names[index]) for index in present],
+        "shots": shots,
+    }
 
 
 def write_template(template: str, out: Path, **context: object) -> Path:
@@ -151,7 +221,7 @@ def _summarise(config: Mapping[str, Any], images: ImageSet | None, manifests: Ma
 
 
 def _facts(
-    run: RunConfig, config: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], *, has_scores: bool
+    run: RunConfig, config: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], invocation: str, *, has_scores: bool
 ) -> list[tuple[str, str]]:
     """What the run is and where it ran, as (label, text); what is not known is left out."""
     segmenter = _dig(config, "train_segmenter", "net")
@@ -160,6 +230,7 @@ def _facts(
     commits = [str(found.get("revision") or "") for found in runs]
     commits = [f"{text[:10]}, with changes" if text.endswith("+") else text[:10] for text in commits]
     facts = {
+        "Command": f"wsss run {invocation}",
         "Data": f"{_dig(config, 'data', 'format')} {_dig(config, 'data', 'root') or ''}",
         "Method": f"{_dig(config, 'train_classifier', 'method', 'name')}",
         "Classifier": f"{_dig(config, 'train_classifier', 'backbone', 'name')}",
@@ -177,7 +248,7 @@ def _facts(
     if has_scores and run.evaluate.segmentation:
         facts["Predictions"] = run.evaluate.describe_predictions()
     if has_scores:
-        facts["Test archive"] = archive_command(run) or ""
+        facts["Test archive"] = archive_command(run, invocation) or ""
     return [(label, text.strip()) for label, text in facts.items() if text.strip() not in ("", "None")]
 
 
@@ -206,7 +277,23 @@ def _read(artifacts: Mapping[str, Path], stage: str, name: str) -> Any:  # noqa:
     return read_json(path) if path is not None and path.is_file() else None
 
 
-def _loss_charts(artifacts: Mapping[str, Path]) -> list[Drawing]:
+def _together(images: ImageSet | None) -> dict[str, Any] | None:
+    """Which classes are on one training image, by the image-level labels; None where there are none."""
+    labels = [record.labels for record in images.index.split("train") if record.labels] if images else []
+    if images is None or not labels:
+        return None
+    names = images.index.classes.names
+    has = np.zeros((len(labels), len(names)), np.int64)
+    for row, found in enumerate(labels):
+        has[row, list(found)] = 1
+    count = has.T @ has
+    num_mixed = int((has.sum(axis=1) > 1).sum())
+    without = [name for name, number in zip(names, np.diagonal(count).tolist(), strict=True) if not number]
+    picture = cooccurrence_picture("the image-level labels", count, names) if num_mixed else None
+    return {"images": len(labels), "mixed": num_mixed, "without": without, "picture": picture}
+
+
+def _training_charts(artifacts: Mapping[str, Path]) -> list[Drawing]:
     """The losses of both trainings, what their methods watched, and the segmenter on its held-out training images."""
     charts = []
     for stage, title in (("train_classifier", "Classifier"), ("train_segmenter", "Segmenter")):
@@ -214,16 +301,22 @@ def _loss_charts(artifacts: Mapping[str, Path]) -> list[Drawing]:
             charts += _history_charts(title, history)
     if (found := _read(artifacts, "train_segmenter", "validation.json")) is not None:
         curves = {"mIoU": "miou", "pixel accuracy": "pixel_accuracy"}
+        per_step = _epochs_per_step(_read(artifacts, "train_segmenter", "history.json"))
+        best = found["best_step"] * per_step
         chart = line_chart(
             f"Segmenter on {len(found['held_out'])} held-out images, against their {found['compared_with']}",
-            x_label="step",
+            x_label="epoch",
             y_label="%",
-            x=[look["step"] for look in found["curve"]],
+            x=[look["step"] * per_step for look in found["curve"]],
             lines={label: [100 * look[name] for look in found["curve"]] for label, name in curves.items()},
-            marks={f"best {found['best_step']}": float(found["best_step"])},
+            marks={f"best, epoch {best:.3g}": best},
         )
         charts.append(chart)
     return charts
+
+
+def _epochs_per_step(history: Sequence[Mapping[str, float]]) -> float:
+    return history[-1]["epoch"] / history[-1]["step"]
 
 
 def _history_charts(title: str, history: Sequence[Mapping[str, float]]) -> list[Drawing]:

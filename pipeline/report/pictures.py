@@ -1,9 +1,10 @@
-"""The pictures of a run: which images are shown, heat overlays and palette masks, and all of them in one PNG.
+"""The pictures of a run: which images are shown, what is painted over them, and all of them in one PNG.
 
 Reads: the image set, attention shards, ``masks/<id>.png`` and ``steps/*/<id>.png``, ``predictions/<id>.png`` and
 ``confusions.npz``.  Presentation only: nothing here enters a score.
 Images are chosen by score alone: training images evenly spaced from the best to the worst pseudo-mask, validation
 images the best and the worst; so a page never shows only what went well.
+Masks are outlines and a tint over the photo, so that a reader sees whether a shape fits.
 Shapes: H W image pixels, h w map cells, n labels of one image.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from pipeline.report.colours import ERRORS, VIRIDIS, Palette, colour_css, safe_palette
 from pipeline.report.tables import step_label
 from stages.contracts import (
     BACKGROUND_INDEX,
@@ -33,7 +35,6 @@ from stages.contracts import (
     iter_attention,
     open_image_set,
     read_index_mask,
-    voc_palette,
     write_atomic,
 )
 from stages.errors import WsssError
@@ -44,17 +45,15 @@ NUM_TRAINING_EXAMPLES = 8
 NUM_SCORED_EXAMPLES = 6
 PICTURE_PX = 240
 """Longest side of a picture on the page; keeps a report of 500-pixel photos under 2 MB."""
-JPEG_QUALITY = 84
-PALETTE = voc_palette()
-HEAT_COLOURS = np.array(
-    [(48, 18, 59), (70, 107, 227), (40, 188, 235), (50, 242, 152), (164, 252, 60), (238, 207, 58), (251, 126, 33),
-     (208, 47, 5), (122, 4, 3)],
-    dtype=np.float32,
-)  # fmt: skip
-"""Nine even samples of the Turbo colour map.
-
-Source: A. Mikhailov, "Turbo, An Improved Rainbow Colormap", 2019.
-"""
+QUALITY = 82
+"""Of WebP, in percent."""
+OUTLINE_PX = 2
+TINT_ALPHA = 90
+"""Of 255: how much of the class's colour lies inside the outline."""
+HALO = (255, 255, 255, 190)
+"""A pixel around each outline, so that it is seen on a photo of its own colour."""
+HATCH = (255, 255, 255, 150)
+"""Void and unsure pixels are hatched."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,11 @@ class Example:
     pseudo_mask: NDArray[np.uint8] | None = None
     prediction: NDArray[np.uint8] | None = None
     truth: NDArray[np.uint8] | None = None
+
+    @property
+    def result(self) -> NDArray[np.uint8] | None:
+        """The mask that the score is of."""
+        return self.pseudo_mask if self.prediction is None else self.prediction
 
 
 def load_confusions(artifacts: Mapping[str, Path]) -> dict[str, SparseConfusions]:
@@ -166,7 +170,8 @@ def show_examples(
     images: ImageSet | None,
     artifacts: Mapping[str, Path],
     confusions: Mapping[str, SparseConfusions],
-    predictions: str = "segmenter",
+    predictions: str,
+    palette: Palette,
 ) -> dict[str, Mapping[str, Any]]:
     """The three picture sections; a data root that has moved since the run costs the pictures, not the page.
 
@@ -179,80 +184,162 @@ def show_examples(
         if images and "make_attention" in artifacts:
             scores = score_images(confusions, "masks")
             found = load_training_examples(images, artifacts, scores, NUM_TRAINING_EXAMPLES)
-            shown["training"] = _show(found, images.index.classes)
+            shown["training"] = _show(found, images.index.classes, palette)
         if images and "evaluate" in artifacts:
             scores = score_images(confusions, predictions)
-            good, bad = load_scored_examples(images, artifacts["evaluate"], scores, NUM_SCORED_EXAMPLES)
-            shown |= {"best": _show(good, images.index.classes), "worst": _show(bad, images.index.classes)}
+            found = load_scored_examples(images, artifacts["evaluate"], scores, NUM_SCORED_EXAMPLES)
+            shown |= {
+                part: _show(examples, images.index.classes, palette)
+                for part, examples in zip(("best", "worst"), found, strict=True)
+            }
     except (WsssError, zipfile.BadZipFile) as error:
         shown, why = {}, f"the pictures could not be read: {error}"
         missing |= {"training": why, "best": why}
     return {part: {"examples": (), "scored": False, "missing": why} for part, why in missing.items()} | shown
 
 
-def _show(examples: Sequence[Example], classes: ClassList) -> Mapping[str, Any]:
-    names, shown = classes.names_with_background, []
+def _show(examples: Sequence[Example], classes: ClassList, palette: Palette) -> Mapping[str, Any]:
+    shown = []
     for example in examples:
-        pictures = {
-            "image": example.image,
-            "attention": example.heat,
+        photo = fit(example.image, PICTURE_PX)
+        masks = {
             **{step_label(name): mask for name, mask in example.steps.items()},
             "pseudo-mask": example.pseudo_mask,
             "prediction": example.prediction,
             "truth": example.truth,
         }
-        tiles = [
-            {"title": title, "uri": picture_uri(picture, PICTURE_PX), "is_mask": picture.ndim == 2}
-            for title, picture in pictures.items()
-            if picture is not None
-        ]
+        pictures = {"image": photo} if example.heat is None else {"image": photo, "attention": example.heat}
+        pictures |= {title: outline(photo, mask, palette) for title, mask in masks.items() if mask is not None}
+        if example.truth is not None and example.result is not None:
+            errors = paint_errors(fit(example.truth, PICTURE_PX), fit(example.result, PICTURE_PX))
+            pictures["errors"] = lay_over(_to_grey(photo), errors)
         score = None if example.miou is None else f"{example.miou * 100:.1f} %"
-        present = [{"name": names[index], "colour": colour_css(index)} for index in example.classes]
-        shown.append({"id": example.id, "score": score, "classes": present, "tiles": tiles})
+        shown.append(figure(example.id, pictures, example.classes, classes, palette, score))
     is_scored = any(example.miou is not None for example in examples)
     return {"examples": shown, "scored": is_scored, "missing": "there are no images to show."}
+
+
+def figure(
+    image_id: str,
+    pictures: Mapping[str, NDArray[np.uint8]],
+    present: Sequence[int],
+    classes: ClassList,
+    palette: Palette,
+    score: str | None = None,
+) -> dict[str, Any]:
+    """What the template's ``example`` draws: RGB pictures (H, W, 3) by title, and the classes that are ``present``."""
+    tiles = [{"title": t, "uri": picture_uri(encode_picture(fit(p, PICTURE_PX)))} for t, p in pictures.items()]
+    names = [{"name": classes.names_with_background[i], "colour": colour_css(palette[i])} for i in present]
+    return {"id": image_id, "score": score, "classes": names, "tiles": tiles}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Painting
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def overlay_heat(image: NDArray[np.uint8], record: AttentionRecord) -> NDArray[np.uint8]:
     """Lay the strongest attention of any label over a grey copy of the image, RGB (H, W, 3).
 
-    It is red at each map's peak and cold without evidence, where the grey image shows through.
+    It is yellow at each map's peak and violet without evidence, where the grey image shows through.
     """
     height, width = image.shape[:2]
     strongest = record.maps.max(axis=0) if len(record.maps) else np.zeros((1, 1), dtype=np.uint8)
     resized = Image.fromarray(strongest).resize((width, height), Image.Resampling.BILINEAR)  # PIL wants (W, H)
     heat = np.asarray(resized, dtype=np.float32)[..., None] / 255.0
-    stops = np.linspace(0.0, 1.0, len(HEAT_COLOURS))
-    colour = np.concatenate([np.interp(heat, stops, HEAT_COLOURS[:, channel]) for channel in range(3)], axis=-1)
+    stops = np.linspace(0.0, 1.0, len(VIRIDIS))
+    colour = np.concatenate([np.interp(heat, stops, VIRIDIS[:, channel]) for channel in range(3)], axis=-1)
     grey = image.astype(np.float32).mean(axis=-1, keepdims=True)
-    opacity = 0.35 + 0.4 * heat
+    opacity = 0.4 + 0.4 * heat
     return np.clip(grey * (1.0 - opacity) + colour * opacity, 0, 255).astype(np.uint8)
 
 
-def picture_uri(picture: NDArray[np.uint8], longest_px: int) -> str:
-    """RGB (H, W, 3) as a JPEG data URI, class indices (H, W) as a PNG in the legend's colours; never enlarged."""
-    image, buffer, is_mask = Image.fromarray(picture), io.BytesIO(), picture.ndim == 2
-    method = Image.Resampling.NEAREST if is_mask else Image.Resampling.LANCZOS
-    image.thumbnail((longest_px, longest_px), method, reducing_gap=None)
-    if is_mask:
-        image.putpalette(PALETTE.tobytes())
-        image.save(buffer, format="png", optimize=True)
-    else:
-        image.save(buffer, format="jpeg", quality=JPEG_QUALITY)
-    kind = "png" if is_mask else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+def paint_mask(mask: NDArray[np.uint8], palette: Palette) -> NDArray[np.uint8]:
+    """Class indices (H, W) as a layer for the photo, RGBA (H, W, 4): an outline, a tint inside it, a halo around it.
+
+    Background is clear, void and unsure pixels are hatched.
+    """
+    is_void = mask == IGNORE_INDEX
+    is_object = (mask != BACKGROUND_INDEX) & ~is_void
+    inner = is_object
+    for _ in range(OUTLINE_PX):
+        inner = inner & _has_equal_neighbours(np.where(inner, mask, BACKGROUND_INDEX))
+    layer = np.zeros((*mask.shape, 4), np.uint8)
+    layer[is_object, :3] = palette[mask[is_object]]
+    layer[is_object, 3] = 255
+    layer[inner, 3] = TINT_ALPHA
+    layer[~is_object & ~_has_equal_neighbours(np.where(is_object, mask, BACKGROUND_INDEX))] = HALO
+    diagonal = np.arange(mask.shape[0])[:, None] + np.arange(mask.shape[1])
+    layer[is_void & (diagonal % 6 < 2)] = HATCH
+    return layer
 
 
-def colour_css(class_index: int) -> str:
-    """The palette's colour of a mask value as ``#rrggbb``."""
-    return f"#{PALETTE[class_index].tobytes().hex()}"
+def outline(photo: NDArray[np.uint8], mask: NDArray[np.uint8], palette: Palette) -> NDArray[np.uint8]:
+    """``photo`` RGB (H, W, 3) with a mask (h, w) of the whole image painted over it, RGB (H, W, 3)."""
+    return lay_over(photo, paint_mask(fit(mask, max(photo.shape[:2])), palette))
+
+
+def paint_errors(truth: NDArray[np.uint8], result: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """What is wrong in ``result``, both class indices (H, W), in the colours of ``ERRORS``, as a layer RGBA (H, W, 4).
+
+    As in the scores: void of the truth counts nowhere, unsure pixels of the result are background.
+    """
+    found = np.where(result == IGNORE_INDEX, BACKGROUND_INDEX, result)
+    wrong = (truth != found) & (truth != IGNORE_INDEX)
+    kinds = (wrong & (found == BACKGROUND_INDEX), wrong & (truth == BACKGROUND_INDEX))
+    layer = np.zeros((*truth.shape, 4), np.uint8)
+    for places, colour in zip((*kinds, wrong & ~kinds[0] & ~kinds[1]), ERRORS.values(), strict=True):
+        layer[places] = (*colour, 230)
+    return layer
+
+
+def _has_equal_neighbours(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Whether the pixels left, right, above and below have the same value, (H, W); outside the image they do."""
+    framed = np.pad(mask, 1, mode="edge")
+    around = (framed[:-2, 1:-1], framed[2:, 1:-1], framed[1:-1, :-2], framed[1:-1, 2:])
+    return np.logical_and.reduce([side == mask for side in around])
+
+
+def lay_over(photo: NDArray[np.uint8], layer: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """``layer`` RGBA (H, W, 4) over ``photo`` RGB (H, W, 3), RGB."""
+    alpha = layer[..., 3:].astype(np.uint16)
+    return ((photo * (255 - alpha) + layer[..., :3] * alpha + 127) // 255).astype(np.uint8)
+
+
+def _to_grey(photo: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A grey copy of low contrast, on which black and white stand out."""
+    return np.repeat((photo.mean(axis=-1, keepdims=True) * 0.4 + 90).astype(np.uint8), 3, axis=-1)
+
+
+def fit(picture: NDArray[np.uint8], longest_px: int) -> NDArray[np.uint8]:
+    """Resize RGB (H, W, 3) or class indices (H, W), which gain no value, to this longest side."""
+    height, width = picture.shape[:2]
+    if max(height, width) == longest_px:
+        return picture
+    scale = longest_px / max(height, width)
+    method = Image.Resampling.NEAREST if picture.ndim == 2 else Image.Resampling.LANCZOS
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(Image.fromarray(picture).resize(size, method, reducing_gap=2.0 if picture.ndim == 3 else None))
+
+
+def encode_picture(picture: NDArray[np.uint8], quality: int = QUALITY) -> bytes:
+    """RGB (H, W, 3) as a WebP of ``quality`` percent, a layer RGBA (H, W, 4) without loss."""
+    buffer = io.BytesIO()
+    is_layer = picture.shape[-1] == 4
+    Image.fromarray(picture).save(buffer, format="WebP", quality=0 if is_layer else quality, lossless=is_layer)
+    return buffer.getvalue()
+
+
+def picture_uri(webp: bytes) -> str:
+    """An encoded picture as a data URI."""
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode('ascii')}"
 
 
 GAP_PX = 6
 TITLE_PX = 24
 INK = (36, 41, 47)
 Columns = Mapping[str, Sequence[NDArray[np.uint8] | None]]
-"""Pictures from top to bottom by the column's title: RGB (H, W, 3), or class indices (H, W), or nothing."""
+"""Pictures from top to bottom by the column's title: RGB (H, W, 3) or nothing."""
 
 
 def write_picture_grid(
@@ -269,30 +356,47 @@ def write_picture_grid(
     Rows run evenly by rank from good to bad on the left; on the right the first half are the best images, the rest the
     worst.  A side without its stage is left out; the words are those of ``build_report`` and ``show_examples``.
     """
+    palette = safe_palette()
+
+    def show(example: Example, mask: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+        return None if mask is None else outline(fit(example.image, tile_px), mask, palette)
+
     images = open_image_set(artifacts["prepare_data"], data_root)
     confusions = load_confusions(artifacts)
     sides: list[Columns] = []
     if "make_masks" in artifacts:
         found = load_training_examples(images, artifacts, score_images(confusions, "masks"), num_rows)
-        columns = {"attention": [e.heat for e in found], "pseudo-mask": [e.pseudo_mask for e in found]}
-        sides.append({"image": [e.image for e in found], **columns, "truth": [e.truth for e in found]})
+        sides.append(
+            {
+                "image": [e.image for e in found],
+                "attention": [e.heat for e in found],
+                "pseudo-mask": [show(e, e.pseudo_mask) for e in found],
+                "truth": [show(e, e.truth) for e in found],
+            }
+        )
     if "evaluate" in artifacts:
         scores = score_images(confusions, predictions)
         num_best = (num_rows + 1) // 2 if scores else num_rows
         best, worst = load_scored_examples(images, artifacts["evaluate"], scores, num_best)
         found = [*best, *worst[: num_rows - len(best)]]
-        columns = {"prediction": [e.prediction for e in found], "truth": [e.truth for e in found]}
-        sides.append({"image": [e.image for e in found], **columns})
+        sides.append(
+            {
+                "image": [e.image for e in found],
+                "prediction": [show(e, e.prediction) for e in found],
+                "truth": [show(e, e.truth) for e in found],
+            }
+        )
     if not sides:
         raise ValueError("a picture grid needs the artifacts of make_masks or evaluate")
-    legend = {**{n: i for i, n in enumerate(images.index.classes.names_with_background)}, "void": IGNORE_INDEX}
+    names = images.index.classes.names_with_background
+    legend = {name: colour_css(palette[index]) for index, name in enumerate(names) if index != BACKGROUND_INDEX}
     buffer = io.BytesIO()
     _draw_grid(sides, legend, tile_px).save(buffer, format="PNG", optimize=True)
     write_atomic(out, buffer.getvalue())
     return out
 
 
-def _draw_grid(sides: Sequence[Columns], legend: Mapping[str, int], tile_px: int) -> Image.Image:
+def _draw_grid(sides: Sequence[Columns], legend: Mapping[str, str], tile_px: int) -> Image.Image:
     """Sides next to each other, titles above their columns, and below the colour of each class by its name."""
     pitch_px = tile_px + GAP_PX
     width = GAP_PX + sum(map(len, sides)) * pitch_px + 2 * GAP_PX * (len(sides) - 1)
@@ -314,14 +418,11 @@ def _draw_grid(sides: Sequence[Columns], legend: Mapping[str, int], tile_px: int
             draw.text((left + tile_px / 2, TITLE_PX / 2), title, fill=INK, font=font, anchor="mm")
             for row, picture in enumerate(pictures):
                 if picture is not None:
-                    is_mask = picture.ndim == 2  # masks are coloured and never blurred
-                    method = Image.Resampling.NEAREST if is_mask else Image.Resampling.LANCZOS
-                    tile = Image.fromarray(PALETTE[picture] if is_mask else picture)
-                    tile = ImageOps.pad(tile, (tile_px, tile_px), method, color="white")
+                    tile = ImageOps.pad(Image.fromarray(picture), (tile_px, tile_px), color="white")
                     canvas.paste(tile, (left, TITLE_PX + row * pitch_px))
             left += pitch_px
         left += 2 * GAP_PX
-    for (name, class_index), (x, y) in zip(legend.items(), entries, strict=True):
-        draw.rectangle((x, top + y + 6, x + 12, top + y + 18), fill=colour_css(class_index), outline=INK)
+    for (name, colour), (x, y) in zip(legend.items(), entries, strict=True):
+        draw.rectangle((x, top + y + 6, x + 12, top + y + 18), fill=colour, outline=INK)
         draw.text((x + 18, top + y + TITLE_PX / 2), name, fill=INK, font=font, anchor="lm")
     return canvas

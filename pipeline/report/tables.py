@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from stages.contracts import ClassList
 from stages.ops.metrics.confusion import SparseConfusions, iou
@@ -83,7 +86,7 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[MetricRow]:
     """
     numbers = {n: v for n, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     limits = {f"{name}_{end}" for name in numbers for end in ("low", "high")}
-    unknown = sorted(name for name in numbers if name not in METRICS and name not in limits)
+    unknown = sorted((name for name in numbers if name not in METRICS and name not in limits), key=natural_key)
     rows = []
     for name in [*(name for name in METRICS if name in numbers), *unknown]:
         text = METRICS.get(name) or MetricText("Other", name, "number", "")
@@ -158,9 +161,10 @@ class ClassTable(NamedTuple):
 
 
 def class_table(confusions: Mapping[str, SparseConfusions], classes: ClassList) -> ClassTable:
-    """Per-class IoU out of the counts, background first."""
+    """Per-class IoU out of the counts: background first, and the segmenter in the first columns."""
     others = sorted(thing for thing in set(confusions) - set(THINGS) if not thing.endswith("_labelled"))
     things = [thing for thing in THINGS if thing in confusions] + others
+    things.sort(key=lambda thing: not thing.startswith("segmenter"))  # what the run is for stands beside the names
     ious = [iou(confusions[thing].total()).tolist() for thing in things]
     scores = [[value * 100.0 if math.isfinite(value) else None for value in column] for column in ious]
     present = [[value for value in column if value is not None] for column in scores]
@@ -171,6 +175,46 @@ def class_table(confusions: Mapping[str, SparseConfusions], classes: ClassList) 
         means=tuple(sum(values) / len(values) if values else None for values in present),
         num_images=tuple(len(confusions[thing].ids) for thing in things),
     )
+
+
+_COLLAPSE_FOUND, _COLLAPSE_TRUE = 0.9, 0.6
+"""One class has at least this share of the object pixels that were found, and at most this one of the true ones."""
+
+
+def collapse_notes(confusions: Mapping[str, SparseConfusions], classes: ClassList) -> list[tuple[str, str]]:
+    """(what, sentence) for the masks and the segmenter where they say one thing only, or never say some class."""
+    notes = []
+    for thing in ("masks", "segmenter", "segmenter_test"):
+        if thing not in confusions:
+            continue
+        total = confusions[thing].total()[1:, :]
+        true, found = total.sum(axis=1), confusions[thing].total().sum(axis=0)[1:]
+        if not true.any():
+            continue
+        title = THINGS[thing].lower()
+        never = [classes.names[index] for index in np.flatnonzero((true > 0) & (found == 0)).tolist()]
+        top = int(found.argmax())
+        if not found.any():
+            notes.append((title, "every pixel is background, though there are objects: it has collapsed"))
+        elif found[top] >= _COLLAPSE_FOUND * found.sum() and true[top] <= _COLLAPSE_TRUE * true.sum():
+            shares = f"{found[top] / found.sum():.0%} of the object pixels are {classes.names[top]}"
+            notes.append(
+                (title, f"{shares}, of the true ones {true[top] / true.sum():.0%}: it has collapsed to one class")
+            )
+        elif never:
+            shown = ", ".join(never[:_NAMED]) + (f" and {len(never) - _NAMED} more" if len(never) > _NAMED else "")
+            notes.append((title, f"{len(never)} of {np.count_nonzero(true)} classes never appear: {shown}"))
+    return notes
+
+
+_NAMED = 5
+"""Classes that a note names."""
+
+
+def natural_key(text: str) -> tuple[tuple[bool, int, str], ...]:
+    """To sort texts so that ``image2`` stands before ``image10``."""
+    parts = re.split(r"(\d+)", text)
+    return tuple((part.isdecimal(), int(part) if part.isdecimal() else 0, part.casefold()) for part in parts if part)
 
 
 def stage_rows(manifests: Mapping[str, Mapping[str, Any]], states: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -1,15 +1,26 @@
 """What a comparison says of runs whose counts are known, and what it refuses to compare."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from pipeline.report.comparison import ScoredRun, ScoreRow, compare_runs, difference_text, value_text
-from stages.contracts import ImageRecord
+from pipeline.report.comparison import (
+    ScoredRun,
+    ScoreRow,
+    compare_runs,
+    difference_text,
+    odds_text,
+    value_text,
+    write_page,
+)
+from stages.contracts import ClassList, ImageIndex, ImageRecord, ImageSet, write_index_mask
 from stages.errors import InputError
 from stages.ops.metrics.bootstrap import Interval, interval, mean_over_classes, resample_iou
-from stages.ops.metrics.confusion import SparseConfusions, iou, mean_iou
+from stages.ops.metrics.confusion import SparseConfusions, confusion_matrix, iou, mean_iou
 from tests.pipeline.report.scored_worlds import IDS, counts, scored_run
 
 
@@ -182,6 +193,65 @@ def test_cells_in_words() -> None:
     low, value, high = row.intervals[0].low, row.values[0], row.intervals[0].high
     assert value_text(row, 0) == f"{value * 100:.1f} % ({low * 100:.1f} … {high * 100:.1f})"
     assert difference_text(row, 0) == ""
-    assert difference_text(row, 1).endswith("▲ 100 %")
+    assert odds_text(row, 1) == "better in 100 % of resamples"
+    assert odds_text(row, 0) == ""
+    worse = find(compare_runs(runs[::-1]).rows, "segmenter.miou")
+    assert odds_text(worse, 1) == "better in 0 % of resamples"
     same = find(compare_runs([runs[0], runs[0]]).rows, "segmenter.miou")
-    assert difference_text(same, 1) == "the same"
+    assert (difference_text(same, 1), odds_text(same, 1)) == ("the same", "")
+
+
+def test_what_was_set_otherwise_comes_in_the_order_of_the_stages_and_of_numbers() -> None:
+    shared = {"train_classifier.seed": "0", "train_classifier.layer10": "a", "train_classifier.layer2": "a"}
+    one = replace(scored_run("a", {}), settings=shared | {"make_masks.threshold": "0.1"})
+    two = replace(
+        scored_run("b", {}), settings=shared | {"train_classifier.layer10": "b", "train_classifier.layer2": "c"}
+    )
+    found = compare_runs([one, two])
+    assert [(row.name, row.values) for row in found.settings] == [
+        ("train_classifier.layer2", ("a", "c")),
+        ("train_classifier.layer10", ("a", "b")),
+        ("make_masks", ("yes", None)),
+    ]
+    assert compare_runs([one, one]).settings == ()
+
+
+def test_unknown_metrics_are_sorted_as_people_count() -> None:
+    metrics = {f"new.at_{number}": 0.5 for number in (10, 2)}
+    runs = [replace(scored_run(word, {}), metrics=metrics) for word in ("a", "b")]
+    assert [row.metric for row in compare_runs(runs).rows] == ["new.at_2", "new.at_10"]
+
+
+def test_a_page_has_the_settings_first_and_then_the_images_that_differ_most(tmp_path: Path) -> None:
+    """On v.b the second run finds nothing; on v.a both are right."""
+    truth, nothing = np.zeros((20, 30), np.uint8), np.zeros((20, 30), np.uint8)
+    truth[5:15, 5:25] = 1
+    records = [
+        ImageRecord(id=i, image=f"{i}.png", size=(20, 30), labels=None, mask=f"m/{i}.png") for i in ("v.a", "v.b")
+    ]
+    index = ImageIndex(
+        classes=ClassList(names=("cat", "dog")),
+        images=tuple(records),
+        splits={"train": (), "val": ("v.a", "v.b")},
+        mask_values={0: 0, 1: 1},
+    )
+    for record in records:
+        Image.new("RGB", (30, 20), "grey").save(tmp_path / record.image)
+        write_index_mask(tmp_path / f"m/{record.id}.png", truth)
+    runs = []
+    for word, threshold, masks in (("one", "0.1", (truth, truth)), ("two", "0.2", (truth, nothing))):
+        pairs = []
+        for record, mask in zip(records, masks, strict=True):
+            write_index_mask(tmp_path / word / f"predictions/{record.id}.png", mask)
+            pairs.append((record.id, confusion_matrix(truth, mask, 3)))
+        run = scored_run(word, {"segmenter": SparseConfusions.from_matrices(3, pairs)})
+        images, settings = ImageSet(index=index, root=tmp_path), {"make_masks.threshold": threshold}
+        runs.append(replace(run, path=tmp_path / word, images=images, settings=settings))
+    html = write_page(compare_runs(runs), tmp_path / "c.html").read_text("utf-8")
+    assert html.index("make_masks.threshold") < html.index(">Scores<")
+    titles = re.findall(r'alt="([^"]+) of v\.b"', html)
+    assert titles == ["image", "truth", "run 1: 100.0 %", "run 2: 33.3 %"]  # background 400 of 600, cat none
+    assert html.index("of v.b") < html.index("of v.a")
+    (tmp_path / "v.b.png").unlink()
+    html = write_page(compare_runs(runs), tmp_path / "c.html").read_text("utf-8")
+    assert "Left out: the pictures could not be read:" in html

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -15,15 +16,22 @@ import pytest
 from PIL import Image
 
 from pipeline.report.charts import line_chart, nice_ticks
+from pipeline.report.colours import ERRORS, find_palette, safe_palette
 from pipeline.report.page import _history_charts, build_report
 from pipeline.report.pictures import (
-    PALETTE,
-    colour_css,
+    HALO,
+    HATCH,
+    TINT_ALPHA,
+    encode_picture,
     find_attention,
+    fit,
+    lay_over,
     load_confusions,
     load_scored_examples,
     load_training_examples,
     overlay_heat,
+    paint_errors,
+    paint_mask,
     picture_uri,
     score_images,
     write_picture_grid,
@@ -32,10 +40,12 @@ from pipeline.report.tables import (
     STAGE_MEANINGS,
     STEPS,
     class_table,
+    collapse_notes,
     format_seconds,
     format_time,
     format_value,
     metric_rows,
+    natural_key,
     stage_rows,
 )
 from stages.contracts import (
@@ -54,6 +64,7 @@ from stages.evaluate import EvaluateConfig
 from stages.masks.mask_files import step_path
 from stages.ops.metrics.confusion import SparseConfusions, confusion_matrix, write_confusions
 
+PALETTE = safe_palette()
 CLASSES = ClassList(names=("red fox", "<b>owl</b>"))
 SIZE = (24, 32)
 
@@ -190,7 +201,7 @@ def make_manifests(artifacts: dict[str, Path]) -> dict[str, dict[str, Any]]:
 class Page(HTMLParser):
     """Collects tags with attributes, and visible text, and insists that tags are balanced."""
 
-    VOID = frozenset({"meta", "img", "br"})
+    VOID = frozenset({"meta", "img", "br", "input"})
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -219,6 +230,7 @@ class Page(HTMLParser):
 
 
 def build(artifacts: dict[str, Path], out: Path, run: FakeRun | None = None, **options: Any) -> tuple[str, Page]:
+    options = {"invocation": "fake.yaml --set seed=3", **options}
     path = build_report(run or make_run(), artifacts, make_manifests(artifacts), None, out, **options)
     assert path == out
     html = path.read_text(encoding="utf-8")
@@ -228,20 +240,43 @@ def build(artifacts: dict[str, Path], out: Path, run: FakeRun | None = None, **o
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def test_page_fetches_nothing_and_runs_nothing(artifacts, tmp_path):
+def test_page_fetches_nothing_and_runs_its_own_script_alone(artifacts, tmp_path):
     html, page = build(artifacts, tmp_path / "report.html")
-    assert {attributes["src"].split(",")[0] for attributes in page.images()} == {
-        "data:image/jpeg;base64",
-        "data:image/png;base64",
-    }
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "a"}
+    assert {attributes["src"].split(",")[0] for attributes in page.images()} == {"data:image/webp;base64"}
+    assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object"}
+    assert all(attributes["href"].startswith("#") for tag, attributes in page.tags if tag == "a")
     assert not re.search(r"https?://|url\(|@import", html)
-    assert "default-src 'none'" in html
+    [script] = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert (
+        f"default-src 'none'; img-src data: 'self' file:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+        in html
+    )
+
+
+def test_headings_are_linked_and_the_list_of_sections_reaches_each(artifacts, tmp_path):
+    _, page = build(artifacts, tmp_path / "report.html")
+    ids = [attributes["id"] for tag, attributes in page.tags if tag == "h2"]
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert sorted(links) == sorted([f"#{name}" for name in ids] * 2)
+    assert len(ids) == 10
+
+
+def test_the_command_is_among_the_facts(artifacts, tmp_path):
+    _, page = build(artifacts, tmp_path / "report.html", invocation="mine.yaml --set 'data.root=a b'")
+    assert "wsss run mine.yaml --set 'data.root=a b'" in page.text
+
+
+def test_the_score_is_the_second_column(artifacts, tmp_path):
+    html, _ = build(artifacts, tmp_path / "report.html")
+    assert "<th>Number</th><th>Score</th><th>What it means</th>" in html
+    assert "<th>Class</th><th>Segmenter</th><th>Pseudo-masks</th>" in html
 
 
 def test_page_escapes_what_comes_from_the_run(artifacts, tmp_path):
     html, page = build(artifacts, tmp_path / "report.html", make_run("</title><script>alert(1)</script>"))
-    assert "<script" not in html
+    assert html.count("<script") == 1
+    assert "alert" not in html[html.index("<script") :]
     assert "&lt;b&gt;owl&lt;/b&gt;" in html
     assert "the CRF made masks worse <script>" in page.text
     assert "</title><script>alert(1)</script>" in page.text
@@ -263,7 +298,7 @@ def test_page_shows_numbers_with_their_meaning(artifacts, tmp_path):
 def test_page_shows_intervals_below_their_scores(artifacts, tmp_path):
     manifests = make_manifests(artifacts)
     manifests["evaluate"]["run"]["metrics"] |= {"masks.miou_low": 0.4321, "masks.miou_high": 0.4789}
-    html = build_report(make_run(), artifacts, manifests, None, tmp_path / "report.html").read_text()
+    html = build_report(make_run(), artifacts, manifests, None, tmp_path / "report.html", invocation="fake").read_text()
     page = Page(html)
     assert "43.2 … 47.9" in page.text
     assert html.count('class="soft interval"') == 1
@@ -304,7 +339,7 @@ def test_page_shows_what_each_step_of_the_masks_is_worth_with_pictures(artifacts
         for letter in RESULT_COLUMNS:
             path = step_path(artifacts["make_masks"], number, name, f"t.{letter}")
             write_index_mask(path, object_mask(1, 5 * number))
-    out = build_report(make_run(), artifacts, manifests, None, tmp_path / "report.html")
+    out = build_report(make_run(), artifacts, manifests, None, tmp_path / "report.html", invocation="fake")
     html = out.read_text(encoding="utf-8")
     page = Page(html)
     table = page.text[page.text.index("Masks after") :].split()
@@ -312,9 +347,9 @@ def test_page_shows_what_each_step_of_the_masks_is_worth_with_pictures(artifacts
         assert text in " ".join(table)
     assert "masks.steps" not in page.text, "a list is no line of the table of numbers"
     titles = [image["alt"] for image in page.images() if image["alt"].endswith("of t.b")]
-    shown = ("image", "attention", "threshold rule", "pixel-adaptive", "pseudo-mask", "truth")
+    shown = ("image", "attention", "threshold rule", "pixel-adaptive", "pseudo-mask", "truth", "errors")
     assert titles == [f"{title} of t.b" for title in shown]
-    assert 'class="examples one"' in html, "six pictures side by side want the whole width"
+    assert 'class="examples one"' in html, "seven pictures side by side want the whole width"
 
 
 def test_page_of_a_run_without_steps_has_no_table_of_them(artifacts, tmp_path):
@@ -328,6 +363,7 @@ def test_class_table_has_the_steps_between_and_no_second_count_of_them():
     things = ("masks_before_crf", "masks_before_crf_labelled", "masks_after_par", "masks_after_par_labelled", "masks")
     table = class_table(dict.fromkeys(things, counts), CLASSES)
     assert table.columns == ("Before refinement", "After PAR", "Pseudo-masks")
+    assert class_table({"masks": counts, "segmenter": counts}, CLASSES).columns == ("Segmenter", "Pseudo-masks")
 
 
 def test_page_states_come_from_the_outcome(artifacts, tmp_path):
@@ -338,12 +374,13 @@ def test_page_states_come_from_the_outcome(artifacts, tmp_path):
     assert "eval0123456789" not in page.text
 
 
-def test_page_shows_training_images_with_four_tiles_and_val_with_three(artifacts, tmp_path):
+def test_page_shows_images_beside_masks_truth_and_errors(artifacts, tmp_path):
     _, page = build(artifacts, tmp_path / "report.html")
     alts = [attributes["alt"] for attributes in page.images()]
-    kinds = ("image", "attention", "pseudo-mask", "truth")
-    assert [a for a in alts if a.endswith(" t.b")] == [f"{kind} of t.b" for kind in kinds]
-    assert [a for a in alts if a.endswith(" v.b")] == [f"{kind} of v.b" for kind in ("image", "prediction", "truth")]
+    kinds = ("image", "attention", "pseudo-mask", "truth", "errors")
+    assert [a for a in alts if a.endswith("of t.b")] == [f"{kind} of t.b" for kind in kinds]
+    kinds = ("image", "prediction", "truth", "errors")
+    assert [a for a in alts if a.endswith("of v.b")] == [f"{kind} of v.b" for kind in kinds]
 
 
 def test_page_of_a_fully_supervised_run_says_what_is_left_out(artifacts, tmp_path):
@@ -362,7 +399,9 @@ def test_page_says_which_pixel_masks_a_weak_run_has_seen(artifacts, tmp_path):
     run, manifests = make_run(), make_manifests(artifacts)
     run.train_segmenter["init"] = "coco"
     manifests["make_masks"]["content"]["mask_supervision"] = ["t.a", "t.b"]
-    page = Page(build_report(run, artifacts, manifests, None, tmp_path / "r.html").read_text("utf-8"))
+    page = Page(
+        build_report(run, artifacts, manifests, None, tmp_path / "r.html", invocation="fake").read_text("utf-8")
+    )
     assert (
         "5 training images with image-level labels and the true masks of 2 (make_masks) and a backbone trained on "
         "COCO's pixel masks, supervision: weak."
@@ -413,7 +452,11 @@ def test_page_of_a_shipped_config_shows_it_whole(artifacts, tmp_path):
     from pipeline.config.run_config import find_config, load_config
 
     run = load_config(find_config("demo"))
-    page = Page(build_report(run, artifacts, make_manifests(artifacts), None, tmp_path / "r.html").read_text("utf-8"))
+    page = Page(
+        build_report(run, artifacts, make_manifests(artifacts), None, tmp_path / "r.html", invocation="fake").read_text(
+            "utf-8"
+        )
+    )
     assert page.text.lstrip().startswith(f"{run.name} · wsss report")
     for stage in STAGE_MEANINGS:
         assert f"\n{stage}:" in page.text
@@ -490,43 +533,67 @@ def decode(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
 
 
-def test_mask_uri_keeps_indices_and_palette():
-    mask = object_mask(2, 5)
-    picture = decode(picture_uri(mask, 200))
-    assert picture.mode == "P"
-    np.testing.assert_array_equal(np.asarray(picture), mask)
-    np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), voc_palette()[mask])
-
-
-def test_pictures_shrink_to_the_longest_side_and_masks_gain_no_value():
+def test_pictures_get_the_longest_side_and_masks_gain_no_value():
     mask = np.zeros((300, 400), dtype=np.uint8)
     mask[:, 200:] = 15
-    picture = decode(picture_uri(mask, 200))
-    assert picture.size == (200, 150)
-    assert set(np.unique(np.asarray(picture))) == {0, 15}
-    assert decode(picture_uri(np.zeros((300, 400, 3), np.uint8), 200)).size == (200, 150)
-    assert decode(picture_uri(np.zeros((30, 40, 3), np.uint8), 200)).size == (40, 30)
+    assert set(np.unique(fit(mask, 200))) == {0, 15}
+    assert fit(mask, 200).shape == (150, 200)
+    assert decode(picture_uri(encode_picture(fit(np.zeros((30, 40, 3), np.uint8), 200)))).size == (200, 150)
 
 
-def test_overlay_heat_is_warm_at_the_peak_and_cold_without_evidence():
+def test_a_mask_is_an_outline_a_tint_and_a_halo_on_the_photo():
+    mask = np.zeros((20, 20), np.uint8)
+    mask[5:15, 5:15] = 2
+    mask[:, 18:] = 255
+    layer = paint_mask(mask, PALETTE)
+    colour = PALETTE[2].tolist()
+    assert layer[10, 5].tolist() == layer[10, 6].tolist() == [*colour, 255], "the outline is two pixels wide"
+    assert layer[10, 10].tolist() == [*colour, TINT_ALPHA]
+    assert layer[10, 4].tolist() == list(HALO)
+    assert layer[10, 2].tolist() == [0, 0, 0, 0], "background is the photo"
+    assert {tuple(pixel) for pixel in layer[:, 18:].reshape(-1, 4).tolist()} == {HATCH, (0, 0, 0, 0)}
+    photo = np.full((20, 20, 3), 100, np.uint8)
+    over = lay_over(photo, layer)
+    assert over[10, 2].tolist() == [100, 100, 100]
+    assert over[10, 5].tolist() == colour
+    expected = [round((100 * (255 - TINT_ALPHA) + value * TINT_ALPHA) / 255) for value in colour]
+    assert over[10, 10].tolist() == expected
+
+
+def test_a_layer_is_kept_without_loss():
+    layer = paint_mask(object_mask(2, 5), PALETTE)
+    np.testing.assert_array_equal(np.asarray(decode(picture_uri(encode_picture(layer)))), layer)
+
+
+def test_errors_have_a_colour_each_and_void_has_none():
+    truth = np.array([[1, 0, 1, 1, 255, 0, 1]], np.uint8)
+    result = np.array([[0, 2, 2, 1, 2, 255, 255]], np.uint8)
+    missed, extra, other = ((*colour, 230) for colour in ERRORS.values())
+    nothing = (0, 0, 0, 0)
+    found = [tuple(pixel) for pixel in paint_errors(truth, result)[0].tolist()]
+    assert found == [missed, extra, other, nothing, nothing, nothing, missed], "unsure counts as background"
+
+
+def test_overlay_heat_is_bright_at_the_peak_and_dark_without_evidence():
     image = np.full((40, 60, 3), 128, dtype=np.uint8)
     maps = np.zeros((2, 4, 6), dtype=np.uint8)
     maps[1, :, :3] = 255
     record = AttentionRecord("x", (40, 60), (0, 1), maps, np.ones(2, np.float32))
     heat = overlay_heat(image, record)
     assert heat.shape == image.shape
-    red, _, blue = heat[20, 5].tolist()
-    assert red > blue + 60
-    red, _, blue = heat[20, 55].tolist()
-    assert blue > red
+    red, green, blue = heat[20, 5].tolist()
+    assert min(red, green) > blue + 60, "yellow"
+    red, green, blue = heat[20, 55].tolist()
+    assert blue > red > green, "violet"
+    assert heat[20, 5].mean() > heat[20, 55].mean() + 40, "it keeps its order without colours"
     nothing = AttentionRecord("x", (40, 60), (), np.zeros((0, 4, 6), np.uint8), np.ones(0, np.float32))
     np.testing.assert_array_equal(overlay_heat(image, nothing)[0, 0], heat[20, 55])
 
 
-def test_colours_are_vocs():
-    assert colour_css(1) == "#800000"
-    assert colour_css(15) == "#c08080"
-    assert PALETTE[255].tolist() == [224, 224, 192]
+def test_pages_take_either_palette(artifacts, tmp_path):
+    assert "background:#e69f00" in build(artifacts, tmp_path / "safe.html")[0]  # Okabe and Ito's orange
+    assert "background:#800000" in build(artifacts, tmp_path / "voc.html", palette="voc")[0]
+    assert find_palette("voc") is voc_palette()
 
 
 def test_picture_grid_puts_each_picture_in_its_column(artifacts, tmp_path):
@@ -535,14 +602,14 @@ def test_picture_grid_puts_each_picture_in_its_column(artifacts, tmp_path):
         grid = np.asarray(picture.convert("RGB"))
     assert grid.shape[1] == 7 * (64 + 6) + 6 + 12
     middle = 24 + 32  # first row: t.a, the best pseudo-mask, and v.a, the best prediction
-    red, black = [128, 0, 0], [0, 0, 0]
-    for column, extra in ((2, 0), (3, 0), (5, 12), (6, 12)):
-        left = 6 + column * 70 + extra
-        assert grid[middle, left + 16].tolist() == red
-        assert grid[middle, left + 48].tolist() == black
+
+    def has_outline(row: int, column: int, extra: int) -> bool:
+        """Whether the right edge of the object, 16 of 32 columns, has its colour."""
+        return grid[row, 6 + column * 70 + extra + 31].tolist() == PALETTE[1].tolist()
+
+    assert [has_outline(middle, *place) for place in ((0, 0), (2, 0), (3, 0), (5, 12), (6, 12))] == [False] + [True] * 4
     worst = 24 + 70 + 32  # second row: t.e and v.e, where nothing was found
-    assert grid[worst, 6 + 2 * 70 + 16].tolist() == black
-    assert grid[worst, 6 + 3 * 70 + 16].tolist() == red
+    assert [has_outline(worst, *place) for place in ((2, 0), (3, 0), (5, 12), (6, 12))] == [False, True, False, True]
 
 
 def test_picture_grid_of_a_fully_supervised_run_has_three_columns(artifacts, tmp_path):
@@ -691,4 +758,34 @@ def test_held_out_images_have_a_chart(artifacts, tmp_path):
     write_json(artifacts["train_segmenter"] / "validation.json", found)
     html, page = build(artifacts, tmp_path / "report.html")
     assert "Segmenter on 2 held-out images, against their pseudo-masks" in html
-    assert "best 30" in page.text
+    assert "best, epoch 7.5" in page.text, "eight steps are two epochs"
+
+
+def test_a_segmenter_that_says_one_class_alone_is_named(artifacts, tmp_path):
+    def note(cells: list[list[int]]) -> str:
+        found = {"segmenter": SparseConfusions.from_matrices(3, [("x", np.array(cells))])}
+        return "; ".join(text for _, text in collapse_notes(found, CLASSES))
+
+    assert note([[90, 10, 0], [50, 50, 0], [20, 50, 30]]) == ""
+    assert note([[90, 10, 0], [50, 50, 0], [50, 48, 2]]) == (
+        "98% of the object pixels are red fox, of the true ones 50%: it has collapsed to one class"
+    )
+    assert note([[90, 0, 0], [50, 0, 0], [50, 0, 0]]).startswith("every pixel is background")
+    assert note([[90, 10, 0], [10, 90, 0], [5, 5, 0]]) == "1 of 2 classes never appear: <b>owl</b>"
+    assert note([[90, 10, 0], [10, 90, 0], [0, 0, 0]]) == "", "a class that no truth has is not missed"
+
+
+def test_classes_that_come_together_are_counted(artifacts, tmp_path):
+    index = json.loads((artifacts["prepare_data"] / "index.json").read_text())
+    training = [record for record in index["images"] if record["id"].startswith("t.")]
+    for record, labels in zip(training, ([0], [0, 1], [0], [0], [1]), strict=True):
+        record["labels"] = labels
+    write_json(artifacts["prepare_data"] / "index.json", index)
+    _, page = build(artifacts, tmp_path / "report.html")
+    assert "1 of 5 training images with a label have several classes." in page.text
+    assert "1 of 4 images with red fox have <b>owl</b> too (25.0 %)" in page.text
+    assert "1 of 2 images with <b>owl</b> have red fox too (50.0 %)" in page.text
+
+
+def test_natural_order():
+    assert sorted(["a10", "a9", "B1", "a"], key=natural_key) == ["a", "a9", "a10", "B1"]

@@ -179,7 +179,8 @@ class _TrackedListener:
         if not values:
             return
         self._held = Point(dict(values), self._curve, done, time.time())
-        if time.monotonic() - self._sent_at >= POINT_EVERY_S or done >= total:
+        # the last step is often told twice, at the end with what is known by then: it waits for the task's end
+        if time.monotonic() - self._sent_at >= POINT_EVERY_S and done < total:
             self._flush()
             self._sent_at = time.monotonic()
 

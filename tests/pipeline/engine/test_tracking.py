@@ -267,7 +267,8 @@ def follow(name: str, folder: Path) -> Notes:
         for losses in ((0.5, 0.25), (0.75, 0.125)):
             listener.step("train classifier", 0, 2, unit="steps")
             for step, loss in enumerate(losses, start=1):
-                listener.step("train classifier", step, 2, unit="steps", loss=loss)
+                listener.step("train classifier", step, 2, unit="steps", loss=loss if step == 1 else 9.0)
+            listener.step("train classifier", step, 2, unit="steps", loss=loss)  # the last step, told anew
         metrics = {"segmenter.miou": 0.5, "segmenter.iou": {"cat (big)": 0.25, "dog": None}, "masks.steps": [{"a": 1}]}
         listener.stage_finished(StageOutcome("evaluate", "k", None, "built", 1.0, metrics))
     assert notes.warnings == []

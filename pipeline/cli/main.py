@@ -22,6 +22,7 @@ from pipeline.cli.compare import compare
 from pipeline.cli.data import data_app
 from pipeline.cli.doctor import doctor
 from pipeline.cli.export import export
+from pipeline.cli.init import init
 from pipeline.cli.output import INTERRUPTED, Output, run_document
 from pipeline.cli.predict import predict
 from pipeline.cli.reproduce import reproduce
@@ -41,7 +42,22 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's help costs 0.1 s
     pretty_exceptions_enable=False,
 )
-for command in (run, stage, status, report, predict, export, compare, score, reproduce, submission, doctor, up, down):
+for command in (
+    init,
+    run,
+    stage,
+    status,
+    report,
+    predict,
+    export,
+    compare,
+    score,
+    reproduce,
+    submission,
+    doctor,
+    up,
+    down,
+):
     app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(artifacts_app, name="artifacts")

@@ -30,6 +30,8 @@ from stages.data.readers import (
 from stages.data.records import IMAGE_SUFFIXES, IdList, Problems, Scan, empty_scan, some
 from stages.data.subsets import hash_share
 
+EVERY_FOLDER = "*"
+"""As ``images``: the images lie in sub-folders."""
 FREQUENT_RATIO = 10
 """A name is suspected of being a misspelling of one that stands on this many times as many lines."""
 
@@ -43,7 +45,8 @@ class CustomConfig(StageConfig):
     classes: tuple[str, ...] | None = Field(default=None, min_length=1, max_length=254)
     """Foreground classes in order: mask value i + 1 is the i-th.  Empty (null) takes the names in the CSV, sorted."""
     images: str = Field(default="images", min_length=1)
-    """Sub-folder of the images; ``.`` for the folder itself.  The file name without ending is the image's id."""
+    """Sub-folder of the images; ``.`` for the folder itself.  The file name without ending is the image's id.
+    ``*``: every sub-folder but that of the masks, one per class say; ``cat/001.jpg`` is the image ``cat_001``."""
     labels: Path | None = None
     """CSV with ``image,labels``; empty (null) takes labels.csv in ``root``."""
     masks: str | None = "masks"
@@ -124,24 +127,47 @@ def _mask_values(num_foreground: int) -> dict[int, int]:
 
 def _images(config: CustomConfig, problems: Problems) -> dict[str, str]:
     """Image id to file, relative to the root."""
-    folder = config.root / config.images
+    is_spread = config.images == EVERY_FOLDER
+    folder = config.root if is_spread else config.root / config.images
     if not folder.is_dir():
         key = "data.images" if config.root.is_dir() else "data.root"
         problems.add("root", f"{key}: folder {folder} does not exist; correct the path or create it")
         return {}
     images: dict[str, str] = {}
-    prefix = "" if config.images == "." else f"{config.images}/"
-    for name in sorted(file_names(folder)):
-        if Path(name).suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
-            continue
-        image_id = image_id_of(name)
+    for image_id, name in spread_images(folder, config.masks) if is_spread else _flat_images(config):
         if image_id in images:
-            text = f"{folder / name}: {images[image_id]} gives the same image id '{image_id}'; rename one of the two"
+            text = (
+                f"{config.root / name}: {images[image_id]} gives the same image id '{image_id}'; rename one of the two"
+            )
             problems.add("same id", text)
-        images[image_id] = prefix + name
+        images[image_id] = name
     if not images:
-        problems.add("root", f"{folder}: there is no image ({', '.join(IMAGE_SUFFIXES)}); sub-folders are not searched")
+        searched = "its sub-folders have no image" if is_spread else "there is no image"
+        left_out = "" if is_spread else "; sub-folders are not searched"
+        problems.add("root", f"{folder}: {searched} ({', '.join(IMAGE_SUFFIXES)}){left_out}")
     return images
+
+
+def _flat_images(config: CustomConfig) -> list[tuple[str, str]]:
+    prefix = "" if config.images == "." else f"{config.images}/"
+    return [(image_id_of(name), prefix + name) for name in image_names(config.root / config.images)]
+
+
+def spread_images(root: Path, masks: str | None = "masks") -> list[tuple[str, str]]:
+    """(id, file relative to ``root``) of the images in the sub-folders of ``root`` but hidden ones and ``masks``."""
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [
+        (f"{folder}_{image_id_of(name)}", f"{folder}/{name}")
+        for folder in folders
+        if folder != masks
+        for name in image_names(root / folder)
+    ]
+
+
+def image_names(folder: Path) -> list[str]:
+    """Names of the images that lie in ``folder`` itself, sorted."""
+    names = sorted(file_names(folder))
+    return [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")]
 
 
 def _read_labels(config: CustomConfig, problems: Problems) -> dict[str, LabelLine]:

@@ -49,9 +49,8 @@ def init(
         recipe = starting_config.fit_to_limit(recipe, found, speeds, cores=cores)
     seconds = starting_config.forecast(recipe, found, speeds, cores=cores)
     total = sum(seconds.values())
-    time_text = (
-        f"about {format_seconds(total)} on this machine, from one measured step of each network; the CRF by a rule"
-    )
+    length = format_seconds(total) if total >= 3600 else f"{max(1, round(total / 60))} min"
+    time_text = f"about {length} on this machine, from one measured step of each network; the CRF by a rule"
     text = starting_config.write_yaml(recipe, found, path, device=device, time_text=time_text)
     starting_config.load_yaml(text)  # what does not load is not written
     if found.new_labels is not None:

@@ -35,7 +35,7 @@ from stages.data.records import DataListing, some
 from stages.data.subsets import Candidate
 from stages.data.transforms import AugmentConfig, Augmenter
 from stages.errors import ConfigError, DataError
-from stages.methods import MethodConfigUnion
+from stages.methods import MethodConfigUnion, method_key
 from stages.methods.classifier_files import (
     ClassifierDescription,
     build_classifier,
@@ -100,7 +100,7 @@ class TrainClassifierConfig(StageConfig):
         Args:
             listing: The data set, whose format decides what ``loss: auto`` means; None as for several labels.
         """
-        content = self.model_dump(mode="json", exclude={"loss"}) | {"method": self.method.key_content()}
+        content = self.model_dump(mode="json", exclude={"loss"}) | {"method": method_key(self.method)}
         loss = self.resolved_loss(is_single_label=listing is not None and listing.is_single_label)
         return content if loss == "multilabel_soft_margin" else content | {"loss": loss}
 

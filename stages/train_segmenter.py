@@ -255,7 +255,7 @@ def _train_once(
     write_json(out / "history.json", history)
     if watch is not None:
         _write_validation(out, config, watch, segmenter)
-    warn_of_collapse(segmenter, dataset, course.runtime, progress)
+    warn_of_collapse(segmenter, dataset, course.runtime, progress, image_set.index.classes.names_with_background)
     save_segmenter(out, config.net, segmenter, image_set.index.classes)
     remove_checkpoint(out)
 

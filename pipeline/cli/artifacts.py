@@ -162,10 +162,13 @@ def check_config(
 ) -> None:
     """Check a config, its data lists, weights and networks, without decoding an image."""
     from pipeline.config.preflight import preflight
+    from pipeline.engine.tracking import check_trackers
 
     output = get_output(context)
     output.document = {"config": config}
-    listing = preflight(load_run(config, overrides, artifacts))
+    run = load_run(config, overrides, artifacts)
+    check_trackers(run.track)
+    listing = preflight(run)
     splits = {name: len(ids) for name, ids in listing.splits.items()}
     output.document |= {"classes": list(listing.classes.names), "images": splits, "warnings": list(listing.warnings)}
     images = ", ".join(f"{count} {name}" for name, count in splits.items())

@@ -22,6 +22,7 @@ from pipeline.cli.compare import compare
 from pipeline.cli.data import data_app
 from pipeline.cli.doctor import doctor
 from pipeline.cli.export import export
+from pipeline.cli.init import init
 from pipeline.cli.output import INTERRUPTED, Output, run_document
 from pipeline.cli.predict import predict
 from pipeline.cli.push import push
@@ -44,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
+    init,
     run,
     runs,
     stage,

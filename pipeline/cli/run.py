@@ -62,10 +62,12 @@ def run(
     from pipeline.engine.forecast import last_time
     from pipeline.engine.run import Run, stage_positions
     from pipeline.engine.stage_table import TABLE
+    from pipeline.engine.tracking import check_trackers
     from pipeline.flows.embedded_server import prepared_flow
     from pipeline.report.page import ensure_report
     from pipeline.store.artifacts import open_store
 
+    check_trackers(run_config.track)  # a Prefect server would start before the run itself asks
     store = open_store(artifacts)
     first, last, forced = stage_positions(TABLE, from_, until, force or ())
     console = make_console(is_json=output.is_json)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -49,6 +50,8 @@ class RunConfig(StageConfig):
     """Scores on val, and on train where true masks exist."""
     runtime: Runtime = Field(default_factory=Runtime)
     """How to run; changes no result and is in no key."""
+    track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Who else follows the run's curves and numbers; changes no result and is in no key."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -25,6 +25,7 @@ from pipeline.engine.plan import Plan, plan_run
 from pipeline.engine.records import RunRecord
 from pipeline.engine.spawn import Child, run_child
 from pipeline.engine.stage_table import TABLE, StageTable
+from pipeline.engine.tracking import check_trackers, tracked
 from pipeline.store.artifacts import Artifact, Store
 from stages.errors import ConfigError, DamagedFileError, EnvironmentFailure, MissingArtifactError, WsssError
 
@@ -107,7 +108,7 @@ class Run:
         unbuilt += [name for name, again in is_forced.items() if not again and self._is_missing(name)]
         if unbuilt:
             check_space(self.store)
-        with _terminate_as_interrupt(), RunRecord.open(self.store, self.plan) as record:
+        with self._at_work(self.plan) as record:
             for text in self.plan.data.warnings:
                 self.listener.warn(text)
             if self.table.needs_check(self.config, unbuilt):
@@ -134,7 +135,7 @@ class Run:
         self._require(stage, [name for name in plan.inputs(stage) if self._is_missing(name)])
         if force or self._is_missing(stage):
             check_space(self.store)
-        with _terminate_as_interrupt(), RunRecord.open(self.store, plan) as record:
+        with self._at_work(plan) as record:
             outcome = self._around(stage, partial(self.ensure, stage, force=force))
         return RunOutcome(record.run_id, (outcome,), record.path)
 
@@ -174,6 +175,21 @@ class Run:
             plan.check_data(stage, self.store.digest_cache)
             help_out = partial(run_child, request, self.listener, threads=self._threads)
             return int(self._with_inputs(stage, help_out)["num_parts"])
+
+    @contextmanager
+    def _at_work(self, plan: Plan) -> Iterator[RunRecord]:
+        """A run that can be interrupted, has a record, and is followed by the trackers that the config names."""
+        names = getattr(self.config, "track", ())
+        check_trackers(names)
+        listener = self.listener
+        with ExitStack() as stack:
+            stack.enter_context(_terminate_as_interrupt())
+            record = stack.enter_context(RunRecord.open(self.store, plan))
+            stack.callback(setattr, self, "listener", listener)
+            self.listener = stack.enter_context(
+                tracked(listener, names, config=self.config, name=record.path.stem, folder=self.store.root)
+            )
+            yield record
 
     # -- one stage ---------------------------------------------------------------------------------------------------
 

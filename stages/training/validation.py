@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 _NUM_CROPS = 16
 """Training crops that are looked at after the training."""
+_COLLAPSED_RATIO = 0.25
+"""Share of the crops with objects that must hold another class before a net that knows one class alone is warned of:
+a few pixels of a rare class are no collapse."""
 
 
 class ValidationConfig(StageConfig):
@@ -211,19 +214,26 @@ def _foreground_share(counts: NDArray[np.int64]) -> float:
     return 1 - int(counts[BACKGROUND_INDEX]) / total if total else 0.0
 
 
-def warn_of_collapse(segmenter: Segmenter, dataset: TrainingData, runtime: Runtime, progress: Progress) -> None:
-    """Warn when the trained net says background everywhere on crops whose masks hold objects, or none holds any.
+def warn_of_collapse(
+    segmenter: Segmenter, dataset: TrainingData, runtime: Runtime, progress: Progress, names: Sequence[str]
+) -> None:
+    """Warn when the trained net says one thing everywhere: background, or a single class where the masks hold others.
+
+    It is looked at on the first training crops.  A single class is warned of where a quarter of the crops with objects
+    or more hold another one.  Masks without any object are warned of instead.
 
     Args:
         segmenter: Put into evaluation mode on the runtime's device.
         dataset: Samples with ``images`` and ``masks``.
         runtime: The device.
         progress: Hears the warning.
+        names: The classes, background first.
     """
     import torch
 
     samples = [dataset.get(index, 0) for index in range(min(len(dataset), _NUM_CROPS))]
-    if all(np.isin(sample["masks"], (BACKGROUND_INDEX, IGNORE_INDEX)).all() for sample in samples):
+    masked = [set(np.unique(sample["masks"]).tolist()) - {BACKGROUND_INDEX, IGNORE_INDEX} for sample in samples]
+    if not any(masked):
         progress.warn(
             f"the masks of the first {len(samples)} training crops hold no object pixel; check the pseudo-masks "
             "(make_masks.threshold too high, or a refinement that removes everything)"
@@ -231,12 +241,22 @@ def warn_of_collapse(segmenter: Segmenter, dataset: TrainingData, runtime: Runti
         return
     device = resolve_device(runtime)
     segmenter.to(device).eval()
+    predicted: set[int] = set()
     with torch.inference_mode():
         for sample in samples:
             logits = segmenter(to_network_input(torch.from_numpy(sample["images"][None]), device))
-            if bool((logits.argmax(1) != BACKGROUND_INDEX).any()):
+            predicted |= set(logits.argmax(1).unique().tolist()) - {BACKGROUND_INDEX}
+            if len(predicted) > 1:
                 return
-    progress.warn(
-        f"the segmenter predicts only background on {len(samples)} training crops; train longer, raise "
-        "training.learning_rate, or use loss: balanced_cross_entropy"
-    )
+    num_others = sum(bool(classes - predicted) for classes in masked)
+    if not predicted:
+        progress.warn(
+            f"the segmenter predicts only background on {len(samples)} training crops; train longer, raise "
+            "training.learning_rate, or use loss: balanced_cross_entropy"
+        )
+    elif _COLLAPSED_RATIO * sum(map(bool, masked)) <= num_others:
+        progress.warn(
+            f"the segmenter predicts no class but {names[predicted.pop()]} on {len(samples)} training crops, and the "
+            f"masks of {num_others} of them hold others; train longer, lower training.learning_rate, or give the other "
+            "classes more images"
+        )

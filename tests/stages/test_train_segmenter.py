@@ -12,6 +12,7 @@ from PIL import Image
 
 from stages.contracts import (
     ClassList,
+    Runtime,
     SilentProgress,
     read_index_mask,
     read_json,
@@ -24,6 +25,7 @@ from stages.nets.segmenters.build import build_segmenter
 from stages.nets.segmenters.files import load_segmenter
 from stages.training.config import TrainingConfig
 from stages.training.segmenter_objective import match_sizes
+from stages.training.validation import warn_of_collapse
 from tests.stages.tiny_segmenters import NAMES, SIZE, digests, make_config, run, write_folders
 
 
@@ -267,6 +269,46 @@ def test_a_collapsed_net_is_warned_of(folders, tmp_path, monkeypatch):
     progress = SilentProgress()
     run(folders, tmp_path / "out", progress=progress)
     assert "predicts only background on 4 training crops" in progress.warnings[-1]
+
+
+@pytest.mark.parametrize(
+    ("masked", "said", "is_warned"),
+    [
+        ([1, 1, 1, 2], {1}, True),  # a quarter holds the other class
+        ([1, 1, 1, 1], {1}, False),  # there is no other
+        ([1, 1, 1, 2], {1, 2}, False),
+        ([2, 2, 0, 0], {1}, True),  # crops without objects say nothing
+        ([1] * 8 + [2] * 2, {1}, False),  # a fifth
+    ],
+)
+def test_a_net_that_knows_one_class_alone_is_warned_of(masked, said, is_warned):
+    class Crops:
+        def __len__(self):
+            return len(masked)
+
+        def get(self, index, epoch):
+            mask = np.zeros((8, 8), np.uint8)
+            mask[:4] = masked[index]
+            return {"images": np.zeros((8, 8, 3), np.uint8), "masks": mask}
+
+    class Net(torch.nn.Module):
+        def forward(self, images):
+            logits = torch.zeros(len(images), 3, 8, 8)
+            logits[:, 0, 4:] = 1
+            for place, class_index in enumerate(sorted(said)):
+                logits[:, class_index, place] = 1
+            return logits
+
+    progress = SilentProgress()
+    warn_of_collapse(Net(), Crops(), Runtime(device="cpu"), progress, ["background", "red", "green"])
+    assert [text.partition("; ")[0] for text in progress.warnings] == (
+        [
+            f"the segmenter predicts no class but red on {len(masked)} training crops, and the masks of "
+            f"{masked.count(2)} of them hold others"
+        ]
+        if is_warned
+        else []
+    )
 
 
 def test_imagenet_init_of_a_net_without_public_weights_is_refused_by_the_config():

@@ -32,6 +32,9 @@ from stages.data.readers import (
 from stages.data.records import IdList, MaskFolder, Problems, Scan, empty_scan, quoted, some
 from stages.data.subsets import hash_share
 
+EVERY_FOLDER = "*"
+"""As ``images``: the images lie in sub-folders."""
+
 
 class CustomConfig(StageConfig):
     """A folder of images with image-level labels in a CSV; any class names."""
@@ -44,7 +47,8 @@ class CustomConfig(StageConfig):
     before 10."""
     images: str = Field(default="images", min_length=1)
     """Sub-folder of the images, searched to the bottom; ``.`` for the folder itself, without what is below it.  The
-    file name without ending is the image's id."""
+    file name without ending is the image's id.  ``*``: every sub-folder but that of the masks, one per class say;
+    ``cat/001.jpg`` is the image ``cat_001``."""
     labels: Path | None = None
     """CSV with ``image,labels``; empty (null) takes labels.csv in ``root``."""
     masks: str | None = "masks"
@@ -144,24 +148,24 @@ class _Found:
 
 def _find_images(config: CustomConfig, problems: Problems) -> _Found:
     """All images; a file in the folder itself goes before one of its name in a sub-folder."""
-    folder = config.root / config.images
+    is_spread = config.images == EVERY_FOLDER
+    folder = config.root if is_spread else config.root / config.images
     if not folder.is_dir():
         key = "data.images" if config.root.is_dir() else "data.root"
         problems.add("root", f"{key}: folder {folder} does not exist; correct the path or create it")
         return _Found()
     found = _Found()
-    prefix = "" if config.images == "." else f"{config.images}/"
-    for name in _image_files(folder):
-        image_id = image_id_of(name)
+    prefix = "" if is_spread or config.images == "." else f"{config.images}/"
+    flat = [(image_id_of(name), prefix + name) for name in image_names(folder)]
+    for image_id, file in spread_images(folder, config.masks) if is_spread else flat:
         if image_id in found.images:
-            text = (
-                f"{folder / name}: {found.images[image_id]} gives the same image id '{image_id}'; rename one of the two"
-            )
+            known = found.images[image_id]
+            text = f"{config.root / file}: {known} gives the same image id '{image_id}'; rename one of the two"
             problems.add("same id", text)
-        found.images[image_id] = prefix + name
+        found.images[image_id] = file
     inner: dict[str, list[str]] = {}
     for place in _sub_folders(folder) if prefix else ():
-        for name in _image_files(folder / place):
+        for name in image_names(folder / place):
             inner.setdefault(image_id_of(name), []).append(f"{prefix}{place}/{name}")
     for image_id, files in inner.items():
         if image_id not in found.images and len(files) == 1:
@@ -171,12 +175,26 @@ def _find_images(config: CustomConfig, problems: Problems) -> _Found:
             found.several[image_id] = files
     if not found.images and not found.several:
         text = f"{folder}: there is no image ({', '.join(IMAGE_SUFFIXES)})"
-        problems.add("root", f"{text} in it or below" if prefix else f"{text}; sub-folders are not searched")
+        where = "in its sub-folders" if is_spread else "in it or below" if prefix else "; sub-folders are not searched"
+        problems.add("root", f"{text} {where}".replace(" ;", ";"))
     return found
 
 
-def _image_files(folder: Path) -> list[str]:
-    return sorted(n for n in file_names(folder) if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith("."))
+def spread_images(root: Path, masks: str | None = "masks") -> list[tuple[str, str]]:
+    """(id, file relative to ``root``) of the images in the sub-folders of ``root`` but hidden ones and ``masks``."""
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [
+        (f"{folder}_{image_id_of(name)}", f"{folder}/{name}")
+        for folder in folders
+        if folder != masks
+        for name in image_names(root / folder)
+    ]
+
+
+def image_names(folder: Path) -> list[str]:
+    """Names of the images that lie in ``folder`` itself, sorted."""
+    names = sorted(file_names(folder))
+    return [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")]
 
 
 def _sub_folders(folder: Path) -> list[str]:
@@ -231,7 +249,8 @@ def _masks(config: CustomConfig, images: Mapping[str, str], problems: Problems) 
         return MaskFolder()
     if config.masks != CustomConfig.model_fields["masks"].default:
         check_mask_folder(config.root, config.masks, "data.masks", problems)
-    return match_masks(config.root, config.masks, images, config.images)
+    folder = "." if config.images == EVERY_FOLDER else config.images
+    return match_masks(config.root, config.masks, images, folder)
 
 
 def _read_lists(config: CustomConfig, names: ImageNames, problems: Problems) -> dict[str, IdList] | None:

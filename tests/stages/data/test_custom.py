@@ -194,3 +194,23 @@ def test_a_rare_name_close_to_a_frequent_one_is_suspected(tmp_path: Path) -> Non
     assert "'hors' (1) beside 'horse' (11)" in text
     assert "data.classes" in text
     assert "cow" not in text
+
+
+def test_images_in_sub_folders_carry_the_folders_name(own_data: Path) -> None:
+    for name, image in (("cat", "a.jpg"), ("dog", "a.jpg"), (".hidden", "a.jpg")):
+        (own_data / name).mkdir()
+        shutil.copy(next((own_data / "images").glob("a.*")), own_data / name / image)
+    shutil.rmtree(own_data / "images")
+    (own_data / "labels.csv").write_text("image,labels\ncat_a.jpg,cat\ndog_a,dog\n", encoding="utf-8")
+    (own_data / "masks/a.png").rename(own_data / "masks/cat_a.png")
+    listing = list_data(CustomConfig(root=own_data, images="*"))
+    assert {image.id: image.image for image in listing.images} == {"cat_a": "cat/a.jpg", "dog_a": "dog/a.jpg"}
+    assert {image.id: image.mask for image in listing.images} == {"cat_a": "masks/cat_a.png", "dog_a": None}
+    (own_data / "dog/a.png").write_bytes(b"")
+    assert (
+        "dog/a.png: dog/a.jpg gives the same image id 'dog_a'"
+        in problems_of(CustomConfig(root=own_data, images="*"))[0]
+    )
+    for name in ("cat", "dog"):
+        shutil.rmtree(own_data / name)
+    assert "there is no image" in problems_of(CustomConfig(root=own_data, images="*"))[0]

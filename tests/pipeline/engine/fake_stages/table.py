@@ -21,6 +21,7 @@ class FakeRun(StageConfig):
     collect: CollectConfig = Field(default_factory=CollectConfig)
     combine: CombineConfig = Field(default_factory=CombineConfig)
     runtime: Mischief = Field(default_factory=Mischief)
+    track: tuple[str, ...] = ()
 
 
 def check(run: FakeRun, progress: Progress) -> None:

@@ -22,6 +22,7 @@ from pipeline.cli.compare import compare
 from pipeline.cli.data import data_app
 from pipeline.cli.doctor import doctor
 from pipeline.cli.export import export
+from pipeline.cli.masks import masks_app
 from pipeline.cli.output import INTERRUPTED, Output, run_document
 from pipeline.cli.predict import predict
 from pipeline.cli.reproduce import reproduce
@@ -44,6 +45,7 @@ app = typer.Typer(
 for command in (run, stage, status, report, predict, export, compare, score, reproduce, submission, doctor, up, down):
     app.command()(command)
 app.add_typer(data_app, name="data")
+app.add_typer(masks_app, name="masks")
 app.add_typer(artifacts_app, name="artifacts")
 app.add_typer(config_app, name="config")
 

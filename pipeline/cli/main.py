@@ -23,6 +23,7 @@ from pipeline.cli.data import data_app
 from pipeline.cli.doctor import doctor
 from pipeline.cli.export import export
 from pipeline.cli.init import init
+from pipeline.cli.masks import masks_app
 from pipeline.cli.output import INTERRUPTED, Output, run_document
 from pipeline.cli.predict import predict
 from pipeline.cli.push import push
@@ -64,6 +65,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(data_app, name="data")
+app.add_typer(masks_app, name="masks")
 app.add_typer(artifacts_app, name="artifacts")
 app.add_typer(config_app, name="config")
 

@@ -34,11 +34,8 @@ class FoundSegmenter:
 
     @property
     def prediction(self) -> PredictionConfig:
-        """How the config looks at whole images: that part of its evaluate section."""
-        from stages.scoring.prediction import PredictionConfig
-
-        values = {name: getattr(self.run.evaluate, name) for name in PredictionConfig.model_fields}
-        return PredictionConfig.model_validate(values)
+        """How the config looks at whole images."""
+        return prediction_config(self.run)
 
     def sample_image(self) -> NDArray[np.uint8] | None:
         """An image of the data set, RGB (H, W, 3); None where it is not here any more."""
@@ -87,10 +84,36 @@ def find_segmenter(config: str, overrides: Sequence[str] | None, artifacts: str,
         raise ConfigError(f"{config} trains no segmenter (evaluate.segmentation: false); {doing} needs one")
     store = open_store(artifacts)
     plan = plan_run(run, store.digest_cache)
-    key = plan.keys[STAGE]
+    invocation = write_invocation(config, overrides, artifacts)
+    return FoundSegmenter(run, plan, store, require_built(plan, store, STAGE, doing=doing, invocation=invocation))
+
+
+def prediction_config(run: RunConfig) -> PredictionConfig:
+    """How a config looks at whole images: that part of its evaluate section."""
+    from stages.scoring.prediction import PredictionConfig
+
+    values = {name: getattr(run.evaluate, name) for name in PredictionConfig.model_fields}
+    return PredictionConfig.model_validate(values)
+
+
+def require_built(plan: Plan, store: Store, stage: str, *, doing: str, invocation: str) -> Artifact:
+    """The artifact of ``stage``; its files are here, also where the store is elsewhere.
+
+    Args:
+        plan: Of the run.
+        store: Where to look.
+        stage: Which one.
+        doing: The command that needs it.
+        invocation: Config and options behind ``wsss run``.
+
+    Raises:
+        MissingArtifactError: it is not in the store; the command that makes it is in the message.
+    """
+    key = plan.keys[stage]
     damage: list[str] = []
-    if store.lookup(STAGE, key, damaged=damage.append) is None:
+    if store.lookup(stage, key, damaged=damage.append) is None:
+        what = "the trained segmenter" if stage == STAGE else stage
         found = f"is damaged ({damage[0]})" if damage else "is not in the store"
-        command = f"wsss run {write_invocation(config, overrides, artifacts)} --until {STAGE}"
-        raise MissingArtifactError(f"{doing} needs the trained segmenter {key}, which {found}; make it with: {command}")
-    return FoundSegmenter(run, plan, store, store.require(STAGE, key))
+        command = f"wsss run {invocation} --until {stage}"
+        raise MissingArtifactError(f"{doing} needs {what} {key}, which {found}; make it with: {command}")
+    return store.require(stage, key)

@@ -121,8 +121,8 @@ def _table(schema: dict[str, Any], kinds: dict[str, Any], without: tuple[str, ..
 def _default(name: str, option: dict[str, Any], required: Collection[str]) -> str:
     if name in required:
         return "required"
-    value = option.get("default")
-    if "default" not in option or (isinstance(value, dict) and value):
+    value = option.get("default", {} if option.get("type") == "object" else None)
+    if "$ref" in option or (isinstance(value, dict) and value):
         return "its own defaults"
     return f"`{json.dumps(value, ensure_ascii=False)}`"
 
@@ -149,7 +149,7 @@ def _values(option: dict[str, Any], kinds: dict[str, Any]) -> str:
 
 def _bounds(option: dict[str, Any]) -> str:
     marks = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = [f"{mark} {option[key]:g}" for key, mark in marks.items() if key in option]
+    bounds = [f"{mark} {option[key]}" for key, mark in marks.items() if key in option]
     return " " + ", ".join(bounds) if bounds else ""
 
 

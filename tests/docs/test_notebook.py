@@ -18,7 +18,8 @@ def test_the_notebook_runs_and_shows_pictures(tmp_path: Path) -> None:
 
     shutil.copytree(DOCS / "photos", tmp_path / "photos")
     notebook = nbformat.read(DOCS / "notebook.ipynb", as_version=4)
-    client = NotebookClient(notebook, timeout=480, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    here = {"metadata": {"path": str(tmp_path)}}
+    client = NotebookClient(notebook, timeout=480, kernel_name="python3", resources=here)
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     pictures = [output for output in outputs if "image/jpeg" in output.get("data", {})]

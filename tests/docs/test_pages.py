@@ -130,7 +130,7 @@ def test_the_generated_parts_say_what_the_code_says() -> None:
     spec.loader.exec_module(hooks)
     page = hooks.on_page_markdown("<!-- configuration -->")
     assert "| `threshold` | number ≥ 0, < 1 | `0.3` |" in page
-    assert "| `seed` | whole number ≥ 0, < 2.14748e+09 | `0` | Seed of both trainings. |" in page
+    assert "| `seed` | whole number ≥ 0, < 2147483648 | `0` | Seed of both trainings. |" in page
     sections = re.findall(r"^## (\w+)", page, flags=re.MULTILINE)
     assert sections == [name for name in RunConfig.model_fields if name not in ("name", "seed", "weights")]
     assert set(re.findall(r"\(configuration\.md#(\w+)\)", page)) <= set(re.findall(r"\{ #(\w+) \}", page))

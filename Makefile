@@ -13,12 +13,13 @@ TORCH_PAIR := $(shell sed -n 's/^\(torch\|torchvision\)==/\1==/p' constraints.tx
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help setup demo test test-all check format clean
+.PHONY: help setup demo test test-all check docs format clean
 
 help:
 	@echo "make demo      the whole road on generated images, about 4 minutes on 2 cores"
 	@echo "make test      every test that is not slow;  make test-all adds the slow ones"
-	@echo "make check     ruff, pyright, import-linter;  make format rewrites the layout"
+	@echo "make check     ruff, pyright, import-linter, the documentation;  make format rewrites the layout"
+	@echo "make docs      the documentation as a site in build/site; a warning is an error"
 	@echo "make clean     removes .venv, .prefect and the demo's artifacts"
 
 setup: $(READY)
@@ -49,6 +50,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(MAKE) docs
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.run_config import RunConfig, find_config, load_config
+from pipeline.config.run_config import RunConfig
 from pipeline.delivery.trained_segmenter import prediction_config, require_built
 from pipeline.engine.invocation import write_invocation
 from pipeline.engine.plan import Plan, plan_run
+from pipeline.engine.records import load_named
 from pipeline.store.artifacts import Artifact, Store, open_store
 from stages.contracts import ImageSet, Progress, open_image_set, read_index_mask
 from stages.errors import ConfigError
@@ -137,6 +138,6 @@ def open_masks(config: str, overrides: Sequence[str] | None, artifacts: str, *, 
     Raises:
         InputError: the config or its data set is wrong.
     """
-    run, store = load_config(find_config(config), overrides or []), open_store(artifacts)
+    run, store = load_named(config, overrides or [], artifacts), open_store(artifacts)
     plan = plan_run(run, store.digest_cache)
     return RunMasks(run, plan, store, write_invocation(config, overrides, artifacts), doing)

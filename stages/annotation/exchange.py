@@ -37,10 +37,11 @@ from stages.contracts import (
     Progress,
     SilentProgress,
     encode_index_mask,
+    read_image_size,
     read_index_mask,
     write_atomic,
 )
-from stages.data.pictures import find_pictures, read_picture_size
+from stages.data.pictures import find_pictures
 from stages.errors import ConfigError, DataError, InputError
 
 FormatName = Literal["coco", "voc", "labelstudio", "cvat"]
@@ -76,10 +77,11 @@ def list_images(folder: Path) -> tuple[ImageRecord, ...]:
     if not folder.is_dir():
         raise InputError(f"{folder}: expected the folder of the images; there is none")
     records: list[ImageRecord] = []
-    problems: list[str] = []
-    for picture in find_pictures([str(folder)], folder / "annotations"):
+    found = find_pictures([str(folder)], folder / "annotations")
+    problems = list(found.left_out)
+    for picture in found.pictures:
         try:
-            size = read_picture_size(picture.path)
+            size = read_image_size(picture.path)
         except DataError as error:
             problems.append(error.message)
             continue

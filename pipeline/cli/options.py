@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped config.")]
+from pipeline.engine.invocation import DEFAULT_ARTIFACTS
+
+
+def complete_config(incomplete: str) -> list[str]:
+    """What CONFIG may be, for the shell: shipped names, YAML files beside what was typed, runs of the default store."""
+    from pipeline.config.run_config import shipped_configs
+
+    typed = Path(incomplete)
+    folder = typed if incomplete.endswith("/") else typed.parent
+    files = [str(path) for path in folder.glob("*.y*ml")] + [f"{path}/" for path in folder.glob("*/")]
+    runs = Path(os.environ.get("WSSS_ARTIFACTS") or DEFAULT_ARTIFACTS).glob("runs/*.json")
+    names = [*(path.stem for path in shipped_configs()), *files, *(path.stem for path in runs), "last"]
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+ConfigArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="YAML file, or the name of a shipped config.", autocompletion=complete_config
+    ),
+]
 
 OverridesOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one value of the config; repeatable.")

@@ -41,7 +41,6 @@ app = typer.Typer(
     name="wsss",
     help="Semantic segmentation from image-level labels: from raw images to a measured mIoU, in one command.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # rich's help costs 0.1 s
     pretty_exceptions_enable=False,
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 
 
 def as_path(text: str | Path) -> Path:
@@ -19,8 +22,25 @@ def as_path(text: str | Path) -> Path:
     return expand_path(text)
 
 
+def complete_config(incomplete: str) -> list[str]:
+    """What CONFIG may be, for the shell: shipped names, YAML files beside what was typed, runs of the default store."""
+    from pipeline.config.run_config import shipped_configs
+
+    typed = Path(incomplete)
+    folder = typed if incomplete.endswith("/") else typed.parent
+    files = [str(path) for path in folder.glob("*.y*ml")] + [f"{path}/" for path in folder.glob("*/")]
+    runs = Path(os.environ.get("WSSS_ARTIFACTS") or DEFAULT_ARTIFACTS).glob("runs/*.json")
+    names = [*(path.stem for path in shipped_configs()), *files, *(path.stem for path in runs), "last"]
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
 ConfigArgument = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="YAML file, shipped config, or a run: its name or last.")
+    str,
+    typer.Argument(
+        metavar="CONFIG",
+        help="YAML file, shipped config, or a run: its name or last.",
+        autocompletion=complete_config,
+    ),
 ]
 
 OverridesOption = Annotated[

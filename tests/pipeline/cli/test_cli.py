@@ -547,3 +547,22 @@ def test_score_says_every_class_and_what_is_left_out(folder: Path, wsss, wsss_js
     assert out.splitlines()[-2] == "mIoU 50.0 %, pixel accuracy 66.7 %, 1 images"
     assert "p have no true mask and are not scored: b.png" in out
     assert "cannot be scored" in wsss_json("score", "p", "t", code=2)["error"]["message"]
+
+
+# -- the shell's completion --------------------------------------------------------------------------------------------
+
+
+def completed(line: str) -> list[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "_WSSS_COMPLETE": "complete_bash"}
+    environment |= {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+    program = "import sys; from pipeline.cli.main import main; sys.exit(main([]))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    return done.stdout.split()
+
+
+def test_a_shell_completes_commands_configs_files_and_runs(folder: Path):
+    assert {"run", "report", "reproduce"} <= set(completed("wsss r"))
+    (folder / "artifacts" / "runs").mkdir(parents=True)
+    (folder / "artifacts" / "runs" / "tiny-20260101-1.json").write_text("{}")
+    assert completed("wsss run tin") == ["tiny-20260101-1", "tiny.yaml"]
+    assert completed("wsss status custom") == ["custom", "custom_gpu"]

@@ -2,7 +2,7 @@
 
     python docs/figures/draw.py [STORE]
 
-Photos: three with no copyright restrictions (docs/photos/README.md), seen by an EfficientNet-Lite0 with ImageNet's
+Photos: three with no copyright restrictions (docs/photos/LICENSES.txt), seen by an EfficientNet-Lite0 with ImageNet's
 weights (extra ``weights``).  The other figures show ``wsss run demo``, which STORE (default ``artifacts``) keeps.
 """
 
@@ -71,18 +71,16 @@ def demo_rows(store: str) -> list[list[Picture]]:
     """Image, attention, pseudo-mask and truth of three training images of the demo, one after the other."""
     run = wsss.run("demo", artifacts=store)
     folders = {stage.stage: stage.path for stage in run.stages if stage.path is not None}
-    images = open_image_set(folders["prepare_data"])
-    wanted = {record.id: record for record in images.index.split("train")[3:60:25]}
+    images = open_image_set(folders["prepare_data"], None)
+    records = {record.id: record for record in images.index.split("train")[3:60:25]}
     rows = []
-    for found in iter_attention(folders["make_attention"]):
-        if found.id in wanted:
-            record = wanted[found.id]
-            photo = pixels(images.root / record.path)
-            strongest = np.max(found.maps, axis=0).astype(np.float32)
-            made = read_index_mask(folders["make_masks"] / "masks" / f"{record.id}.png")
-            assert record.mask is not None
-            true = read_index_mask(images.root / record.mask)
-            rows.append([photo, heat(photo, strongest / strongest.max()), coloured(made), coloured(true)])
+    for found in iter_attention(folders["make_attention"], set(records)):
+        record = records[found.id]
+        photo = pixels(images.root / record.image)
+        made = read_index_mask(folders["make_masks"] / "masks" / f"{record.id}.png")
+        assert record.mask is not None
+        true = read_index_mask(images.root / record.mask)
+        rows.append([photo, heat(photo, found.maps.max(axis=0) / np.float32(255)), coloured(made), coloured(true)])
     return rows
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import JsonOption
+from pipeline.cli.options import JsonOption, as_path
 from pipeline.cli.output import get_output
 from stages.errors import ConfigError
 
@@ -15,10 +15,14 @@ from stages.errors import ConfigError
 def init(
     context: typer.Context,
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Images with a labels.csv, or one sub-folder of images per class.")
+        Path,
+        typer.Argument(
+            parser=as_path, metavar="FOLDER", help="Images with a labels.csv, or a sub-folder for each class."
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="The config to write; default FOLDER/wsss.yaml.")
+        Path | None,
+        typer.Option("--out", parser=as_path, metavar="FILE", help="Config to write; default FOLDER/wsss.yaml."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over an existing config.")] = False,
     as_json: JsonOption = False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption
+from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption, as_path
 from pipeline.cli.output import get_output
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 from stages.errors import InputError
@@ -37,7 +37,9 @@ class Shapes(enum.StrEnum):
 
 
 FormatOption = Annotated[Format, typer.Option("--format", help="Of which tool.")]
-ImagesOption = Annotated[Path | None, typer.Option("--images", metavar="DIR", help="The images, without a config.")]
+ImagesOption = Annotated[
+    Path | None, typer.Option("--images", parser=as_path, metavar="DIR", help="Images, without a config.")
+]
 ClassesOption = Annotated[
     str | None, typer.Option("--classes", metavar="A,B,…", help="Their foreground classes in order.")
 ]
@@ -48,12 +50,14 @@ def export_masks(
     context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="CONFIG|FOLDER", help="A run, or a folder of masks of indices.")],
     format: FormatOption,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder to write to.")],
+    out: Annotated[Path, typer.Option("--out", parser=as_path, metavar="DIR", help="New folder to write to.")],
     shapes: Annotated[Shapes, typer.Option(help="Exact masks, or polygons (IoU at least 0.97).")] = Shapes.MASKS,
     predictions: Annotated[
         bool, typer.Option("--predictions", help="The run's predictions of val and test, not its pseudo-masks.")
     ] = False,
-    ids: Annotated[Path | None, typer.Option(metavar="FILE", help="Only these images, one id a line.")] = None,
+    ids: Annotated[
+        Path | None, typer.Option(parser=as_path, metavar="FILE", help="These images alone, an id a line.")
+    ] = None,
     images: ImagesOption = None,
     classes: ClassesOption = None,
     overrides: OverridesOption = None,
@@ -66,7 +70,7 @@ def export_masks(
 
     output = get_output(context)
     output.document = {"source": source, "format": format.value, "out": out}
-    folder = Path(source).expanduser()
+    folder = as_path(source)
     if folder.is_dir():
         if predictions or overrides:
             raise InputError(f"{source} is a folder of masks; --predictions and --set belong to a CONFIG")
@@ -93,14 +97,17 @@ def export_masks(
 @masks_app.command("import")
 def import_masks(
     context: typer.Context,
-    source: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="What the tool wrote; a zip, too.")],
+    source: Annotated[
+        Path, typer.Argument(parser=as_path, metavar="FILE|FOLDER", help="What the tool wrote, or a zip.")
+    ],
     format: FormatOption,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of masks to write to.")],
+    out: Annotated[Path, typer.Option("--out", parser=as_path, metavar="DIR", help="Folder of masks to write to.")],
     config: Annotated[
         str | None, typer.Option("--config", metavar="CONFIG", help="Whose images and classes they must fit.")
     ] = None,
     ids: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the ids here, as pixel_list and mask_list take them.")
+        Path | None,
+        typer.Option(parser=as_path, metavar="FILE", help="Write the ids here, for pixel_list and mask_list."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace masks and list that are there.")] = False,
     images: ImagesOption = None,
@@ -159,9 +166,10 @@ def suggest_masks(
     context: typer.Context,
     config: ConfigArgument,
     count: Annotated[int, typer.Argument(metavar="N", min=1, help="How many images.")],
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write their ids here.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", parser=as_path, metavar="FILE", help="For their ids.")] = None,
     predictions: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="<id>.png of the training images; else they are predicted now.")
+        Path | None,
+        typer.Option(parser=as_path, metavar="DIR", help="<id>.png of the training images; else made now."),
     ] = None,
     overrides: OverridesOption = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,

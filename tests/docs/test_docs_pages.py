@@ -132,7 +132,7 @@ def test_the_generated_parts_say_what_the_code_says() -> None:
     assert "| `threshold` | number ≥ 0, < 1 | `0.3` |" in page
     assert "| `seed` | whole number ≥ 0, < 2147483648 | `0` | Seed of both trainings. |" in page
     sections = re.findall(r"^## (\w+)", page, flags=re.MULTILINE)
-    assert sections == [name for name in RunConfig.model_fields if name not in ("name", "seed", "weights")]
+    assert sections == [name for name in RunConfig.model_fields if name not in ("name", "seed", "weights", "track")]
     assert set(re.findall(r"\(configuration\.md#(\w+)\)", page)) <= set(re.findall(r"\{ #(\w+) \}", page))
     adl = hooks.on_page_markdown("# x\n\n<!-- method: adl -->\n")
     assert "Choe and Shim" in adl

@@ -129,7 +129,7 @@ def test_a_run_becomes_an_archive(folder: Path, wsss, wsss_json):
     assert 0 < metrics["segmenter_test.miou"] <= 1
     assert set(metrics["segmenter_test.iou"]) <= {"background", "cat", "bird"}
     report = Path(wsss_json("report", "tiny.yaml")["report"]).read_text()
-    assert "wsss submission CONFIG --out tiny.tar.gz" in report
+    assert "wsss submission tiny.yaml --out tiny.tar.gz" in report
     assert "Segmenter on test" in report
 
 

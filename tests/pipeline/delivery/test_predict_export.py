@@ -64,7 +64,7 @@ def test_a_config_and_its_export_give_the_same_bytes(wsss, home: Path, tmp_path:
     assert (document["predicted"], document["skipped"], document["unreadable"]) == (3, 0, [])
     assert document["images_per_s"] > 0
     exported = wsss("export", "tiny.yaml", "--out", "{out}/model")
-    assert exported["files"] == ["model.safetensors", "model.onnx", "config.json"]
+    assert exported["files"] == ["model.safetensors", "model.onnx", "README.md", "config.json"]
     assert exported["onnx"]["checked_shapes"][-1] == [1, 3, 64, 64]  # an image of the data set
     assert exported["onnx"]["max_abs_difference"] <= 1e-3 * max(1, exported["onnx"]["max_abs_logit"])
     wsss("predict", "--model", "{out}/model", "shots", "--out", "{out}/model_masks")

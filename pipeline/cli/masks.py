@@ -107,7 +107,7 @@ def import_masks(
     ] = None,
     ids: Annotated[
         Path | None,
-        typer.Option(parser=as_path, metavar="FILE", help="Write the ids here, for pixel_list and mask_list."),
+        typer.Option(parser=as_path, metavar="FILE", help="Write the ids here, for pixel_list."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace masks and list that are there.")] = False,
     images: ImagesOption = None,

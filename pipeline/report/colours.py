@@ -52,8 +52,8 @@ VIRIDIS = np.array(
 Source: N. Smith and S. van der Walt, matplotlib 2015.
 """
 
-ERRORS = {"missed": (255, 255, 255), "found where nothing is": (0, 0, 0), "taken for another class": (230, 30, 90)}
-"""What can be wrong with a pixel, and its colour on an error map: none that a class has in the safe palette."""
+ERRORS = {"missed": (255, 255, 255), "found where nothing is": (0, 0, 0), "taken for another class": (255, 176, 0)}
+"""What can be wrong with a pixel, and its colour on the grey error map: for every reader, and none of a class."""
 
 
 def find_palette(name: PaletteName) -> Palette:

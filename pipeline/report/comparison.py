@@ -26,7 +26,7 @@ from pipeline.engine.records import read_runs
 from pipeline.report.colours import Palette, PaletteName, find_palette
 from pipeline.report.page import write_template
 from pipeline.report.pictures import PICTURE_PX, figure, fit, outline, score_images
-from pipeline.report.tables import METRICS, STAGE_MEANINGS, MetricText, format_value, natural_key
+from pipeline.report.tables import METRICS, STAGE_MEANINGS, MetricText, format_value, name_revision, natural_key
 from pipeline.store.artifacts import MANIFEST, Store, check_manifest, examine
 from stages.contracts import (
     BACKGROUND_INDEX,
@@ -246,7 +246,7 @@ def _read_settings(evaluate: Path) -> dict[str, str]:
         content = manifests[stage].get("content", {})
         data = content.get("data") if stage == "prepare_data" else None
         own = {"made by version": content.get("version"), "seed": content.get("seed")}
-        own |= {"code": manifests[stage].get("run", {}).get("revision")}
+        own |= {"code": name_revision(manifests[stage].get("run", {}).get("revision") or "") or None}
         settings |= _flatten("data", data or {})
         settings |= _flatten(stage, {**content.get("config", {}), **{n: v for n, v in own.items() if v is not None}})
     return settings

@@ -32,6 +32,7 @@ from pipeline.report.tables import (
     format_seconds,
     format_time,
     metric_rows,
+    name_revision,
     stage_rows,
     step_rows,
 )
@@ -227,8 +228,7 @@ def _facts(
     segmenter = _dig(config, "train_segmenter", "net")
     body = _dig(segmenter, "backbone", "name") or _dig(segmenter, "encoder")
     machines = [", ".join(str(found[name]) for name in HARDWARE if found.get(name)) for found in runs]
-    commits = [str(found.get("revision") or "") for found in runs]
-    commits = [f"{text[:10]}, with changes" if text.endswith("+") else text[:10] for text in commits]
+    commits = [name_revision(str(found.get("revision") or "")) for found in runs]
     facts = {
         "Command": f"wsss run {invocation}",
         "Data": f"{_dig(config, 'data', 'format')} {_dig(config, 'data', 'root') or ''}",

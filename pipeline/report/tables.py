@@ -177,6 +177,8 @@ def class_table(confusions: Mapping[str, SparseConfusions], classes: ClassList) 
     )
 
 
+_NAMED = 5
+"""Classes that a note names."""
 _COLLAPSE_FOUND, _COLLAPSE_TRUE = 0.9, 0.6
 """One class has at least this share of the object pixels that were found, and at most this one of the true ones."""
 
@@ -207,8 +209,9 @@ def collapse_notes(confusions: Mapping[str, SparseConfusions], classes: ClassLis
     return notes
 
 
-_NAMED = 5
-"""Classes that a note names."""
+def name_revision(revision: str) -> str:
+    """A commit in ten digits; a ``+`` behind it says that the tree had changes."""
+    return f"{revision[:10]}, with changes" if revision.endswith("+") else revision[:10]
 
 
 def natural_key(text: str) -> tuple[tuple[bool, int, str], ...]:

@@ -40,3 +40,9 @@ def test_all_values_have_a_colour_of_their_own_that_no_error_has() -> None:
 def test_heat_gets_lighter_for_every_reader(vision: Vision) -> None:
     lightness = _lab(VIRIDIS.astype(np.uint8), vision)[:, 0]
     assert (np.diff(lightness) > 2).all()
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+def test_errors_stand_out_from_each_other_and_from_grey(vision: Vision) -> None:
+    seen = _lab(np.array([*ERRORS.values(), (140, 140, 140)], np.uint8), vision)
+    assert min(float(np.linalg.norm(one - other)) for one, other in combinations(seen, 2)) > 35

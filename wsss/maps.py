@@ -83,6 +83,8 @@ def attention(
         raise InputError(f"scales: expected factors above 0, found {tuple(scales)}")
     pixels = read_picture(image)
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    if std is not None and min(std) <= 0:
+        raise InputError(f"std: expected numbers above 0, found {tuple(std)}")
     own = getattr(model, "pretrained_cfg", None) or {}
     shift, width = (
         torch.tensor(given or own.get(name) or default, device=device).view(1, 3, 1, 1)
@@ -157,6 +159,8 @@ def _run(model: nn.Module, images: Tensor) -> _Trace:
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != 1:
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise InputError(f"expected a classifier that gives logits (1, K), found {found}")
+    if not torch.isfinite(logits).all():
+        raise InputError("the model gives logits that are not finite: are its weights or its normalisation wrong?")
     trace.logits = logits
     return trace
 
@@ -165,8 +169,8 @@ def _check_labels(labels: Sequence[int] | None, logits: Tensor) -> list[int]:
     count = logits.shape[1]
     if labels is None:
         return [int(logits.argmax())]
-    found = [int(label) for label in labels]
-    if not found or any(not 0 <= label < count for label in found):
+    found = [int(label) for label in labels if isinstance(label, int | np.integer)]
+    if not found or len(found) < len(labels) or any(not 0 <= label < count for label in found):
         raise InputError(f"labels: expected class numbers 0 … {count - 1}, found {list(labels)}")
     return found
 
@@ -263,11 +267,19 @@ def refine(
         InputError: none or several of the three are given, or shape, type or range do not fit.
     """
     from stages.ops.crf.dense_crf import CrfConfig, dense_crf
+    from stages.ops.crf.presets import PRESETS
 
     given = [name for name, it in (("maps", maps), ("mask", mask), ("probabilities", probabilities)) if it is not None]
     if len(given) != 1:
         raise InputError(f"expected one of maps, mask and probabilities, found {' and '.join(given) or 'none'}")
+    if isinstance(crf, str) and crf not in PRESETS:
+        raise InputError(f"crf: expected a CrfConfig, None or one of {', '.join(PRESETS)}, found {crf!r}")
     config = CrfConfig.model_validate({"preset": crf}) if isinstance(crf, str) else crf
+    for name, it in (("maps", maps), ("mask", mask), ("probabilities", probabilities)):
+        if it is not None and not isinstance(it, np.ndarray):
+            raise InputError(
+                f"{name}: expected a numpy array, found {type(it).__name__}; convert it with numpy.asarray"
+            )
     pixels = read_picture(image)
     size = (pixels.shape[0], pixels.shape[1])
     if labels is not None and maps is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import TypeAlias
@@ -10,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from stages.contracts import read_rgb
+from stages.contracts import read_image, read_rgb
 from stages.errors import InputError
+
+_TIFF_MODES = ("F", "CMYK", "YCbCr", "LAB", "RGBX", "PA", "La", "RGBa", "HSV")
+"""What PNG does not hold."""
 
 Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
 """A path; a PIL image; or RGB as uint8 (H, W, 3), or grey (H, W)."""
@@ -25,7 +29,9 @@ def read_picture(image: Picture) -> NDArray[np.uint8]:
         DataError: a file that is not there or no image.
     """
     if isinstance(image, Image.Image):
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        content = io.BytesIO()  # as a file of it would be read: 16 bits are scaled, floats refused
+        ImageOps.exif_transpose(image).save(content, "TIFF" if image.mode in _TIFF_MODES else "PNG")
+        return read_image(Path("the image"), content.getvalue())[0]
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
             raise InputError(

@@ -13,7 +13,7 @@ import typer
 from pipeline.cli.options import ArtifactsOption, JsonOption, as_path
 from pipeline.cli.output import get_output
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
-from stages.errors import EnvironmentFailure
+from stages.errors import EnvironmentFailure, InputError
 
 if TYPE_CHECKING:
     from pipeline.engine.reproduce import Reproduction
@@ -55,6 +55,8 @@ def reproduce(
     store = open_store(artifacts)
     record = find_run(store, run)
     output.document["run"] = record.path.stem
+    if out is not None and out.resolve() == store.root.resolve():
+        raise InputError(f"--out {out} is the store of the run itself; name another folder")
     beside, lock = Store(out or store.root / REPRODUCED), reproduction_lock(store)
     if out is None and not lock.try_acquire():
         raise EnvironmentFailure(

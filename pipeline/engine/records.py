@@ -138,8 +138,12 @@ def read_runs(store: Store, *, damaged: Callable[[str], None] | None = None) -> 
         DamagedFileError: a record does not read back, and there is no ``damaged`` to hear of it; nothing must be pruned
             then.
     """
-    records = []
-    for path in sorted((store.root / "runs").glob("*.json")):
+    records, folder = [], store.root / "runs"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise DamagedFileError(
+            f"{folder}: expected the folder of the run records, found something else; is a disk away?"
+        )
+    for path in sorted(folder.glob("*.json")):
         try:
             records.append(_read_record(path))
         except DamagedFileError as error:
@@ -215,6 +219,10 @@ def _read_record(path: Path) -> RunRecord:
     if not all(isinstance(text, str) for text in [*words, *keys.values()]):
         raise DamagedFileError(f"{path} is no run record; remove it")
     run_id, name, started, state = map(str, words)
+    try:
+        datetime.fromisoformat(started)
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is no run record: it started at '{started[:40]}'; remove it") from error
     return RunRecord(path, run_id, name, started, state, keys, config)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipeline.config.yaml_models import load_values
 from pipeline.engine.outcomes import Listener
 from pipeline.engine.plan import Plan, plan_run
 from pipeline.engine.records import RunRecord
@@ -47,12 +48,16 @@ class Reproduction:
 def judge(found: Sequence[Reproduction], tolerance: float) -> Verdict:
     """``equal`` byte for byte; ``close`` where bytes differ and every metric agrees; else, or without any, different.
 
+    The metrics must be of the last stage that differs, or of one after it.
     ``tolerance`` is absolute for metrics up to 1 in size (0.01 is a point of mIoU), and a share of a larger one.
     """
-    if not any(stage.files for stage in found):
+    differing = [position for position, stage in enumerate(found) if stage.files]
+    if not differing:
         return "equal"
+    # of a stage without metrics, such as a training, a later one tells: what comes before knows nothing of it
+    judges = [stage for stage in found[differing[-1] :] if stage.metrics]
     pairs = [pair for stage in found for pair in stage.metrics.values()]
-    return "close" if pairs and all(agrees(*pair, tolerance) for pair in pairs) else "different"
+    return "close" if judges and all(agrees(*pair, tolerance) for pair in pairs) else "different"
 
 
 def agrees(before: float | None, now: float | None, tolerance: float) -> bool:
@@ -92,7 +97,7 @@ def reproduce(
         MissingArtifactError: an artifact of the run is not in the store.
         WsssError: a stage failed.
     """
-    config = table.run_type.model_validate(record.config)
+    config = load_values(table.run_type, record.config, (), f"the config of {record.path.stem}")
     stages = [name for name in table.names if name in record.keys]  # a record has them by the alphabet
     wanted = stages if stage is None else [table.spec(stage).name]
     if not wanted or wanted[0] not in record.keys:
@@ -111,7 +116,8 @@ def reproduce(
     again = Run(config, beside, listener=listener, plan=plan, table=table)
     found = []
     for name in wanted:
-        again.ensure(name)
+        if again.ensure(name).state == "cached":
+            listener.warn(f"{name} was in {beside.root} already, and is compared as it is: nothing was built again")
         found.append(_compare(before[name], beside.require(name, plan.keys[name])))
         done(found[-1])
     return found

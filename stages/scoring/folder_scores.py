@@ -6,6 +6,7 @@ Shapes: C classes with background, H W image pixels.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,8 @@ def score_folders(
             class, a file that is no mask of indices.
     """
     progress = progress or SilentProgress()
+    if classes is not None and len({"background", *classes}) <= len(classes):
+        raise InputError(f"classes: expected different names without background, found {', '.join(classes)}")
     wanted, found = _masks(truth), _masks(predictions)
     missing = [path for image_id, path in wanted.items() if image_id not in found]
     problems = [f"{path}: no prediction for it in {predictions}" for path in missing]
@@ -97,6 +100,8 @@ def score_folders(
     if problems:
         shown = problems[:SHOWN] + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
         raise DataError(f"{len(problems)} of {len(wanted)} masks of {truth} cannot be scored", shown)
+    if not any(matrix.any() for _, matrix in matrices):
+        raise DataError(f"{truth}: every pixel is {IGNORE_INDEX}, which is not counted; nothing can be scored")
     if classes is None:
         highest = max((int(np.flatnonzero(matrix.sum(0) + matrix.sum(1)).max(initial=0)) for _, matrix in matrices))
         names = tuple(str(value) for value in range(highest + 1))
@@ -110,12 +115,14 @@ def score_folders(
 def _masks(folder: Path) -> dict[str, Path]:
     """The masks of a folder by file name without its ending, sorted."""
     try:
-        found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".png"}
+        files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".png"]
     except OSError as error:
         raise InputError(f"{folder}: expected a folder of masks ({error.strerror})") from error
-    if not found:
+    if not files:
         raise InputError(f"{folder}: expected masks of class indices as <image>.png, found none")
-    return found
+    found = {unicodedata.normalize("NFC", path.stem): path for path in files}
+    # two spellings of one name are two images
+    return found if len(found) == len(files) else {path.stem: path for path in files}
 
 
 def _count(truth: Path, prediction: Path, highest: int, unsure: Literal["background", "drop"]) -> NDArray[np.int64]:

@@ -127,3 +127,13 @@ def test_a_run_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(ConfigError) as error:
         wsss.run("demo", quiet=True, seed="x", data={"num_trains": 3})
     assert len(error.value.problems) == 2
+
+
+def test_names_meet_in_any_unicode_form_and_nothing_counted_is_no_score(tmp_path: Path) -> None:
+    truth = masks(tmp_path / "t", **{"caf\u00e9": [[0, 1]]})
+    found = masks(tmp_path / "p", **{"cafe\u0301": [[0, 1]]})
+    assert wsss.score(truth, found).miou == 1
+    with pytest.raises(InputError, match="different names without background"):
+        wsss.score(truth, found, classes=["cat", "cat"])
+    with pytest.raises(DataError, match="every pixel is 255"):
+        wsss.score(masks(tmp_path / "void", a=[[255, 255]]), masks(tmp_path / "any", a=[[0, 1]]))

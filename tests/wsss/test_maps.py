@@ -158,6 +158,28 @@ def test_images_come_as_files_arrays_and_pil(tmp_path: Path) -> None:
         wsss.attention(Tiny(), tmp_path / "b.png", [0])
 
 
+def test_pil_images_are_read_as_their_files_are(tmp_path: Path) -> None:
+    from wsss.pictures import read_picture
+
+    sixteen = Image.fromarray((np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8))
+    sixteen.save(tmp_path / "a.png")
+    assert np.array_equal(read_picture(sixteen), read_picture(tmp_path / "a.png"))
+    assert read_picture(sixteen)[0, 1, 0] == 4
+    with pytest.raises(InputError):
+        read_picture(Image.fromarray(np.full((8, 8), 0.5, np.float32)))
+
+
+def test_a_model_of_nan_is_no_absence_of_evidence() -> None:
+    net = Tiny()
+    torch.nn.init.constant_(net.head.weight, float("nan"))
+    with pytest.raises(InputError, match="not finite"):
+        wsss.attention(net, picture(), [0], **PLAIN)
+    with pytest.raises(InputError, match="std"):
+        wsss.attention(Tiny(), picture(), [0], mean=(0, 0, 0), std=(0, 0, 0))
+    with pytest.raises(InputError, match="class numbers"):
+        wsss.attention(Tiny(), picture(), [1.5])
+
+
 # -- refine -----------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +249,8 @@ def test_energies_and_logits_are_refused_and_told_what_to_do() -> None:
         ({"maps": np.ones((2, 4, 4)), "labels": [1]}, "expected 2 different class numbers"),
         ({"maps": np.ones((2, 4, 4)), "labels": [1, 1]}, "expected 2 different class numbers"),
         ({"maps": np.ones((1, 4, 4)), "threshold": 1.5}, "the options of refine are wrong"),
+        ({"maps": [[[0.5]]]}, "expected a numpy array, found list"),
+        ({"mask": np.eye(40, dtype=int), "crf": "irm"}, "crf: expected a CrfConfig"),
         ({"mask": np.zeros((40, 41), int)}, r"of the image's \(40, 40\)"),
         ({"mask": np.zeros((40, 40))}, "expected integers"),
         ({"mask": np.full((40, 40), 300)}, "labels 0 … 255, found 300"),

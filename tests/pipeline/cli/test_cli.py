@@ -354,6 +354,10 @@ def check_reproduction(folder: Path, wsss, wsss_json, path: Path) -> None:
     assert second.endswith("index.json (different)")
     assert third.endswith("1 of 2 metrics differ; 1 by more than 0.01: data.num_train 6 → 5")
     assert wsss_json("reproduce", "last", "--out", "again", "--tolerance", "0.5")["verdict"] == "close"
+    assert (
+        "is the store of the run itself"
+        in wsss_json("reproduce", "last", "--out", "artifacts", code=2)["error"]["message"]
+    )
     assert "no run 'nothing'" in wsss_json("reproduce", "nothing", code=2)["error"]["message"]
 
 

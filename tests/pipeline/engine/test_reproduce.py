@@ -112,6 +112,8 @@ def test_bytes_without_metrics_are_different_until_scores_say_otherwise() -> Non
     training = Reproduction("train", "k", 1.0, {}, {"weights": "different"}, 2, {})
     scores = Reproduction("evaluate", "k", 1.0, {}, {"metrics.json": "different"}, 1, {"miou": (0.500, 0.508)})
     assert judge([training], 1.0) == "different"
+    before = Reproduction("prepare", "k", 1.0, {}, {}, 9, {"images": (6, 6)})
+    assert judge([before, training], 1.0) == "different", "how many images there are says nothing of the weights"
     assert judge([training, scores], 0.01) == "close"
     assert judge([training, scores], 0.005) == "different"
     assert judge([replace(scores, metrics={"miou": (0.5, None)})], 1.0) == "different"

@@ -20,6 +20,7 @@ from stages.training.config import TrainingConfig
 from stages.training.loop import train
 from stages.training.randomness import batch_order, sample_seed, step_seed
 from stages.training.segmenter_objective import LossConfig, SegmenterObjective
+from tests.stages.training.kept_state import read_state
 
 SIZE = 8
 
@@ -353,7 +354,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_reason(tmp_path):
     with pytest.raises(InputError, match=r"not finite at step 3 of 6 \(loss inf, score .*lower training.learning_rate"):
         run(tmp_path, objective=objective)
     # the checkpoint under out is from before the failure: none was written with a bad loss in it
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["step"] == 2
+    assert read_state(tmp_path)["step"] == 2
 
 
 def test_the_last_step_is_checked_too(tmp_path):
@@ -362,11 +363,19 @@ def test_the_last_step_is_checked_too(tmp_path):
         run(tmp_path, config=config, objective=lambda m, b, s: {"loss": squared_error(m, b, s)["loss"] * float("nan")})
 
 
-def test_a_damaged_checkpoint_is_set_aside_with_a_warning(tmp_path):
+DAMAGE = {
+    "cut": lambda data: data[: len(data) // 2],
+    "flipped": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_with_a_warning(tmp_path, damage):
     whole, _ = run(tmp_path / "whole")
     data = (tmp_path / "whole" / "checkpoint.pt").read_bytes()
     (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "checkpoint.pt").write_bytes(data[: len(data) // 2])
+    (tmp_path / "cut" / "checkpoint.pt").write_bytes(DAMAGE[damage](data))
     progress = SilentProgress()
     model, _ = run(tmp_path / "cut", progress=progress)
     assert as_bytes(model) == as_bytes(whole)
@@ -625,7 +634,7 @@ def test_fp16_scales_its_loss_and_the_scale_survives_a_kill(tmp_path, monkeypatc
     whole, history = run(tmp_path / "whole", config=config, objective=objective)
     with pytest.raises(Killed):
         run(tmp_path / "killed", config=config, objective=killed_at(3, objective))
-    kept = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["state"]["scaler"]
+    kept = read_state(tmp_path / "killed")["scaler"]
     assert (kept["scale"], kept["_growth_tracker"]) == (128.0, 1)
     resumed, resumed_history = run(tmp_path / "killed", config=config, objective=objective)
     assert as_bytes(resumed) == as_bytes(whole)

@@ -569,7 +569,7 @@ def examine(folder: Path, files: Mapping[str, Any]) -> tuple[dict[str, str], dic
     damage |= find_changes(folder, files, [name for name in files if name not in damage], folder)
     if MANIFEST in others:
         damage[MANIFEST] = f"{folder / MANIFEST} is a link, not a file"
-    strangers = (sizes.keys() | others) - files.keys() - {MANIFEST}
+    strangers = {name for name in (sizes.keys() | others) - files.keys() - {MANIFEST} if not _is_of_the_system(name)}
     return damage, {name: f"{folder / name} is no file of this artifact" for name in sorted(strangers)}
 
 
@@ -609,6 +609,12 @@ def discard(path: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def _is_of_the_system(name: str) -> bool:
+    """Whether a file browser left it."""
+    last = name.rpartition("/")[2]
+    return last in (".DS_Store", "Thumbs.db", "desktop.ini") or last.startswith("._")
 
 
 def _is_temporary(name: str) -> bool:

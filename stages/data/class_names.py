@@ -129,7 +129,8 @@ def check_class_names(
             problems.add("nothing", f"{text}  {remedy[0].upper()}{remedy[1:]}, or name all classes in data.classes")
     alike: dict[str, list[str]] = {}
     for name in counts:
-        folded = unicodedata.normalize("NFKC", name).casefold()
+        shown = "".join(character for character in name if unicodedata.category(character) != "Cf")  # has a width
+        folded = unicodedata.normalize("NFKC", shown).casefold()
         alike.setdefault(re.sub(r"[\s_\-]+", "", folded) or folded, []).append(name)
     for names in alike.values():
         if len(names) > 1:

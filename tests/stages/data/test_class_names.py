@@ -9,7 +9,8 @@ import pytest
 from stages.data.adapters.custom import CustomConfig
 from stages.data.adapters.imagenet import ImageNetConfig
 from stages.data.adapters.voc import VocConfig
-from stages.data.class_names import is_word_for_nothing, nearest
+from stages.data.class_names import check_class_names, is_word_for_nothing, nearest
+from stages.data.records import Problems
 from tests.stages.data.drawn_sets import draw_set
 from tests.stages.data.wsol_sets import write_imagenet
 
@@ -163,3 +164,9 @@ def test_the_remedy_for_an_unknown_name_is_its_nearest_spelling() -> None:
     assert nearest("Cat", ("cat", "dog")) == "did you mean 'cat'?"
     assert nearest("zebra", ("cat", "dog")) == "known classes: cat, dog"
     assert nearest("x" * 10_000_000, ("cat", "dog")) == "known classes: cat, dog", "at once"
+
+
+def test_a_name_with_a_character_of_no_width_is_its_neighbour() -> None:
+    problems = Problems()
+    check_class_names({"cat": 5, "cat\u200b": 1}, "labels.csv", problems, remedy="correct the file")
+    assert any("would be classes of their own" in line for line in problems.lines())

@@ -131,7 +131,14 @@ MANIFEST = {
     },
     "run": {"metrics": {"masks.miou": 0.5}, "warnings": ["a"], "started": "2025-01-01T00:00:00", "seconds": 1.5},
 }
-RECORD = {"run": "r", "name": "n", "started": "2025", "state": "done", "keys": {"make_masks": KEY}, "config": {}}
+RECORD = {
+    "run": "r",
+    "name": "n",
+    "started": "2025-06-01T12:00:00+00:00",
+    "state": "done",
+    "keys": {"make_masks": KEY},
+    "config": {},
+}
 CLASSIFIER = {"backbone": {"name": "small"}, "method": {"name": "cam"}, "classes": {"names": ["a", "b"]}}
 SEGMENTER = {"net": {"name": "largefov", "backbone": {"name": "small"}}, "num_classes": 3, "classes": ["a", "b"]}
 IMAGE = {"id": "a", "image": "a.jpg", "size": [6, 8], "labels": [0]}

@@ -141,3 +141,11 @@ def test_every_row_of_the_ladder_is_a_config_that_loads_and_differs_from_the_oth
         sets = [value for flag, value in itertools.pairwise(options) if flag == "--set"]
         loaded.add(load_config(ROOT / config, overrides=sets).model_dump_json())
     assert len(loaded) == len(printed.splitlines()) == 12
+
+
+@pytest.mark.slow
+def test_digests_are_measured_on_files_of_three_sizes():
+    document = run_quick("digests")
+    assert document["mb_per_s"].keys() == {"weights", "photographs", "masks"}
+    assert all(rate > 0 for row in document["mb_per_s"].values() for rate in row.values())
+    assert [ratio["kind"] for ratio in document["ratios"]] == ["speedup"] * 3

@@ -12,6 +12,7 @@ import pytest
 from pipeline.flows.embedded_server import embedded_server
 from pipeline.flows.environment import bypass_proxy, set_prefect_environment
 from stages.errors import EnvironmentFailure
+from tests.pipeline.engine.fake_trackers import write_fake_trackers
 from tests.pipeline.flows.clusters import wait_until
 from tests.pipeline.whole_runs.tiny_run import tiny_yaml
 
@@ -30,6 +31,8 @@ class Recorded:
     """The JSON document of ``wsss run --engine prefect``."""
     scenario: dict
     servers_left: list[int]
+    points: list[list]
+    """Tag, value and step of what the first run told its tracker."""
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +40,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     folder = tmp_path_factory.mktemp("flow")
     (folder / "tiny.yaml").write_text(CONFIG)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(folder / "home")}
+    write_fake_trackers(folder / "fakes")
+    environment |= {"PYTHONPATH": f"{folder / 'fakes'}:{ROOT}", "PREFECT_HOME": str(folder / "home")}
 
     def run(*words: str) -> dict:
         command = [sys.executable, *words]
@@ -45,9 +49,12 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    first = run("-m", "pipeline.cli.main", "run", "tiny.yaml", "--engine", "prefect", "--json")
+    tracked = ("--set", "track=[tensorboard]")
+    first = run("-m", "pipeline.cli.main", "run", "tiny.yaml", "--engine", "prefect", "--json", *tracked)
+    (points,) = (folder / "artifacts" / "tensorboard").glob("*/points.jsonl")
     scenario = run(str(Path(__file__).with_name("flow_scenario.py")))
-    return Recorded(first, scenario, servers_of(folder / "home"))
+    written = [json.loads(line) for line in points.read_text().splitlines()]
+    return Recorded(first, scenario, servers_of(folder / "home"), written)
 
 
 def servers_of(home: Path) -> list[int]:
@@ -76,6 +83,13 @@ def test_a_first_run_shows_six_task_runs_with_the_stages_names(recorded: Recorde
     assert run["parameters"]["config"] == "tiny.yaml"
     assert run["tasks"][5][2] == recorded.first["stages"][5]["path"]
     assert any(line.startswith("evaluate: built in") for line in run["logs"]), "the runs' own logs reach the server"
+
+
+@pytest.mark.prefect
+def test_trackers_follow_a_run_of_prefects_engine(recorded: Recorded):
+    tags = {tag for tag, *_ in recorded.points}
+    assert {"train_classifier/loss", "train_segmenter/loss", "segmenter.miou"} <= tags
+    assert recorded.points[-1][0] == "closed"
 
 
 @pytest.mark.prefect

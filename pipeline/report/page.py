@@ -63,16 +63,19 @@ def report_path(run: RunConfig, plan: Plan, store: Store, *, is_complete: bool) 
 
 
 def ensure_report(run: RunConfig, plan: Plan, store: Store, outcome: RunOutcome, invocation: str) -> Path | None:
-    """The report of a run that reached its end, None for another; written again only when one of its stages was.
+    """The report of a run that reached its end, None for another.
 
+    It is written again when one of its stages was, and when what is there was drawn by another version of this package.
     ``invocation`` is config and options as the user wrote them.
     """
     states = {stage.stage: stage.state for stage in outcome.stages}
     if plan.table.names[-1] not in states:
         return None
     path = report_path(run, plan, store, is_complete=True)
-    if path.is_file() and all(state in ("cached", "skipped") for state in states.values()):
-        return path
+    if all(state in ("cached", "skipped") for state in states.values()) and path.is_file():
+        with path.open("rb") as file:
+            if f'content="wsss {_generator()}"'.encode() in file.read(2**12):
+                return path
     return write_report(run, plan, store, plan.keys, path, invocation=invocation, states=states)
 
 
@@ -136,6 +139,7 @@ def build_report(
     return write_template(
         "report.html",
         out,
+        generator=_generator(),
         name=run.name,
         summary=_summarise(config, images, manifests),
         facts=_facts(run, config, runs, invocation, has_scores="evaluate" in artifacts),
@@ -207,6 +211,12 @@ def write_template(template: str, out: Path, **context: object) -> Path:
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     write_atomic(out, environment.get_template(template).render(context).encode())
     return out
+
+
+def _generator() -> str:
+    """Names the code and the templates that draw a page."""
+    files = sorted(file for file in Path(__file__).parent.iterdir() if file.is_file())
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _summarise(config: Mapping[str, Any], images: ImageSet | None, manifests: Manifests) -> str:

@@ -9,6 +9,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 
 from pipeline.report.charts import line_chart, nice_ticks
 from pipeline.report.colours import ERRORS, find_palette, safe_palette
-from pipeline.report.page import _history_charts, build_report
+from pipeline.report.page import _history_charts, build_report, ensure_report, report_path
 from pipeline.report.pictures import (
     HALO,
     HATCH,
@@ -372,6 +373,32 @@ def test_page_states_come_from_the_outcome(artifacts, tmp_path):
     assert page.text.count("cached") == 5
     assert "eval01234567" in page.text
     assert "eval0123456789" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("state", "change", "is_written"),
+    [
+        ("cached", None, False),
+        ("built", None, True),
+        ("cached", lambda page: page.unlink(), True),
+        ("cached", lambda page: page.write_text("<html>drawn by an older version</html>"), True),
+    ],
+)
+def test_a_run_that_is_cached_keeps_the_page_that_this_version_drew(
+    artifacts, tmp_path, monkeypatch, state, change, is_written
+):
+    plan = SimpleNamespace(table=SimpleNamespace(names=list(artifacts)), keys=dict.fromkeys(artifacts, "0" * 20))
+    outcome = SimpleNamespace(stages=[SimpleNamespace(stage=name, state="cached") for name in artifacts])
+    outcome.stages[-1].state = state
+    store, run, written = SimpleNamespace(root=tmp_path), make_run(), []
+    page = report_path(run, plan, store, is_complete=True)
+    page.parent.mkdir()
+    build(artifacts, page)
+    if change is not None:
+        change(page)
+    monkeypatch.setattr("pipeline.report.page.write_report", lambda *words, **options: written.append(words[4]))
+    ensure_report(run, plan, store, outcome, "fake.yaml")
+    assert written == [page] * is_written
 
 
 def test_page_shows_images_beside_masks_truth_and_errors(artifacts, tmp_path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.options import ArtifactsOption, JsonOption, as_path
+from pipeline.cli.options import ArtifactsOption, JsonOption, PageColours, PaletteOption, as_path
 from pipeline.cli.output import get_output
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 from stages.errors import InputError
@@ -30,6 +30,7 @@ def compare(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", parser=as_path, help="Also write an HTML page.")
     ] = None,
+    palette: PaletteOption = PageColours.SAFE,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
@@ -45,7 +46,7 @@ def compare(
     found = compare_runs([find_scored_run(word, store) for word in runs])
     output.document = _describe(found) | {"page": out}
     if out is not None:
-        write_page(found, out)
+        write_page(found, out, palette.value)
     if not output.is_json:
         _show(found, per_class=per_class)
     if out is not None:

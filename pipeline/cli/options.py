@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from pathlib import Path
 from typing import Annotated
@@ -59,3 +60,15 @@ ArtifactsOption = Annotated[
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 """Read by ``main`` from the command line, since it also decides how a wrong command line is reported."""
+
+
+class PageColours(enum.StrEnum):
+    """The palette of a page; mask files always have VOC's."""
+
+    SAFE = "safe"
+    VOC = "voc"
+
+
+PaletteOption = Annotated[
+    PageColours, typer.Option("--palette", help="Colours of the classes: safe for colour-blind readers, or VOC's.")
+]

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption, as_path
+from pipeline.cli.options import (
+    ArtifactsOption,
+    ConfigArgument,
+    JsonOption,
+    OverridesOption,
+    PageColours,
+    PaletteOption,
+    as_path,
+)
 from pipeline.cli.output import get_output, load_run, run_document
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS, write_invocation
 from stages.errors import MissingArtifactError
@@ -28,13 +36,6 @@ class EngineName(enum.StrEnum):
     AUTO = "auto"
     LOCAL = "local"
     PREFECT = "prefect"
-
-
-class PageColours(enum.StrEnum):
-    """The palette of a page; mask files always have VOC's."""
-
-    SAFE = "safe"
-    VOC = "voc"
 
 
 def run(
@@ -177,9 +178,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", parser=as_path, help="The HTML file to write.")
     ] = None,
-    palette: Annotated[
-        PageColours, typer.Option("--palette", help="Colours of the classes: safe for colour-blind readers, or VOC's.")
-    ] = PageColours.SAFE,
+    palette: PaletteOption = PageColours.SAFE,
     overrides: OverridesOption = None,
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
@@ -207,6 +206,6 @@ def report(
         list(found),
         path,
         invocation=invocation,
-        palette="voc" if palette is PageColours.VOC else "safe",
+        palette=palette.value,
     )
     output.tell(f"report: {path}")

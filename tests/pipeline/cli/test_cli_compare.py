@@ -205,6 +205,14 @@ def test_the_page_is_written_where_it_is_asked_for(store: Store, wsss_json, tmp_
     assert "better-1b1b1b1b" in (tmp_path / "sub" / "c.html").read_text()
 
 
+@pytest.mark.parametrize(("words", "palette"), [((), "safe"), (("--palette", "voc"), "voc")])
+def test_the_page_has_the_chosen_colours(store: Store, wsss, monkeypatch, words, palette) -> None:
+    taken = []
+    monkeypatch.setattr("pipeline.report.comparison.write_page", lambda found, out, name: taken.append(name))
+    wsss(ONE, TWO, "--out", "c.html", *words)
+    assert taken == [palette]
+
+
 def test_neither_torch_nor_prefect_is_imported(store: Store, tmp_path: Path) -> None:
     program = (
         "import sys; from pipeline.cli.main import main; code = main(sys.argv[1:]); "

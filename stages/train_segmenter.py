@@ -139,7 +139,7 @@ class TrainSegmenterConfig(LossConfig):
         if needing and len(found) == len(train):
             raise ConfigError(
                 f"corrected_masks: all {len(train):,} training images have a corrected mask, and "
-                f"{' and '.join(needing)} work on those with a pseudo-mask; leave that out"
+                f"train_segmenter.{' and '.join(needing)} need some that have a pseudo-mask alone; leave that out"
             )
         return found
 

@@ -78,22 +78,32 @@ def export_masks(
             raise InputError(f"{source} is a folder of masks; --predictions and --set belong to a CONFIG")
         masks = find_masks(folder)
         records, names = _named(images, classes)
+        root = images
     else:
         from pipeline.delivery.masks import open_masks
 
         _refuse_named(images, classes)
         found = open_masks(source, overrides, artifacts, doing="masks export")
         masks = found.predictions() if predictions else found.pseudo_masks()
-        records, names = found.images.index.images, found.images.index.classes
+        records, names, root = found.images.index.images, found.images.index.classes, found.images.root
     if ids is not None:
         wanted = read_ids(ids, "--ids")
         if missing := [f"{image_id}: there is no mask of it" for image_id in wanted if image_id not in masks]:
             raise InputError(f"{ids}: names images that have no mask; remove their lines", missing[:20])
         masks = {image_id: masks[image_id] for image_id in wanted}
     with output.progress("masks export") as progress:
-        done = export_masks(masks, records, names, out, format=format.value, shapes=shapes.value, progress=progress)
+        done = export_masks(
+            masks, records, names, out, format=format.value, shapes=shapes.value, root=root, progress=progress
+        )
     output.document |= {"images": done.num_images, "objects": done.num_objects, "files": list(done.files)}
     output.tell(f"{done.num_images:,} masks, {done.num_objects:,} objects: {', '.join(done.files)} in {out}")
+    if format is Format.LABELSTUDIO and done.image_folder is not None:
+        root = shlex.quote(str(done.image_folder.parent))
+        output.tell(
+            "start Label Studio with LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true "
+            f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={root}\nand give the project the source storage 'Local files' "
+            f"with the path {done.image_folder}; then import tasks.json"
+        )
 
 
 @masks_app.command("import")

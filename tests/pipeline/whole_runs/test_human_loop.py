@@ -25,7 +25,7 @@ ALL = ["prepare_data", "train_classifier", "make_attention", "make_masks", "trai
 
 
 def _data_set(folder: Path) -> None:
-    """A set without any mask, as somebody's own, and the config of a run; the true masks stay outside, for the person."""
+    """A set without any mask, as somebody's own, and the config of a run; the true masks are the person's eyes."""
     generate_synthetic(SyntheticConfig(num_train=10, num_val=2, size_px=64, num_classes=2), folder / "data")
     (folder / "data" / "SegmentationClass").rename(folder / "truth")
     training = {"steps": 150, "batch_size": 4, "learning_rate": 0.05}

@@ -25,6 +25,7 @@ from stages.data.adapters.custom import CustomConfig
 from stages.data.adapters.voc import VocConfig
 from stages.errors import ConfigError
 from stages.masks.mask_files import THRESHOLD, read_steps
+from stages.methods.gain import GainExtConfig
 from stages.scoring.agreement import Agreement, least_agreed, measure_agreement
 
 
@@ -89,7 +90,7 @@ class RunMasks:
         data = self.run.data
         if not isinstance(data, CustomConfig | VocConfig):
             return None
-        is_ext = self.run.train_classifier.method.name == "gain_ext"
+        is_ext = isinstance(self.run.train_classifier.method, GainExtConfig)
         listed = as_value(ids)
         method = f".pixel_list={listed}" if is_ext else f"={{name: gain_ext, pixel_list: {listed}}}"
         overrides = [f"train_classifier.method{method}"]

@@ -1,8 +1,9 @@
 """Train the segmenter on pseudo-masks, or on true masks as the upper bound (``supervision: full``).
 
 Reads: the images of split ``train`` and ``masks/<id>.png`` of ``make_masks`` (class indices, 255 = unsure); with
-``supervision: full`` the images' true masks instead, all recorded as mask supervision; with ``loss_weighting:
-confidence`` also ``confidence/<id>.png`` (0 … 255 = sure); with ``init: classifier`` the trained classifier.
+``supervision: full`` the images' true masks instead, with ``corrected_masks`` those of some images from that folder;
+these and those are recorded as mask supervision; with ``loss_weighting: confidence`` also ``confidence/<id>.png``
+(0 … 255 = sure); with ``init: classifier`` the trained classifier.
 Writes: segmenter.safetensors, segmenter.json (net and classes), history.json (loss curve); with ``validation`` also
 validation.json (curve, held-out images) and best.safetensors or last.safetensors, whichever is not the segmenter; with
 ``rounds`` also rounds.json and ``rounds/<n>/`` (``stages.training.rounds``).
@@ -13,7 +14,7 @@ The losses are in ``stages.training.segmenter_objective``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,8 +30,9 @@ from stages.contracts import (
     open_image_set,
     write_json,
 )
+from stages.data.corrected import check_corrected, digest_corrected, find_corrected
 from stages.data.transforms import AugmentConfig, Augmenter
-from stages.errors import DataError, MissingArtifactError
+from stages.errors import ConfigError, DataError, MissingArtifactError
 from stages.nets.segmenters.build import build_segmenter
 from stages.nets.segmenters.config import Init, LargeFovConfig, SegmenterConfig, init_problems
 from stages.nets.segmenters.files import WEIGHTS_FILE, save_segmenter
@@ -65,6 +67,12 @@ class TrainSegmenterConfig(LossConfig):
 
     supervision: Literal["weak", "full"] = "weak"
     """weak: the pseudo-masks of make_masks; full: true masks, the upper bound."""
+    corrected_masks: Path | None = None
+    """Folder of masks that a person has corrected, ``<image id>.png`` of class indices (0 background, i + 1 the i-th
+    class, 255 unsure), as ``wsss masks import`` writes it: each stands in place of its training image's pseudo-mask.
+    null for none."""
+    corrected_repeat: int = Field(default=1, ge=1, le=1000)
+    """How often a corrected image stands in an epoch; every other stands once."""
     init: Init = "imagenet"
     """Where the backbone starts: public ImageNet weights, a public backbone trained on COCO's masks (``coco``), this
     run's classifier, or random numbers."""
@@ -102,12 +110,38 @@ class TrainSegmenterConfig(LossConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_corrected(self) -> TrainSegmenterConfig:
+        if self.corrected_masks is not None and self.supervision == "full":
+            raise ValueError("corrected_masks replace pseudo-masks, and supervision: full takes none: leave out one")
+        return self
+
+    @model_validator(mode="after")
     def _check_rounds(self) -> TrainSegmenterConfig:
         if self.rounds and self.supervision == "full":
             raise ValueError("rounds replace pseudo-masks by the segmenter's; true masks need none: take rounds: 0")
         if self.rounds and self.loss_weighting == "confidence":
             raise ValueError("rounds make masks without confidence: take loss_weighting: none, or rounds: 0")
         return self
+
+    def find_corrected(self, train: Collection[str]) -> dict[str, Path]:
+        """The masks of ``corrected_masks`` by image id; none where there is no such folder in the config.
+
+        Args:
+            train: Ids of the training images.
+
+        Raises:
+            ConfigError: masks of other images, or none; no image is left where some must be.
+        """
+        if self.corrected_masks is None:
+            return {}
+        found = find_corrected(self.corrected_masks, train)
+        needing = [name for name, value in (("rounds", self.rounds), ("validation", self.validation)) if value]
+        if needing and len(found) == len(train):
+            raise ConfigError(
+                f"corrected_masks: all {len(train):,} training images have a corrected mask, and "
+                f"train_segmenter.{' and '.join(needing)} need some that have a pseudo-mask alone; leave that out"
+            )
+        return found
 
     @property
     def losses(self) -> frozenset[LossName]:
@@ -129,8 +163,15 @@ class TrainSegmenterConfig(LossConfig):
 
         Args:
             device: ``Runtime.device``, which decides what a CRF's ``backend: auto`` means.
+
+        Raises:
+            ConfigError: the corrected masks cannot be read.
         """
-        content = self.model_dump(mode="json", exclude={"retraining", *LossConfig.model_fields})
+        hands = {"corrected_masks", "corrected_repeat"}
+        content = self.model_dump(mode="json", exclude={"retraining", *hands, *LossConfig.model_fields})
+        if self.corrected_masks is not None:
+            content["corrected_masks"] = digest_corrected(self.corrected_masks)
+            content["corrected_repeat"] = self.corrected_repeat
         if self.rounds:
             content["retraining"] = self.retraining.key_content(device)
         return content | self.loss_key_content(self.losses, device)
@@ -164,24 +205,31 @@ def train_segmenter(
         runtime: Device, threads and loading processes.
 
     Returns:
-        No metrics (evaluate measures); the ids whose true masks were used.  Nothing on other ranks than the main one.
+        No metrics (evaluate measures); the ids whose true or corrected masks were used.  Nothing on other ranks than
+        the main one.
 
     Raises:
         MissingArtifactError: ``masks`` or ``classifier`` is needed and not given.
-        DataError: no training image has a mask, or one and the net needs two; an image or true mask cannot be read; the
-            pseudo-masks are of another class list.
+        ConfigError: corrected masks of images that are not trained on.
+        DataError: no training image has a mask, or one and the net needs two; an image or true mask cannot be read;
+            corrected masks do not fit their images or classes; the pseudo-masks are of another class list.
         DamagedFileError: a pseudo-mask does not fit its image or its classes.
         WeightsError: the start weights cannot be had or do not fit.
         InputError: the loss is no longer finite, or the net says background everywhere (``validation``, ``rounds``).
     """
     runtime = runtime or Runtime()
     image_set = open_image_set(images, data_root)
-    records, mask_folder = supervised_records(config.supervision, image_set, masks, progress)
-    course = _Course(config, image_set, records, classifier, weights, seed, progress, runtime)
+    index = image_set.index
+    corrected = config.find_corrected(index.splits["train"])
+    for text in check_corrected(corrected, index.split("train"), index.classes):
+        progress.warn(text)
+    records, mask_folder = supervised_records(config.supervision, image_set, masks, progress, corrected=corrected)
+    course = _Course(config, image_set, records, corrected, classifier, weights, seed, progress, runtime)
     confidence = confidence_folder(masks) if config.loss_weighting != "none" and masks is not None else None
     if config.rounds and mask_folder is not None:
+        labelled = [record for record in records if record.id not in corrected]
         labelling = Labelling(
-            config.retraining, image_set, records, config.augment.seen_short_side_px, progress, runtime
+            config.retraining, image_set, labelled, config.augment.seen_short_side_px, progress, runtime
         )
         train_in_rounds(
             lambda one: _train_round(course, one), labelling, rounds=config.rounds, masks=mask_folder, out=out
@@ -190,7 +238,7 @@ def train_segmenter(
         _train_once(course, mask_folder, confidence, out)
     if not is_main():
         return StageResult()
-    used = tuple(record.id for record in records) if config.supervision == "full" else ()
+    used = tuple(record.id for record in records) if config.supervision == "full" else tuple(corrected)
     return StageResult(mask_supervision=used)
 
 
@@ -202,6 +250,8 @@ class _Course:
     image_set: ImageSet
     records: Sequence[ImageRecord]
     """The images with a mask."""
+    corrected: Mapping[str, Path]
+    """Image id to its corrected mask."""
     classifier: Path | None
     weights: Mapping[str, Path]
     seed: int
@@ -221,7 +271,9 @@ def _train_once(
 ) -> None:
     """Train and write what the module's docstring says; ``start`` is a segmenter's folder whose weights are taken."""
     config, image_set, progress = course.config, course.image_set, course.progress
-    held_out = choose_held_out(config.validation, course.records) if config.validation is not None else frozenset()
+    # a correction is made to be learned: what is held out has a pseudo-mask
+    candidates = [record for record in course.records if record.id not in course.corrected]
+    held_out = choose_held_out(config.validation, candidates) if config.validation is not None else frozenset()
     records = [record for record in course.records if record.id not in held_out]
     least = 2 * config.training.accumulate_steps
     if len(records) < least and _needs_two_samples(config.net):
@@ -234,7 +286,11 @@ def _train_once(
     # a crop may have lost a class of its image: there the loss asks the crop's mask
     with_labels = config.loss == "sec" and config.augment.is_whole and all(r.labels is not None for r in records)
     augmenter = Augmenter(config.augment)
-    dataset = MaskedImages(image_set, records, mask_folder, augmenter, course.seed, confidence, with_labels)
+    repeats = [config.corrected_repeat if record.id in course.corrected else 1 for record in records]
+    epoch = [record for record, times in zip(records, repeats, strict=True) for _ in range(times)]
+    dataset = MaskedImages(
+        image_set, epoch, mask_folder, augmenter, course.seed, confidence, with_labels, course.corrected
+    )
     check_class_list(dataset)
     watch = _watch(config, [record for record in course.records if record.id in held_out], dataset, progress)
     history = train(
@@ -270,7 +326,8 @@ def _watch(
         raise DataError(
             "validation holds out a share of the images with a mask, of which there is only one; add images"
         )
-    progress.info(f"{len(held_out)} of {len(held_out) + len(dataset)} images with a mask are held out for validation")
+    num_images = len(held_out) + len({record.id for record in dataset.records})
+    progress.info(f"{len(held_out)} of {num_images} images with a mask are held out for validation")
     return HeldOutImages(
         config.validation,
         held_out,

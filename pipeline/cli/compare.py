@@ -24,7 +24,7 @@ def compare(
     context: typer.Context,
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN RUN...", help="Config, run name or id, key or folder of an evaluate artifact."),
+        typer.Argument(metavar="RUN RUN...", help="Config, run, last, or key or folder of an evaluate artifact."),
     ],
     per_class: Annotated[bool, typer.Option("--per-class", help="Show every class too.")] = False,
     out: Annotated[

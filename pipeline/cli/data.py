@@ -10,7 +10,7 @@ import typer
 from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption, as_path
 from pipeline.cli.output import get_output, load_run
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
-from stages.errors import ConfigError, DataError
+from stages.errors import ConfigError, DataError, InputError
 
 data_app = typer.Typer(help="Make, fetch, convert and check data sets.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -94,10 +94,11 @@ def check(
     artifacts: ArtifactsOption = DEFAULT_ARTIFACTS,
     as_json: JsonOption = False,
 ) -> None:
-    """Check lists, labels, every image and every mask of a config's data set, and say what was understood of it."""
+    """Check lists, labels, every image, every mask and every corrected mask of a config; say what was understood."""
     from dataclasses import asdict
 
     from stages.data.check import check_data
+    from stages.data.corrected import check_corrected_listed
     from stages.data.records import PROBLEMS_SHOWN
 
     run = load_run(config, overrides, artifacts)
@@ -105,6 +106,13 @@ def check(
     output.document = {"config": config, "understood": None, "problems": [], "warnings": []}
     with output.progress("data check") as progress:
         found = check_data(run.data, progress, processes=run.runtime.processes)
+        if (folder := run.train_segmenter.corrected_masks) is not None:
+            try:
+                for text in check_corrected_listed(folder, run.data.scan().listing):
+                    progress.warn(text)
+            except InputError as error:
+                for text in error.problems or (error.message,):
+                    found.problems.add("corrected mask", f"train_segmenter.{text}")
     problems = found.problems.lines()
     output.document |= {"understood": asdict(found.overview), "problems": problems, "warnings": progress.warnings}
     output.tell("\n".join(found.overview.lines()))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.options import ArtifactsOption, ConfigArgument, JsonOption, OverridesOption, as_path
-from pipeline.cli.output import get_output
+from pipeline.cli.output import Output, get_output
 from pipeline.engine.invocation import DEFAULT_ARTIFACTS
 from stages.errors import InputError
 
 if TYPE_CHECKING:
+    from pipeline.delivery.masks import RunMasks
     from stages.contracts import ClassList, ImageRecord
 
 masks_app = typer.Typer(help="Masks to annotators and back.", no_args_is_help=True, rich_markup_mode=None)
@@ -76,22 +78,32 @@ def export_masks(
             raise InputError(f"{source} is a folder of masks; --predictions and --set belong to a CONFIG")
         masks = find_masks(folder)
         records, names = _named(images, classes)
+        root = images
     else:
         from pipeline.delivery.masks import open_masks
 
         _refuse_named(images, classes)
         found = open_masks(source, overrides, artifacts, doing="masks export")
         masks = found.predictions() if predictions else found.pseudo_masks()
-        records, names = found.images.index.images, found.images.index.classes
+        records, names, root = found.images.index.images, found.images.index.classes, found.images.root
     if ids is not None:
         wanted = read_ids(ids, "--ids")
         if missing := [f"{image_id}: there is no mask of it" for image_id in wanted if image_id not in masks]:
             raise InputError(f"{ids}: names images that have no mask; remove their lines", missing[:20])
         masks = {image_id: masks[image_id] for image_id in wanted}
     with output.progress("masks export") as progress:
-        done = export_masks(masks, records, names, out, format=format.value, shapes=shapes.value, progress=progress)
+        done = export_masks(
+            masks, records, names, out, format=format.value, shapes=shapes.value, root=root, progress=progress
+        )
     output.document |= {"images": done.num_images, "objects": done.num_objects, "files": list(done.files)}
     output.tell(f"{done.num_images:,} masks, {done.num_objects:,} objects: {', '.join(done.files)} in {out}")
+    if format is Format.LABELSTUDIO and done.image_folder is not None:
+        root = shlex.quote(str(done.image_folder.parent))
+        output.tell(
+            "start Label Studio with LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true "
+            f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={root}\nand give the project the source storage 'Local files' "
+            f"with the path {done.image_folder}; then import tasks.json"
+        )
 
 
 @masks_app.command("import")
@@ -107,7 +119,7 @@ def import_masks(
     ] = None,
     ids: Annotated[
         Path | None,
-        typer.Option(parser=as_path, metavar="FILE", help="Write the ids here, for pixel_list."),
+        typer.Option(parser=as_path, metavar="FILE", help="Write the ids here, for gain_ext's pixel_list."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace masks and list that are there.")] = False,
     images: ImagesOption = None,
@@ -122,7 +134,7 @@ def import_masks(
 
     output = get_output(context)
     output.document = {"source": source, "format": format.value, "out": out}
-    draws_val = False
+    found = None
     if config is None:
         if overrides:
             raise InputError("--set changes a config; name it with --config")
@@ -133,7 +145,6 @@ def import_masks(
         _refuse_named(images, classes)
         found = open_masks(config, overrides, artifacts, doing="masks import")
         records, names = found.images.index.images, found.images.index.classes
-        draws_val = found.run.data.format == "custom" and found.run.data.train_list is None
     if ids is not None and ids.exists() and not force:
         raise InputError(f"{ids}: is there already; name another file, or replace it with --force")
     with output.progress("masks import") as progress:
@@ -145,7 +156,7 @@ def import_masks(
         "images": len(read.masks),
         "empty": list(read.empty),
         "open": read.num_open,
-        "other_classes": {image_id: list(found) for image_id, found in read.strange.items()},
+        "other_classes": {image_id: list(names) for image_id, names in read.strange.items()},
     }
     output.tell(f"{len(read.masks):,} masks in {out}" + ("" if ids is None else f", their ids in {ids}"))
     if read.empty:
@@ -153,12 +164,33 @@ def import_masks(
     if read.num_open:
         output.tell(f"  {read.num_open} images wait for somebody to submit them")
     if read.strange:
-        some = _some([f"{image_id}: {', '.join(found)}" for image_id, found in read.strange.items()])
+        some = _some([f"{image_id}: {', '.join(names)}" for image_id, names in read.strange.items()])
         output.tell(f"  warning: classes are drawn that the images are not labelled with ({some}); correct the labels")
-    if draws_val:
+    _tell_use(output, found, out, ids, read.masks)
+
+
+def _tell_use(output: Output, found: RunMasks | None, out: Path, ids: Path | None, image_ids: Collection[str]) -> None:
+    """What to add to the command of a run, so that it learns the masks."""
+    from pipeline.delivery.masks import as_value
+
+    segmenter = [f"train_segmenter.corrected_masks={as_value(out)}"]
+    output.document |= {"use": {"segmenter": segmenter}}
+    output.tell(f"the segmenter learns them with\n  {_as_options(segmenter)}")
+    if found is None:
+        return
+    if others := sorted(set(image_ids) - set(found.images.index.splits["train"])):
         output.tell(
-            "  warning: without lists val is drawn from the images with masks; give data.train_list and val_list"
+            f"  warning: {_some(others)}: no training image, which no training takes; move such masks out of {out}"
         )
+    if ids is None:
+        output.tell("with --ids FILE also gain_ext's classifier learns them")
+    elif (use := found.pixel_labels_use(out, ids)) is not None:
+        output.document["use"]["gain_ext"] = list(use.overrides)
+        output.tell(f"gain_ext's classifier learns them{use.first} with\n  {_as_options(use.overrides)}")
+
+
+def _as_options(overrides: Iterable[str]) -> str:
+    return " ".join(f"--set {shlex.quote(override)}" for override in overrides)
 
 
 @masks_app.command("suggest")

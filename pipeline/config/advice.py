@@ -110,6 +110,7 @@ _SEGMENTER: tuple[_Rule, ...] = (
     *(((option,), lambda s, loss=loss: loss not in s.losses, f"loss: {loss}") for loss, option in LOSS_OPTIONS.items()),
     (("loss_resolution",), lambda s: s.losses == {"sec"}, "another loss than sec"),
     (("retraining",), lambda s: s.rounds == 0, "rounds of 1 or more"),
+    (("corrected_repeat",), lambda s: s.corrected_masks is None, "corrected_masks"),
 )
 
 _EVALUATE: tuple[_Rule, ...] = (

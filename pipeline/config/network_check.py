@@ -1,6 +1,7 @@
 """Build a run's networks once, with their weights, before hours of work end at what does not fit.
 
-Runs in a child process (it needs torch); reads weight files, downloads public ones; writes nothing else.
+Runs in a child process (it needs torch); reads weight files and corrected masks, downloads public weights; writes
+nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from functools import partial
 
 from pipeline.config.run_config import RunConfig
 from stages.contracts import ClassList, Progress
+from stages.data.corrected import check_corrected_listed
 from stages.data.listing import list_data
 from stages.errors import ConfigError, InputError
 from stages.methods.classifier_files import START, ClassifierDescription, build_classifier
@@ -21,7 +23,8 @@ def needs_check(run: RunConfig, stages: Collection[str]) -> bool:
     """Whether building ``stages`` would train a network before it finds out that a later one cannot be used.
 
     A classifier that cannot be built, and a segmenter that is trained first, are refused by their own stage at once;
-    but layers that a user names, and a number of devices, are looked up before the data are prepared.
+    but layers that a user names, a number of devices, and masks that a person has corrected are looked at before the
+    data are prepared.
     """
     is_named = run.train_classifier.method.names_layers or _walked_layer(run) is not None
     config = run.train_segmenter
@@ -30,15 +33,18 @@ def needs_check(run: RunConfig, stages: Collection[str]) -> bool:
     later = [name for name in RunConfig.model_fields if name in stages][1:]
     is_half = any(value == "fp16" and name.partition(".")[0] in later for name, value in _precisions(run).items())
     is_fetched = pretrained_name(config.net, config.init) is not None
+    is_corrected = config.corrected_masks is not None and {"train_segmenter"} < set(stages) - {"evaluate"}
     is_spread = run.runtime.devices not in (1, "auto") and bool({"train_classifier", "train_segmenter"} & set(stages))
-    return ("train_classifier" in stages and is_named) or is_spread or is_half or (is_late and (is_tu or is_fetched))
+    is_unfit = is_late and (is_tu or is_fetched)
+    return ("train_classifier" in stages and is_named) or is_spread or is_half or is_corrected or is_unfit
 
 
 def check_networks(run: RunConfig, progress: Progress) -> None:
     """Build both networks with the method's layers, load their weights; look whether the device knows their precision.
 
     Raises:
-        InputError: the networks that cannot be built or trained, each with its reason.
+        InputError: the networks that cannot be built or trained, and the corrected masks that cannot be learned, each
+            with its reason.
         EnvironmentFailure: the device is not there, or there are fewer than were asked for.
     """
     from stages.nets.segmenters.build import build_segmenter
@@ -52,6 +58,8 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
     checks: dict[str, Callable[[], object]] = {"train_classifier": lambda: _build_classifier(run)}
     if run.evaluate.segmentation:
         checks["train_segmenter"] = lambda: build_segmenter(segmenter.net, 2, init=init, weights=run.weights)
+        if (folder := segmenter.corrected_masks) is not None:
+            checks["train_segmenter.corrected_masks"] = lambda: check_corrected_listed(folder, list_data(run.data))
     for name, value in _precisions(run).items():
         checks[name] = partial(check_precision, value, run.runtime, "precision")
     errors: dict[str, InputError] = {}
@@ -64,7 +72,7 @@ def check_networks(run: RunConfig, progress: Progress) -> None:
         problems = [f"{stage}: {line}" for stage, error in errors.items() for line in (error.message, *error.problems)]
         kinds = {type(error) for error in errors.values()}
         kind = kinds.pop() if len(kinds) == 1 else InputError
-        raise kind("a network of this run cannot be built or trained", problems)
+        raise kind("this run would fail at a later stage", problems)
     progress.info("the networks can be built and their weights fit")
 
 

@@ -117,13 +117,15 @@ def _split_problems(run: RunConfig, listing: DataListing) -> Iterator[str]:
 
 
 def _mask_problems(run: RunConfig, listing: DataListing, train: Sequence[ListedImage]) -> Iterator[str]:
-    """Unknown classes, a sweep over images that the data set does not have, weights that no stage writes."""
+    """Unknown classes, a sweep or corrections of images that there are not, weights that no stage writes."""
     rule, names = run.make_masks, listing.classes.names
     shown = ", ".join(names[:_NAMES_SHOWN]) + (" …" if len(names) > _NAMES_SHOWN else "")
     for name in rule.thresholds:
         if name not in names:
             hint = did_you_mean(name, names) or f"; its classes are {shown}"
             yield f"make_masks.thresholds.{name}: the data set has no such class{hint}"
+    ids = listing.splits["train"]
+    yield from _problems_of(lambda: run.train_segmenter.find_corrected(ids), "train_segmenter")
     if run.train_segmenter.loss_weighting == "confidence" and not rule.soft:
         yield "train_segmenter.loss_weighting: make_masks writes confidence only with soft: true; set make_masks.soft"
     if (sweep := rule.sweep) is not None:

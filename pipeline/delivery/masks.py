@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +21,22 @@ from pipeline.engine.plan import Plan, plan_run
 from pipeline.engine.records import load_named
 from pipeline.store.artifacts import Artifact, Store, open_store
 from stages.contracts import ImageSet, Progress, open_image_set, read_index_mask
+from stages.data.adapters.custom import CustomConfig
+from stages.data.adapters.voc import VocConfig
 from stages.errors import ConfigError
 from stages.masks.mask_files import THRESHOLD, read_steps
+from stages.methods.gain import GainExtConfig
 from stages.scoring.agreement import Agreement, least_agreed, measure_agreement
+
+
+@dataclass(frozen=True)
+class PixelLabelsUse:
+    """How a run takes corrected masks as pixel labels of its classifier."""
+
+    first: str
+    """What is to be done before, as the end of a sentence; empty for nothing."""
+    overrides: tuple[str, ...]
+    """What the config needs."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,29 @@ class RunMasks:
             raise ConfigError(f"{self.doing}: this run trains no segmenter (evaluate.segmentation: false)")
         folder = self._require("evaluate").path / "predictions"
         return _by_id(folder, [record.id for record in self.images.index.images])
+
+    def pixel_labels_use(self, folder: Path, ids: Path) -> PixelLabelsUse | None:
+        """What makes ``gain_ext`` learn the masks in ``folder``, of the images in the list ``ids``.
+
+        They are true masks of the data set then, which has one folder of them.  None where its format has no such
+        folder.
+        """
+        data = self.run.data
+        if not isinstance(data, CustomConfig | VocConfig):
+            return None
+        is_ext = isinstance(self.run.train_classifier.method, GainExtConfig)
+        listed = as_value(ids)
+        method = f".pixel_list={listed}" if is_ext else f"={{name: gain_ext, pixel_list: {listed}}}"
+        overrides = [f"train_classifier.method{method}"]
+        todo: list[str] = []
+        if any(record.mask is not None for record in self.images.index.images):
+            todo.append(f"copy them into {data.root / str(data.masks)}")
+        else:
+            place = Path(os.path.relpath(folder.resolve(), data.root.resolve()))
+            overrides.insert(0, f"data.masks={as_value(place)}")
+        if isinstance(data, CustomConfig) and data.train_list is None:
+            todo.append("give data.train_list and data.val_list, since without lists val is drawn from masked images")
+        return PixelLabelsUse(f" ({'; '.join(todo)})" if todo else "", tuple(overrides))
 
     def least_agreed(self, count: int, predictions: Path | None, progress: Progress) -> list[Agreement]:
         """The training images whose attention, pseudo-mask and prediction agree least, the least first.
@@ -130,6 +169,11 @@ def _read_views(made: Path, predictions: Path, image_id: str) -> dict[str, NDArr
 def _by_id(folder: Path, ids: Sequence[str]) -> dict[str, Path]:
     paths = {image_id: folder / f"{image_id}.png" for image_id in ids}
     return {image_id: path for image_id, path in paths.items() if path.is_file()}
+
+
+def as_value(path: Path) -> str:
+    """A path as a value of YAML."""
+    return str(path) if re.fullmatch(r"[\w./-]*[A-Za-z/_][\w./-]*", str(path)) else json.dumps(str(path))
 
 
 def open_masks(config: str, overrides: Sequence[str] | None, artifacts: str, *, doing: str) -> RunMasks:

@@ -55,12 +55,19 @@ class Plan:
     def check_data(self, stage: str, cache_file: Path) -> None:
         """Make sure, before ``stage`` is built, that what it reads of the user's files is what its key says.
 
-        Reads every byte of them.
+        Reads every byte of the data set's; of those that the config names, what their part of the key rests on.
 
         Raises:
             DataError: some were changed since they were digested; names them.  The next plan digests them anew.
+            InputError: a file that the config names is no longer there.
         """
         digests, spec = self.data.digests, self.table.spec(stage)
+        for name, value in spec.key_parts(self.run, self.data).items():
+            if value != self.contents[stage][name]:
+                raise DataError(
+                    f"{stage}: a file that the config names (corrected masks, weights, a list of images) was changed "
+                    "since this run was planned; run the same command again"
+                )
         if digests is None:
             return
         view = None if spec.view is None else spec.view(self.run, digests.listing)

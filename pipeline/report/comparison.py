@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipeline.config.run_config import find_config, load_config
 from pipeline.engine.invocation import write_invocation
 from pipeline.engine.plan import plan_run
-from pipeline.engine.records import read_runs
+from pipeline.engine.records import find_run, read_runs
 from pipeline.report.colours import Palette, PaletteName, find_palette
 from pipeline.report.page import write_template
 from pipeline.report.pictures import PICTURE_PX, figure, fit, outline, score_images
@@ -135,8 +135,8 @@ def find_scored_run(word: str, store: Store) -> ScoredRun:
     """Read the evaluation that ``word`` means.
 
     It is a config file or the name of a shipped config; the folder of an ``evaluate`` artifact, of whatever store; the
-    name of a run (``demo``, ``demo-1f0c23ab``); or a run id or the key of an ``evaluate`` artifact, or the first digits
-    of either.
+    name of a run (``demo``, ``demo-1f0c23ab``), the beginning of one, or ``last``; or a run id or the key of an
+    ``evaluate`` artifact, or the first digits of either.
 
     Raises:
         InputError: ``word`` means nothing, or several things.
@@ -194,10 +194,23 @@ def _find_key(word: str, store: Store) -> tuple[str, str]:
         raise InputError(f"{word} means {len(found)} evaluations; give more digits", sorted(found))
     for key, name in found.items():
         return name, key
-    raise InputError(
-        f"'{word}' is no config, run name, run id, folder or key of an evaluation in {store.location}; "
-        "`wsss artifacts list` shows what is there"
-    )
+    return _find_run_key(word, store)
+
+
+def _find_run_key(word: str, store: Store) -> tuple[str, str]:
+    """Name and evaluation of the run that ``word`` means to every other command, too: ``last``, or how one begins."""
+    try:
+        record = find_run(store, word)
+    except InputError as error:
+        if f"'{word}' means" in error.message:
+            raise
+        raise InputError(
+            f"'{word}' is no config, run name, run id, folder or key of an evaluation in {store.location}; "
+            "`wsss runs` and `wsss artifacts list` show what is there"
+        ) from None
+    if STAGE not in record.keys:
+        raise MissingArtifactError(f"{record.path.stem} has no evaluation; build it with: wsss run {record.path.stem}")
+    return record.name, record.keys[STAGE]
 
 
 def _read_folder(word: str, path: Path) -> ScoredRun:

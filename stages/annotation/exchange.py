@@ -123,6 +123,8 @@ class Exported:
     num_objects: int
     files: tuple[str, ...]
     """Paths below the output folder that are to be handed on (of masks, their folder)."""
+    image_folder: Path | None
+    """The deepest folder that holds all of the images, where it is known where they lie."""
 
 
 def find_masks(folder: Path) -> dict[str, Path]:
@@ -147,6 +149,7 @@ def export_masks(
     *,
     format: FormatName,
     shapes: ShapeKind = "masks",
+    root: Path | None = None,
     progress: Progress | None = None,
 ) -> Exported:
     """Write masks as annotations for a person to correct.
@@ -158,6 +161,8 @@ def export_masks(
         out: A new or empty folder.
         format: Of which tool.
         shapes: Exact masks, one a class; or polygons, one an object, which cover it with an IoU of 0.97 or more.
+        root: The folder that the paths of ``images`` are relative to.  Label Studio's addresses begin with the name of
+            the images' folder then: it serves what is in a folder *below* the one that it is started with.
         progress: Hears of every image.
 
     Raises:
@@ -174,7 +179,12 @@ def export_masks(
     known = {record.id: record for record in images}
     problems = [f"{path}: there is no image '{image_id}'" for image_id, path in masks.items() if image_id not in known]
     progress, names, num_objects = progress or SilentProgress(), names_by_value(classes), 0
-    wanted = _short_paths([known[image_id] for image_id in masks if image_id in known])
+    chosen = [known[image_id] for image_id in masks if image_id in known]
+    shared = os.path.commonpath([os.path.dirname(record.image) for record in chosen]) if chosen else ""  # noqa: PTH120
+    image_folder = None if root is None else (root / shared).resolve()
+    begin = "" if image_folder is None or format != "labelstudio" else f"{image_folder.name}/"
+    cut = len(shared) + 1 if shared else 0
+    wanted = [record.model_copy(update={"image": begin + record.image[cut:]}) for record in chosen]
 
     def drawn() -> Iterator[tuple[ImageRecord, list[Region]]]:
         nonlocal num_objects
@@ -196,14 +206,8 @@ def export_masks(
         )
     for name, data in files.items():
         write_atomic(out / name, data)
-    return Exported(len(wanted), num_objects, tuple(dict.fromkeys(name.partition("/")[0] for name in files)))
-
-
-def _short_paths(records: Sequence[ImageRecord]) -> list[ImageRecord]:
-    """The records with their images' paths below the folder that all of them share: what is handed to the tool."""
-    shared = os.path.commonpath([os.path.dirname(record.image) for record in records]) if records else ""  # noqa: PTH120
-    cut = len(shared) + 1 if shared else 0
-    return [record.model_copy(update={"image": record.image[cut:]}) for record in records]
+    names_of_files = tuple(dict.fromkeys(name.partition("/")[0] for name in files))
+    return Exported(len(wanted), num_objects, names_of_files, image_folder)
 
 
 def _read_mask(path: Path, record: ImageRecord, names: Mapping[int, str]) -> NDArray[np.uint8]:

@@ -1,13 +1,13 @@
 """What the segmenter learns from: random crops of training images with their masks.
 
 Reads: images; pseudo-masks ``masks/<id>.png`` (class indices, 255 = unsure) and ``confidence/<id>.png`` of
-``make_masks``, or the images' true masks.  Writes nothing.  Torch-free.
+``make_masks``, or the images' true masks; masks that a person has corrected.  Writes nothing.  Torch-free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,8 @@ class MaskedImages:
     """Folder of the pseudo-masks' confidence; None where all pixels count alike."""
     with_labels: bool = False
     """Whether a sample has its whole image's labels; all records must have some."""
+    corrected: Mapping[str, Path] = field(default_factory=dict)
+    """Image id to a mask that stands in place of its pseudo-mask, and is sure wherever it is not 255."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -75,7 +77,10 @@ class MaskedImages:
         image, mask = self.read_pair(record)
         seed = sample_seed(self.seed, epoch, index)
         if self.confidence_folder is not None:
-            confidence = read_confidence(self.confidence_folder / f"{record.id}.png", record.size)
+            if record.id in self.corrected:
+                confidence = np.where(mask == IGNORE_INDEX, 0, 255).astype(np.uint8)
+            else:
+                confidence = read_confidence(self.confidence_folder / f"{record.id}.png", record.size)
             crop, (mask_crop, confidence_crop) = self.augmenter.crop_aligned(image, [mask, confidence], seed=seed)
             return {"images": crop, "masks": mask_crop, "confidence": confidence_crop}
         crop, mask_crop = self.augmenter(image, mask, seed=seed)
@@ -94,8 +99,10 @@ class MaskedImages:
 
         Raises:
             DamagedFileError: a pseudo-mask that does not read or is of another size.
-            DataError: a pseudo-mask with a class that the data set does not have.
+            DataError: a pseudo-mask with a class that the data set does not have; a corrected mask that does not read.
         """
+        if record.id in self.corrected:
+            return read_index_mask(self.corrected[record.id])  # its size and values were checked before
         if self.mask_folder is None:
             return self.image_set.read_mask(record, "full")
         path = self.mask_folder / f"{record.id}.png"
@@ -123,7 +130,7 @@ def check_class_list(dataset: MaskedImages) -> None:
     """
     if dataset.mask_folder is None:
         return
-    labelled = [record for record in dataset.records if record.labels is not None]
+    labelled = [r for r in dataset.records if r.labels is not None and r.id not in dataset.corrected]
     chosen = labelled[:: max(1, len(labelled) // NUM_CHECKED_MASKS)][:NUM_CHECKED_MASKS]
     strange = [record.id for record in chosen if _strange_classes(record, dataset.read_mask(record))]
     if strange and 2 * len(strange) > len(chosen):
@@ -155,7 +162,12 @@ def confidence_folder(masks: Path) -> Path:
 
 
 def supervised_records(
-    supervision: Literal["weak", "full"], image_set: ImageSet, masks: Path | None, progress: Progress
+    supervision: Literal["weak", "full"],
+    image_set: ImageSet,
+    masks: Path | None,
+    progress: Progress,
+    *,
+    corrected: Collection[str] = (),
 ) -> tuple[list[ImageRecord], Path | None]:
     """The training images that have a mask, and the folder of pseudo-masks (None: true masks).
 
@@ -164,6 +176,7 @@ def supervised_records(
         image_set: The data set.
         masks: Output folder of ``make_masks``; needed by weak.
         progress: Told of images that are left out.
+        corrected: Ids of images that need no pseudo-mask.
 
     Raises:
         MissingArtifactError: ``masks`` is needed and not given.
@@ -177,7 +190,7 @@ def supervised_records(
         if masks is None:
             raise MissingArtifactError("supervision: weak needs the folder of make_masks; run make_masks first")
         folder, kind = masks / "masks", "pseudo-mask"
-        present = {path.stem for path in folder.glob("*.png")}
+        present = {path.stem for path in folder.glob("*.png")} | set(corrected)
         records = [record for record in train_records if record.id in present]
     if not records:
         where = "the data set" if folder is None else str(folder)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from stages.contracts import (
     ClassList,
@@ -19,7 +20,7 @@ from stages.contracts import (
     write_index_mask,
 )
 from stages.data.transforms import to_network_input
-from stages.errors import DamagedFileError, DataError, EnvironmentFailure, InputError, MissingArtifactError
+from stages.errors import ConfigError, DamagedFileError, DataError, EnvironmentFailure, InputError, MissingArtifactError
 from stages.masks.mask_files import write_confidence
 from stages.nets.segmenters.build import build_segmenter
 from stages.nets.segmenters.files import load_segmenter
@@ -105,6 +106,88 @@ def test_weak_supervision_reads_no_true_mask(folders, tmp_path):
         path.unlink()
     run(folders, tmp_path / "without")
     assert digests(tmp_path / "with") == digests(tmp_path / "without")
+
+
+def corrected(folders, *numbers, void_columns=0):
+    """A folder of other masks of some of the images, with a green square in each."""
+    folder = folders[0].parent / "hands"
+    for number in numbers:
+        mask = read_index_mask(folders[1] / "masks" / f"img{number}.png")
+        mask[10:30, 5:25] = 2
+        mask[:, :void_columns] = 255
+        write_index_mask(folder / f"img{number}.png", mask)
+    return folder
+
+
+def take_as_pseudo_masks(folders, folder):
+    for path in folder.iterdir():
+        shutil.copy(path, folders[1] / "masks" / path.name)
+
+
+def test_corrected_masks_are_learned_in_place_of_pseudo_masks(folders, tmp_path):
+    folder = corrected(folders, 2)
+    result = run(folders, tmp_path / "corrected", make_config(corrected_masks=folder))
+    assert result.mask_supervision == ("img2",), "so no score of training images counts it"
+    run(folders, tmp_path / "before")
+    take_as_pseudo_masks(folders, folder)
+    run(folders, tmp_path / "by hand")
+    assert digests(tmp_path / "corrected") == digests(tmp_path / "by hand") != digests(tmp_path / "before")
+
+
+def test_a_corrected_image_needs_no_pseudo_mask(folders, tmp_path):
+    config = make_config(corrected_masks=corrected(folders, 2))
+    run(folders, tmp_path / "with", config)
+    (folders[1] / "masks" / "img2.png").unlink()
+    progress = SilentProgress()
+    run(folders, tmp_path / "without", config, progress=progress)
+    assert digests(tmp_path / "with") == digests(tmp_path / "without")
+    assert not any("are left out" in text for text in progress.warnings)
+
+
+def test_a_corrected_mask_is_sure_wherever_it_is_not_void(folders, tmp_path):
+    write_confidences(folders, lambda mask: np.zeros(mask.shape, dtype=np.uint8))
+    folder = corrected(folders, 2, void_columns=20)
+    run(folders, tmp_path / "corrected", make_config(loss_weighting="confidence", corrected_masks=folder))
+    mask = read_index_mask(folder / "img2.png")
+    write_confidence(folders[1] / "confidence" / "img2.png", np.where(mask == 255, 0, 255).astype(np.uint8))
+    take_as_pseudo_masks(folders, folder)
+    run(folders, tmp_path / "by hand", make_config(loss_weighting="confidence"))
+    assert digests(tmp_path / "corrected") == digests(tmp_path / "by hand")
+
+
+def test_a_corrected_image_can_be_seen_more_often(folders, tmp_path):
+    folder = corrected(folders, 2)
+    epoch = {"epochs": 1, "batch_size": 1, "learning_rate": 0.01}
+    run(folders, tmp_path / "often", make_config(corrected_masks=folder, corrected_repeat=5, training=epoch))
+    assert read_json(tmp_path / "often" / "history.json")[-1]["step"] == 3 + 5
+
+
+def test_corrected_masks_that_do_not_fit_train_nothing(folders, tmp_path):
+    folder = corrected(folders, 0, 1)
+    write_index_mask(folder / "img0.png", np.full(SIZE, 3, dtype=np.uint8))
+    write_index_mask(folder / "img1.png", np.zeros((SIZE[1], SIZE[0]), dtype=np.uint8))
+    with pytest.raises(DataError, match="2 of the corrected masks cannot be learned") as caught:
+        run(folders, tmp_path / "out", make_config(corrected_masks=folder))
+    values, size = caught.value.problems
+    assert "values 3 are no class" in values
+    assert "expected 40×48" in size
+    assert not (tmp_path / "out").exists()
+    write_index_mask(folder / "val7.png", np.zeros(SIZE, dtype=np.uint8))
+    with pytest.raises(ConfigError, match="cannot be used"):
+        run(folders, tmp_path / "out", make_config(corrected_masks=folder))
+    with pytest.raises(ValidationError, match="corrected_masks replace pseudo-masks"):
+        make_config(corrected_masks=folder, supervision="full")
+
+
+def test_corrected_images_are_not_held_out(folders, tmp_path):
+    held_out = {"every_steps": 3, "ratio": 0.5}
+    run(folders, tmp_path / "before", make_config(validation=held_out))
+    chosen = read_json(tmp_path / "before" / "validation.json")["held_out"]
+    folder = corrected(folders, *(int(name.removeprefix("img")) for name in chosen))
+    run(folders, tmp_path / "after", make_config(validation=held_out, corrected_masks=folder))
+    assert not set(read_json(tmp_path / "after" / "validation.json")["held_out"]) & set(chosen)
+    with pytest.raises(ConfigError, match="all 4 training images have a corrected mask"):
+        run(folders, tmp_path / "none", make_config(validation=held_out, corrected_masks=corrected(folders, *range(4))))
 
 
 def test_another_seed_or_loss_gives_another_net(folders, tmp_path):

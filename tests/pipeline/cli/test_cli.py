@@ -447,6 +447,24 @@ def test_data_synthetic_then_check_finds_what_was_broken(folder: Path, wsss, wss
     assert document["error"]["problems"] == document["problems"]
 
 
+def test_data_check_reads_corrected_masks_with_all_else(folder: Path, wsss, wsss_json):
+    wsss("data", "synthetic", "made", "--num-train", "5", "--num-val", "2", "--num-classes", "2", "--size-px", "64")
+    data = "data={format: custom, root: made, images: JPEGImages, masks: null}"
+    words = ("data", "check", "tiny.yaml", "--set", data, "--set", "train_segmenter.corrected_masks=by hand")
+    (problem,) = wsss_json(*words, code=2)["problems"]
+    assert problem.startswith("train_segmenter.corrected_masks: by hand: there is no such folder")
+    for name, value in (("train_00000", 0), ("train_00001", 3), ("train_00002", 3)):
+        write_index_mask(folder / "by hand" / f"{name}.png", np.full((64, 64), value, dtype=np.uint8))
+    (folder / "made/JPEGImages/train_00004.jpg").write_bytes(b"no image")
+    document = wsss_json(*words, code=2)
+    assert [problem.split(": ")[0] for problem in document["problems"]] == [
+        "made/JPEGImages/train_00004.jpg",
+        "train_segmenter.corrected_masks",
+        "train_segmenter.corrected_masks",
+    ]
+    assert "values 3 are no class (allowed: 0 … 2 and 255)" in document["problems"][1]
+
+
 def test_data_check_shortens_for_people_and_lists_all_for_programs(folder: Path, wsss, wsss_json):
     wsss("data", "synthetic", "made", "--num-train", "5", "--num-val", "2", "--num-classes", "2")
     labels = folder / "made/labels.csv"

@@ -107,10 +107,23 @@ def test_localization_alone_is_compared_on_one_list_of_images_only(store: Store,
 
 
 @pytest.mark.parametrize(
-    "word", [ONE, ONE[:4], "20260101-000000-aaaaaa", "plain-20260101-000000-aaaaaa", f"artifacts/evaluate/{ONE}"]
+    "word",
+    [ONE, ONE[:4], "20260101-000000-aaaaaa", "plain-20260101-000000-aaaaaa", f"artifacts/evaluate/{ONE}", "plain-2026"],
 )
 def test_words_that_mean_one_evaluation(store: Store, wsss_json, word: str) -> None:
     assert wsss_json(word, TWO)["runs"][0]["key"] == ONE
+
+
+def test_the_last_run_is_compared_as_every_command_knows_it(store: Store, wsss_json) -> None:
+    assert [run["key"] for run in wsss_json(ONE, "last")["runs"]] == [ONE, TWO]
+    write_record(store, "20260103-000000-cccccc", "later", "2" * 20)
+    assert "the evaluation of last (evaluate 2222" in wsss_json(ONE, "last", code=3)["error"]["message"]
+    record = store.root / "runs" / "later-20260103-000000-cccccc.json"
+    record.write_text(record.read_text().replace('"evaluate"', '"make_masks"'))
+    error = wsss_json(ONE, "last", code=3)["error"]
+    assert error["message"] == (
+        "later-20260103-000000-cccccc has no evaluation; build it with: wsss run later-20260103-000000-cccccc"
+    )
 
 
 def test_a_config_means_its_evaluation(store: Store, wsss_json, tmp_path: Path) -> None:

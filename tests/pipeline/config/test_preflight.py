@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.config.advice import config_warnings
@@ -13,7 +14,9 @@ from pipeline.config.preflight import preflight
 from pipeline.config.run_config import RunConfig, find_config, shipped_configs
 from pipeline.config.yaml_models import load_model
 from pipeline.engine.plan import plan_run
-from stages.contracts import SilentProgress
+from stages.contracts import SilentProgress, write_index_mask
+from stages.data.adapters.synthetic import SyntheticConfig
+from stages.data.adapters.synthetic_images import generate_synthetic
 from stages.errors import ConfigError, DataError, InputError, WeightsError
 from stages.nets.backbones.spec import PackageFile
 from stages.nets.downloads import PUBLIC_WEIGHTS
@@ -186,7 +189,7 @@ def test_half_precision_without_cuda_is_refused_before_any_training() -> None:
     half = ["train_segmenter.training.precision=fp16", "runtime.device=cpu"]
     assert needs_check(config(*half), ALL)
     assert not needs_check(config(*half), ALL[4:])
-    with pytest.raises(ConfigError, match="a network of this run cannot be built or trained") as caught:
+    with pytest.raises(ConfigError, match="this run would fail at a later stage") as caught:
         check_networks(config(*half), SilentProgress())
     assert caught.value.problems == (
         "train_segmenter.training: precision fp16 needs CUDA, found cpu; use fp32 or bf16",
@@ -224,7 +227,7 @@ def test_weights_that_do_not_fit_are_named_for_every_network(tmp_path: Path) -> 
         "train_segmenter.net.backbone={name: squeezenet1_1}",
         f"weights.squeezenet1_1={tmp_path}/w.pth",
     )
-    with pytest.raises(WeightsError, match="a network of this run cannot be built or trained") as caught:
+    with pytest.raises(WeightsError, match="this run would fail at a later stage") as caught:
         check_networks(run, SilentProgress())
     assert {problem.split(":")[0] for problem in caught.value.problems} == {"train_classifier", "train_segmenter"}
     assert any("features.0.weight" in problem for problem in caught.value.problems)
@@ -365,6 +368,42 @@ def test_pixel_labelled_images_that_there_are_not_are_refused_before_any_stage(t
         f"train_classifier.method.pixel_list: {listed}: image 'val_00001' is not among the images that the classifier "
         "is trained on; remove the line",
     )
+
+
+def test_corrected_masks_of_no_training_image_are_refused_before_any_stage(tmp_path: Path) -> None:
+    small = ("data.num_train=12", "data.num_val=4", f"train_segmenter.corrected_masks={tmp_path}/corrected")
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        check(*small)
+    for name in ("train_00003", "val_00001", "elk"):
+        write_index_mask(tmp_path / "corrected" / f"{name}.png", np.zeros((96, 96), dtype=np.uint8))
+    with pytest.raises(ConfigError) as caught:
+        check(*small, "make_masks.thresholds={codd: 0.2}")
+    wrong, *masks = caught.value.problems
+    assert wrong.startswith("make_masks.thresholds.codd")
+    assert [line.partition(";")[0] for line in masks] == [
+        f"train_segmenter.corrected_masks: {tmp_path}/corrected/{name}.png: no training image is called '{name}', and "
+        "only those are learned"
+        for name in ("elk", "val_00001")
+    ]
+    check(*small[:2], f"train_segmenter.corrected_masks={tmp_path}/corrected", "evaluate.segmentation=false",
+          "evaluate.localization={}")  # fmt: skip
+
+
+def test_corrected_masks_that_do_not_fit_are_refused_before_any_training(tmp_path: Path) -> None:
+    generate_synthetic(SyntheticConfig(num_train=4, num_val=2, size_px=64, num_classes=2), tmp_path / "data")
+    data = f"data={{format: custom, root: {tmp_path}/data, images: JPEGImages, masks: null}}"
+    run = config(data, f"train_segmenter.corrected_masks={tmp_path}/corrected")
+    assert needs_check(run, ALL)
+    assert needs_check(run, ALL[3:])
+    assert not needs_check(run, ALL[4:]), "it refuses them itself, at once"
+    trained = run.data.scan().listing.splits["train"]
+    write_index_mask(tmp_path / "corrected" / f"{trained[0]}.png", np.full((64, 64), 3, dtype=np.uint8))
+    write_index_mask(tmp_path / "corrected" / f"{trained[1]}.png", np.zeros((64, 32), dtype=np.uint8))
+    with pytest.raises(DataError, match="this run would fail at a later stage") as caught:
+        check_networks(run, SilentProgress())
+    _, values, size = caught.value.problems
+    assert "values 3 are no class" in values
+    assert "expected 64×64 pixels" in size
 
 
 def test_a_softmax_over_images_of_several_labels_is_refused_with_all_else() -> None:

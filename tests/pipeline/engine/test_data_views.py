@@ -13,6 +13,7 @@ import pytest
 from pipeline.config.run_config import RunConfig, find_config
 from pipeline.config.yaml_models import load_model
 from pipeline.engine.plan import STAGES, Plan, plan_run
+from stages.errors import DataError
 from tests.stages.data.wsol_sets import write_cub
 
 LETTERS = dict(zip(STAGES, "PCAMSE", strict=True))
@@ -146,6 +147,38 @@ def test_a_drawn_subset_changes_with_the_draw_and_not_with_those_it_is_drawn_fro
     assert changed(before, plan(root, *RUNS["gain_ext"])) == "P", "t7 is not on the score list"
     put(root / "SegmentationClass/t3.png", "t3")  # drawn before t1
     assert changed(before, plan(root, *RUNS["gain_ext"])) == "PCAMSE"
+
+
+def test_a_corrected_mask_trains_the_segmenter_alone(tmp_path: Path) -> None:
+    """By what is in it, wherever the folder lies; the data set's own masks have no part in it."""
+    before, after = ([f"train_segmenter.corrected_masks={tmp_path}/{name}"] for name in ("before", "after"))
+    root = write_voc(tmp_path / "data")
+    put(tmp_path / "before/t0.png", "by hand")
+    put(tmp_path / "after/t0.png", "by hand")
+    assert changed(plan(root), plan(root, *before)) == "SE"
+    assert changed(plan(root, *before), plan(root, *after)) == ""
+    assert changed(plan(root), plan(root, "train_segmenter.corrected_repeat=3")) == "", "of nothing"
+    assert changed(plan(root, *before), plan(root, *before, "train_segmenter.corrected_repeat=3")) == "SE"
+    put(tmp_path / "after/t0.png", "by another hand")
+    assert changed(plan(root, *before), plan(root, *after)) == "SE"
+    put(tmp_path / "after/t0.png", "by hand")
+    put(tmp_path / "after/t6.png", "by hand")
+    assert changed(plan(root, *before), plan(root, *after)) == "SE"
+    kept = plan(root, *before)
+    put(root / "SegmentationClass/t0.png", "a true mask for scores")
+    assert changed(kept, plan(root, *before)) == "PE"
+
+
+def test_files_that_the_config_names_must_not_change_after_the_plan(tmp_path: Path) -> None:
+    root = write_voc(tmp_path / "data")
+    put(tmp_path / "corrected/t0.png", "by hand")
+    planned = plan(root, f"train_segmenter.corrected_masks={tmp_path}/corrected")
+    for stage in STAGES:
+        planned.check_data(stage, root / "digests.json")
+    put(tmp_path / "corrected/t1.png", "by hand")
+    planned.check_data("make_masks", root / "digests.json")
+    with pytest.raises(DataError, match=r"train_segmenter: a file that the config names \(corrected masks, "):
+        planned.check_data("train_segmenter", root / "digests.json")
 
 
 def test_where_damaged_masks_are_skipped_all_of_them_choose_a_subset(tmp_path: Path) -> None:

@@ -214,6 +214,18 @@ def test_label_studio_finds_images_by_every_address(world: Path):
     assert set(fetch(world, out / "tasks.json", "labelstudio")) == {"a", "c", "day/b"}
 
 
+def test_label_studio_is_told_of_images_below_the_folder_that_it_serves(world: Path):
+    """It gives out no file that lies in its document root itself (io_storages/localfiles of 1.13)."""
+    out = world / "out"
+    masks, records = find_masks(world / "masks"), list_images(world / "images")
+    done = export_masks(masks, records, CLASSES, out, format="labelstudio", root=world / "images")
+    assert done.image_folder == world / "images"
+    addresses = [task["data"]["image"] for task in json.loads((out / "tasks.json").read_text())]
+    assert addresses == [f"/data/local-files/?d=images/{name}.jpg" for name in ("a", "c", "day/b")]
+    submit(out / "tasks.json")
+    assert set(fetch(world, out / "tasks.json", "labelstudio")) == {"a", "c", "day/b"}
+
+
 def test_label_studio_leaves_open_tasks_alone(world: Path):
     out = send(world, "labelstudio")
 

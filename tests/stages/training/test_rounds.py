@@ -55,6 +55,22 @@ def test_a_round_leaves_its_masks_and_only_the_last_weights(folders, tmp_path):
     assert 0 < rounds[1]["foreground_ratio"] < 1
 
 
+def test_corrected_masks_stay_as_they_are_in_every_round(folders, tmp_path):
+    """The round makes masks of the other images alone, and what it learns of the corrected one is its correction."""
+    mask = np.full((40, 48), 255, dtype=np.uint8)
+    write_index_mask(tmp_path / "corrected" / "img1.png", mask)
+    config = rounds_config(corrected_masks=tmp_path / "corrected")
+    assert run(folders, tmp_path / "out", config).mask_supervision == ("img1",)
+    found = {path.name for path in (tmp_path / "out" / "rounds" / "1" / "masks").iterdir()}
+    assert found == {"img0.png", "img2.png", "img3.png"}
+    (folders[1] / "masks" / "img1.png").unlink()
+    run(folders, tmp_path / "without", config)
+    assert digests(tmp_path / "out") == digests(tmp_path / "without")
+    write_index_mask(tmp_path / "corrected" / "img1.png", np.full((40, 48), 2, dtype=np.uint8))
+    run(folders, tmp_path / "other", config)
+    assert digests(tmp_path / "other") != digests(tmp_path / "out")
+
+
 def test_the_masks_of_a_round_hold_background_and_the_images_labels_alone(folders, tmp_path):
     """Pseudo-masks with the other class teach the net classes that images do not have; the masks have none of them."""
     for path in (folders[1] / "masks").iterdir():

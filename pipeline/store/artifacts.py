@@ -306,10 +306,10 @@ class Store:
             if not stage.startswith(".") and re.fullmatch(r"[0-9a-f]{20}", key):
                 yield stage, key
 
-    def artifacts(self) -> Iterator[Artifact]:
-        """All whole artifacts, by stage and key."""
+    def artifacts(self, *, damaged: Callable[[str], None] | None = None) -> Iterator[Artifact]:
+        """All whole artifacts, by stage and key; ``damaged`` hears what is wrong with each of the others."""
         for stage, key in self.folders():
-            if artifact := self.lookup(stage, key):
+            if artifact := self.lookup(stage, key, damaged=damaged):
                 yield artifact
 
     def lock(

@@ -215,7 +215,7 @@ def _make_from_stored(
     wanted = train if part is None else [train[position] for position in part.positions(len(train))]
     jobs = stored_jobs(images.index, attention, wanted)
     if walker is not None:
-        jobs = walk_jobs(walker, jobs, images.index, context.out)
+        jobs = walk_jobs(walker, jobs, images.index, context)
     if part is not None:
         made = run_jobs(make_only, jobs, context, processes, progress, done=0, total=len(wanted))
         _require_all(wanted, list(made), attention)

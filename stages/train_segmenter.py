@@ -35,7 +35,7 @@ from stages.data.transforms import AugmentConfig, Augmenter
 from stages.errors import ConfigError, DataError, MissingArtifactError
 from stages.nets.segmenters.build import build_segmenter
 from stages.nets.segmenters.config import Init, LargeFovConfig, SegmenterConfig, init_problems
-from stages.nets.segmenters.files import WEIGHTS_FILE, save_segmenter
+from stages.nets.segmenters.files import RECORD_FILE, WEIGHTS_FILE, save_segmenter
 from stages.nets.weights import load_weights, save_weights
 from stages.training.checkpoints import remove_checkpoint
 from stages.training.config import TrainingConfig
@@ -232,7 +232,12 @@ def train_segmenter(
             config.retraining, image_set, labelled, config.augment.seen_short_side_px, progress, runtime
         )
         train_in_rounds(
-            lambda one: _train_round(course, one), labelling, rounds=config.rounds, masks=mask_folder, out=out
+            lambda one: _train_round(course, one),
+            labelling,
+            rounds=config.rounds,
+            masks=mask_folder,
+            out=out,
+            results=_results(config),
         )
     else:
         _train_once(course, mask_folder, confidence, out)
@@ -257,6 +262,17 @@ class _Course:
     seed: int
     progress: Progress
     runtime: Runtime
+
+
+def _results(config: TrainSegmenterConfig) -> tuple[str, ...]:
+    """The files that a training leaves."""
+    watched = () if config.validation is None else ("validation.json", _other_weights(config.validation))
+    return (RECORD_FILE, WEIGHTS_FILE, "history.json", *watched)
+
+
+def _other_weights(validation: ValidationConfig) -> str:
+    """The file of the weights that are not delivered."""
+    return "last.safetensors" if validation.keep == "best" else "best.safetensors"
 
 
 def _train_round(course: _Course, one: Training) -> None:
@@ -344,7 +360,7 @@ def _write_validation(out: Path, config: TrainSegmenterConfig, watch: HeldOutIma
     saved = watch.config.keep
     last = {name: value.detach().cpu().clone() for name, value in segmenter.state_dict().items()}
     segmenter.load_state_dict(last if saved == "best" else watch.best)
-    save_weights(segmenter, out / ("last.safetensors" if saved == "best" else "best.safetensors"))
+    save_weights(segmenter, out / _other_weights(watch.config))
     segmenter.load_state_dict(watch.best if saved == "best" else last)
     document = {
         "compared_with": "true masks" if config.supervision == "full" else "pseudo-masks",

@@ -32,13 +32,16 @@ def list_artifacts(
     from pipeline.store.artifacts import open_store
 
     output = get_output(context)
-    found = list(open_store(artifacts).artifacts())
-    output.document = {"artifacts": [_describe(artifact) for artifact in found]}
+    damaged = list[str]()
+    found = list(open_store(artifacts).artifacts(damaged=damaged.append))
+    output.document = {"artifacts": [_describe(artifact) for artifact in found], "damaged": damaged}
     for artifact in found:
         size = format_value(artifact.size_bytes, "bytes")
         output.tell(f"{artifact.stage:18}{artifact.key}  {size:>8}  {artifact.run.get('started', '')}")
     total = format_value(sum(artifact.size_bytes for artifact in found), "bytes")
     output.tell(f"{len(found)} artifacts, {total}, in {artifacts}")
+    for problem in damaged:
+        output.tell(f"  warning: damaged, and left out: {problem}")
 
 
 @artifacts_app.command("show")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from typing import Annotated
 
@@ -30,6 +31,7 @@ def runs(
     from pipeline.engine.records import read_runs
     from pipeline.report.tables import format_time, metric_rows
     from pipeline.store.artifacts import open_store
+    from pipeline.store.mirror import MANIFEST
     from stages.errors import DamagedFileError
 
     output = get_output(context)
@@ -38,18 +40,22 @@ def runs(
     output.document = {"runs": [], "unreadable": odd}
     for record in found[:limit]:
         state = "killed" if record.state == "running" and not record.is_alive() else record.state
-        metrics: dict[str, object] = {}
+        metrics, damaged = dict[str, object](), dict[str, str]()
         for stage, key in record.keys.items():
             try:
                 metrics |= store.manifest(stage, key)["run"].get("metrics") or {}
-            except DamagedFileError:  # not built yet, pruned or damaged: wsss status says which
-                continue
+            except DamagedFileError as error:
+                if os.path.lexists(store.path(stage, key) / MANIFEST):  # else not built yet, or pruned
+                    damaged[stage] = error.message
         entry = {"run": record.path.stem, "name": record.name, "started": record.started, "state": state}
-        output.document["runs"].append({**entry, "stages": list(record.keys), "metrics": metrics})
+        entry = {**entry, "stages": list(record.keys), "metrics": metrics, "damaged": damaged}
+        output.document["runs"].append(entry)
         rows = metric_rows({name: metrics[name] for name in HEADLINES if name in metrics})[-SHOWN:]
         shown = ", ".join(f"{row.group} {row.label} {row.text}" for row in rows)
         when = format_time(datetime.fromisoformat(record.started).isoformat(timespec="seconds"))
         output.tell(f"{record.path.stem:44}  {when:20}  {state:11}  {shown}".rstrip())
+        for stage, problem in damaged.items():
+            output.tell(f"  warning: without the metrics of {stage}: {problem}")
     if len(found) > limit:
         output.tell(f"and {len(found) - limit} more; show them with -n {len(found)}")
     for text in odd:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline.config.yaml_models import did_you_mean, load_model
 from stages.contracts import Runtime, StageConfig, expand_path
@@ -22,6 +22,18 @@ from stages.make_masks import MakeMasksConfig
 from stages.prepare_data import PrepareDataConfig
 from stages.train_classifier import TrainClassifierConfig
 from stages.train_segmenter import TrainSegmenterConfig
+
+LAST = "last"
+"""Means the newest run."""
+
+
+def name_problem(name: str) -> str | None:
+    """Why no run can be called ``name``, which would be read as something else; None where it can."""
+    if name.casefold() == LAST:
+        return f"'{name}' means the newest run in every command; give the run another name"
+    if name.casefold().endswith((".yaml", ".yml", ".json")):
+        return f"'{name}' would be read as a file; leave {name[name.rindex('.') :]} out"
+    return None
 
 
 class RunConfig(StageConfig):
@@ -52,6 +64,13 @@ class RunConfig(StageConfig):
     """How to run; changes no result and is in no key."""
     track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Who else follows the run's curves and numbers; changes no result and is in no key."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if problem := name_problem(name):
+            raise ValueError(problem)
+        return name
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 import yaml
 from PIL import Image
 
-from pipeline.config.run_config import RunConfig
+from pipeline.config.run_config import RunConfig, name_problem
 from pipeline.config.yaml_models import load_values
 from stages.data.adapters.custom import EVERY_FOLDER, CustomConfig, image_names, spread_images
 from stages.data.records import DataListing
@@ -365,6 +365,7 @@ def describe_data(found: FoundData) -> str:
 def write_yaml(recipe: Recipe, found: FoundData, path: Path, *, device: str, time_text: str) -> str:
     """The config as YAML with comments, for a file at ``path``."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", found.root.name).lstrip("-._")[:64] or "photos"
+    name = "photos" if name_problem(name) else name
     note = "          # every sub-folder: cat/001.jpg is the image cat_001" if found.images == EVERY_FOLDER else ""
     decay = "5.0e-4" if recipe.backbone == "small" else "1.0e-4"
     backbone: dict[str, object] = {"name": recipe.backbone, "output_stride": recipe.output_stride}

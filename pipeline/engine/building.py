@@ -4,6 +4,7 @@ A part is a share of a stage's images.  Any number of processes may work in one 
 atomically, what is there is skipped, and a lock beside the store's keeps two from the same part.  Whoever holds the
 stage's lock takes every part that nobody holds, waits for the others, calls the stage once more, which finds all files
 and writes what needs the whole set, and publishes.  A helper takes parts and waits for nobody.
+What lies in a work folder that is continued counts only where its journal has it (``stages.contracts.journal``).
 Reads and writes the store; imports neither torch nor Prefect.
 """
 
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from pipeline.store.artifacts import Artifact, Store
 from pipeline.store.locks import ArtifactLock
 from pipeline.store.provenance import describe_machine
-from stages.contracts import Part, Progress, StageResult, read_json, write_json
+from stages.contracts import Part, Progress, StageResult, open_journal, read_json, write_json
 from stages.errors import ConfigError, DamagedFileError
 
 POLL_S = 0.5
@@ -99,6 +100,13 @@ def build(job: Job, store: Store, progress: KeepingProgress, *, force: bool = Fa
             with _without_helpers(job, store, progress):
                 store.work_dir(*job.place, fresh=True)
         work, is_resumed = store.work_dir(*job.place)
+        if strangers := store.keep_own_work(*job.place):
+            *names, aside = strangers
+            progress.warn(
+                f"{len(names):,} files in the unfinished work are not as a build of {job.stage} wrote them "
+                f"({', '.join(names[:2])}{', …' if len(names) > 2 else ''}): set aside in {aside}, made again"
+            )
+            is_resumed = store.has_work(*job.place)
         if is_resumed:
             progress.info(f"continuing the unfinished work in {work}")
         with store.mirror(*job.place):
@@ -216,7 +224,7 @@ class _Parts:
             try:
                 if self._is_helper and not _is_wanted(self._job, self._store):
                     break
-                self._work.mkdir(parents=True, exist_ok=True)  # under the part's lock: nobody publishes meanwhile
+                open_journal(self._work)  # under the part's lock: nobody publishes meanwhile
                 if not _mark(self._work, part).exists():
                     self._build(part)
                     num_built += 1

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.run_config import RunConfig, find_config, load_config
+from pipeline.config.run_config import LAST, RunConfig, find_config, load_config
 from pipeline.config.yaml_models import load_values
 from pipeline.engine.plan import Plan
 from pipeline.store.artifacts import Store, discard, open_store, survey
@@ -156,9 +156,10 @@ def read_runs(store: Store, *, damaged: Callable[[str], None] | None = None) -> 
 
 
 def find_run(store: Store, text: str) -> RunRecord:
-    """The run that ``text`` means: ``last``, or the beginning of one run's name or id (``demo``, ``demo-20261130-18``).
+    """The run that ``text`` means: ``last``, a name, or the beginning of one run's name or id (``demo-20261130-18``).
 
-    Records of one name and config, such as of a run and of a stage that was rerun alone, are one run.
+    A whole name comes before the beginning of others: ``demo`` is not ``demo_gain``.  Records of one name and config,
+    such as of a run and of a stage that was rerun alone, are one run.
 
     Raises:
         InputError: no run, or several.
@@ -166,8 +167,10 @@ def find_run(store: Store, text: str) -> RunRecord:
     records = read_runs(store, damaged=lambda _: None)
     if not records:
         raise InputError(f"{store.location} has no runs; name the store of the run with --artifacts")
-    found = [record for record in records if text and (record.path.stem.startswith(text) or record.run_id == text)]
-    if text == "last":
+    found = [record for record in records if record.name == text]
+    if text and not found:
+        found = [record for record in records if record.path.stem.startswith(text) or record.run_id == text]
+    if text == LAST:
         found = [record for record in records if (record.name, record.config) == (records[0].name, records[0].config)]
     if found and all((record.name, record.config) == (found[0].name, found[0].config) for record in found):
         return max(found, key=lambda record: len(record.keys))  # the newest of those that know of most stages
@@ -186,9 +189,11 @@ def load_named(text: str, overrides: Sequence[str], artifacts: str) -> RunConfig
         artifacts: The store that holds the run.
 
     Raises:
-        ConfigError: there is no such config or run, or it is not valid.
+        ConfigError: there is no such config or run, it is not valid, or ``last`` is a file here too.
         InputError: several runs begin so.
     """
+    if text == LAST and Path(text).is_file():
+        raise ConfigError(f"'{LAST}' means the newest run, and a file here has this name; write ./{LAST} for the file")
     try:
         path = find_config(text)
     except ConfigError as error:

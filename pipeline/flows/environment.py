@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import importlib.metadata
 import os
 import re
 import threading
@@ -26,6 +27,8 @@ ANSWER_TIMEOUT_S = 10.0
 """Seconds in which a server that was up before must answer, however slowly it speaks."""
 API_URL = "PREFECT_API_URL"
 HOME = "PREFECT_HOME"
+_CLOUD = "api.prefect.cloud"
+_VERSION = re.compile(rb'"((\d{1,9})[\w.+-]*)"')
 _ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[^\s?#]*)?")
 
 
@@ -72,7 +75,7 @@ def api_url() -> str:
 
 
 def check_api(url: str) -> None:
-    """Make sure that a Prefect API answers at ``url`` and takes our password, within ANSWER_TIMEOUT_S.
+    """Make sure that a Prefect API of our version answers at ``url`` and takes our password, within ANSWER_TIMEOUT_S.
 
     Raises:
         EnvironmentFailure: it does not, whatever stands there instead.
@@ -82,12 +85,16 @@ def check_api(url: str) -> None:
     asking = threading.Thread(target=lambda: found.append(_ask(url)), daemon=True)
     asking.start()
     asking.join(ANSWER_TIMEOUT_S)
-    problem = found[0] if found else f"did not answer within {ANSWER_TIMEOUT_S:.0f} s"
+    problem = found[0] if found else _no_server(url, f"did not answer within {ANSWER_TIMEOUT_S:.0f} s")
     if problem:
-        raise EnvironmentFailure(
-            f"no Prefect server answers there: {url} {problem}; start it (wsss up), correct {API_URL} (does the URL "
-            "end in /api?), or unset it"
-        )
+        raise EnvironmentFailure(problem)
+
+
+def _no_server(url: str, problem: str) -> str:
+    return (
+        f"no Prefect server answers there: {url} {problem}; start it (wsss up), correct {API_URL} (does the URL "
+        "end in /api?), or unset it"
+    )
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -98,7 +105,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _ask(url: str) -> str:
-    """What is wrong with the answers at ``url``; empty when nothing is."""
+    """What is wrong with the answers at ``url``, and what to do; empty when nothing is."""
     is_local = urlsplit(url).hostname in LOOPBACK
     # a configured proxy cannot answer for this machine
     handlers = [_NoRedirect(), *([urllib.request.ProxyHandler({})] if is_local else [])]
@@ -111,17 +118,40 @@ def _ask(url: str) -> str:
     try:
         with opener.open(f"{url}/health", timeout=ANSWER_TIMEOUT_S) as answer:
             if answer.read(64).strip() != b"true":
-                return "answers, but not as a Prefect API"
+                return _no_server(url, "answers, but not as a Prefect API")
     except urllib.error.HTTPError as error:
         known = {status.value: f" {status.phrase}" for status in http.HTTPStatus}
-        return f"answers {error.code}{known.get(error.code, '')}"
+        return _no_server(url, f"answers {error.code}{known.get(error.code, '')}")
     except urllib.error.URLError as error:
-        return f"does not answer ({getattr(error.reason, 'strerror', None) or type(error.reason).__name__})"
+        reason = getattr(error.reason, "strerror", None) or type(error.reason).__name__
+        return _no_server(url, f"does not answer ({reason})")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return f"does not answer as a web server ({type(error).__name__})"
+        return _no_server(url, f"does not answer as a web server ({type(error).__name__})")
     try:  # health is told to everybody
         opener.open(urllib.request.Request(f"{url}/flows/count", b"{}", headers), timeout=ANSWER_TIMEOUT_S).close()
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
-            return "refuses us: set PREFECT_API_AUTH_STRING to what the server has in PREFECT_SERVER_API_AUTH_STRING"
-    return ""
+            remedy = "set PREFECT_API_AUTH_STRING to what the server has in PREFECT_SERVER_API_AUTH_STRING"
+            return _no_server(url, f"refuses us: {remedy}")
+    return _ask_version(url, opener, headers)
+
+
+def _ask_version(url: str, opener: urllib.request.OpenerDirector, headers: dict[str, str]) -> str:
+    """Why Prefect's client would refuse the server's version, in words with a remedy; empty where it would not."""
+    ours = importlib.metadata.version("prefect")
+    if urlsplit(url).hostname == _CLOUD:  # which answers every client
+        return ""
+    try:
+        with opener.open(
+            urllib.request.Request(f"{url}/admin/version", None, headers), timeout=ANSWER_TIMEOUT_S
+        ) as tell:
+            found = _VERSION.fullmatch(tell.read(64).strip())
+    except (OSError, ValueError, http.client.HTTPException):
+        found = None
+    theirs = found[1].decode() if found else "a version that it does not tell"
+    if found and int(found[2]) == int(ours.partition(".")[0]):
+        return ""
+    return (
+        f"{url} runs Prefect {theirs}, and this machine has Prefect {ours}: their major versions must be the same; "
+        f"run that server with prefect=={ours}, or use one that wsss up starts: correct {API_URL}, or unset it"
+    )

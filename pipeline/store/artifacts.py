@@ -2,7 +2,7 @@
 
     <root>/<stage>/<key>/            a published artifact: its files and manifest.json
     <root>/<stage>/.work-<key>/      unfinished work; a later build of the same key continues there
-    <root>/<stage>/.damaged-<key>-n/ an artifact that is not as it was written, set aside
+    <root>/<stage>/.damaged-<key>-n/ an artifact, or files of unfinished work, not as they were written, set aside
     <root>/<stage>/.unsent-<key>     the artifact of this key is not wholly in the mirror yet
     <root>/.locks/<stage>-<key>      one lock per key; with .<part> behind it, one per part of the work
     <root>/runs/<name>-<run>.json    which artifacts a run used
@@ -34,7 +34,7 @@ from typing import Any
 
 from pipeline.store.locks import ArtifactLock
 from pipeline.store.mirror import DRIVERS, MANIFEST, Mirror, WorkCopy, find_changes, find_damage, is_inside
-from stages.contracts import expand_path, parse_json, read_json, write_json
+from stages.contracts import JOURNAL, expand_path, open_journal, parse_json, read_journal, read_json, write_json
 from stages.errors import DamagedFileError, EnvironmentFailure, InputError, MissingArtifactError
 
 SCHEMA = 2
@@ -265,6 +265,8 @@ class Store:
     def _open(self, stage: str, key: str) -> Artifact:
         path = self.path(stage, key)
         stamp, manifest = _stamp(path / MANIFEST), self.manifest(stage, key)
+        with contextlib.suppress(OSError):  # of the build, which needs it until the artifact stands here
+            discard(path / JOURNAL)
         sizes, others = survey(path)
         if MANIFEST in others:
             raise DamagedFileError(f"{path / MANIFEST} is a link, not a file")
@@ -304,10 +306,10 @@ class Store:
             if not stage.startswith(".") and re.fullmatch(r"[0-9a-f]{20}", key):
                 yield stage, key
 
-    def artifacts(self) -> Iterator[Artifact]:
-        """All whole artifacts, by stage and key."""
+    def artifacts(self, *, damaged: Callable[[str], None] | None = None) -> Iterator[Artifact]:
+        """All whole artifacts, by stage and key; ``damaged`` hears what is wrong with each of the others."""
         for stage, key in self.folders():
-            if artifact := self.lookup(stage, key):
+            if artifact := self.lookup(stage, key, damaged=damaged):
                 yield artifact
 
     def lock(
@@ -371,6 +373,26 @@ class Store:
         path.mkdir(parents=True, exist_ok=True)
         return path, self.has_work(stage, key)
 
+    def keep_own_work(self, stage: str, key: str) -> list[str]:
+        """Journal what is written into the work folder from now on, and set aside what no journal vouches for.
+
+        Needs the lock; others may be writing parts meanwhile.
+
+        Returns:
+            What was set aside, by its name in the work folder; then a last line with the folder where it is.
+        """
+        work = self.work_path(stage, key)
+        open_journal(work)
+        strangers = _find_strangers(work)
+        if not strangers:
+            return []
+        aside = self._unused_aside(stage, key)
+        for name in strangers:
+            with contextlib.suppress(FileNotFoundError):
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                (work / name).rename(aside / name)
+        return [*strangers, str(aside)]
+
     def set_aside(self, stage: str, key: str) -> Path | str:
         """Rename a damaged artifact out of the way; returns where it is.  Needs the lock."""
         self._whole.pop((stage, key), None)
@@ -384,8 +406,11 @@ class Store:
 
     def _set_aside_here(self, stage: str, key: str) -> Path:
         self._whole.pop((stage, key), None)
+        return self.path(stage, key).rename(self._unused_aside(stage, key))
+
+    def _unused_aside(self, stage: str, key: str) -> Path:
         targets = (self.root / stage / f".damaged-{key}-{number}" for number in itertools.count())
-        return self.path(stage, key).rename(next(target for target in targets if not os.path.lexists(target)))
+        return next(target for target in targets if not os.path.lexists(target))
 
     def publish(self, stage: str, key: str, *, content: Mapping[str, Any], run: Mapping[str, Any]) -> Artifact:
         """Turn the work folder into the artifact in one rename, replacing an older one, and mirror it.  Needs the lock.
@@ -396,26 +421,13 @@ class Store:
         Raises:
             EnvironmentFailure: the lock was lost meanwhile, or the mirror failed; then the artifact is whole here, and
                 the next build of it only sends it.
+            DamagedFileError: a file is not as its journal has it, or in none; the next build of it sets it aside.
         """
         if self._holds(stage, key):
             self._locks[stage, key].check_held()
         work = self.work_path(stage, key)
         (work / MANIFEST).unlink(missing_ok=True)
-        files = {}
-        sizes, others = survey(work)
-        if others:
-            raise DamagedFileError(
-                f"{work / min(others)} is neither file nor folder; remove {work} and run {stage} again"
-            )
-        for name, size in sorted(sizes.items()):
-            if _is_temporary(name):
-                (work / name).unlink()  # half of an atomic write whose process was killed
-                continue
-            with (work / name).open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                os.fsync(stream.fileno())
-            files[name] = {"size": size, "sha256": digest}
-        content = {**content, "schema": SCHEMA, "stage": stage, "key": key, "files": files}
+        content = {**content, "schema": SCHEMA, "stage": stage, "key": key, "files": _seal(work, stage)}
         manifest = {"content": content, "run": dict(run)}
         write_json(work / MANIFEST, {**manifest, "sha256": _digest(manifest)})
         for folder in [*(path for path in work.rglob("*") if path.is_dir()), work]:
@@ -569,7 +581,11 @@ def examine(folder: Path, files: Mapping[str, Any]) -> tuple[dict[str, str], dic
     damage |= find_changes(folder, files, [name for name in files if name not in damage], folder)
     if MANIFEST in others:
         damage[MANIFEST] = f"{folder / MANIFEST} is a link, not a file"
-    strangers = {name for name in (sizes.keys() | others) - files.keys() - {MANIFEST} if not _is_of_the_system(name)}
+    strangers = {
+        name
+        for name in (sizes.keys() | others) - files.keys() - {MANIFEST}
+        if not (_is_of_the_system(name) or name.startswith(f"{JOURNAL}/"))
+    }
     return damage, {name: f"{folder / name} is no file of this artifact" for name in sorted(strangers)}
 
 
@@ -601,6 +617,64 @@ def survey(folder: Path) -> tuple[dict[str, int], set[str]]:
     return sizes, others
 
 
+def _seal(work: Path, stage: str) -> dict[str, Any]:
+    """Size and sha256 of every file of the finished work, by name; each is on the disk then, and halves are removed.
+
+    Raises:
+        DamagedFileError: something is neither file nor folder, or not as the journal of the work has it, where it has
+            one.
+    """
+    sizes, others = survey(work)
+    if others:
+        raise DamagedFileError(f"{work / min(others)} is neither file nor folder; remove {work} and run {stage} again")
+    vouched, files, strangers = read_journal(work), dict[str, Any](), list[str]()
+    for name, size in sorted(sizes.items()):
+        if name.startswith(f"{JOURNAL}/"):
+            continue
+        if _is_temporary(name):
+            (work / name).unlink()  # half of an atomic write whose process was killed
+            continue
+        with (work / name).open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            os.fsync(stream.fileno())
+        if vouched is None or (name, digest) in vouched:
+            files[name] = {"size": size, "sha256": digest}
+        elif _is_of_the_system(name):
+            (work / name).unlink()
+        else:
+            strangers.append(name)
+    if strangers:
+        raise DamagedFileError(
+            f"{work} has files that are not as {stage} wrote them: {strangers[0]}"
+            f"{f' and {len(strangers) - 1:,} more' if strangers[1:] else ''}; run the same command again: it sets them "
+            "aside and makes what is missing"
+        )
+    return files
+
+
+def _find_strangers(work: Path) -> list[str]:
+    """What in a work folder is not as a build of it has written it, sorted; reads every byte.
+
+    Others may write meanwhile: a file is in the journal before it is there, so the files are listed first, and what
+    does not fit is looked at again.
+    """
+    sizes, others = survey(work)
+    names = [name for name in sizes if not (_is_temporary(name) or _is_of_the_system(name))]
+    for _ in range(2):
+        vouched = read_journal(work) or set()
+        names = [name for name in names if (name, _digest_of(work / name)) not in vouched]
+    return sorted({*names, *others} - {JOURNAL})
+
+
+def _digest_of(file: Path) -> str:
+    """The sha256 of a file; none that fits where it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
 def discard(path: Path) -> None:
     """Remove a folder, a file, or a link without what it leads to; harmless when it is gone, or goes meanwhile."""
     while os.path.lexists(path):
@@ -618,8 +692,8 @@ def _is_of_the_system(name: str) -> bool:
 
 
 def _is_temporary(name: str) -> bool:
-    """Whether it is half of an atomic write."""
-    return name.rpartition("/")[2].startswith(_TEMPORARY)
+    """Whether it is half of an atomic write, or the journal of the work."""
+    return name.startswith(f"{JOURNAL}/") or name.rpartition("/")[2].startswith(_TEMPORARY)
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -242,7 +242,7 @@ class WorkCopy:
         found: dict[str, tuple[int, int]] = {}
         for path in self._work.rglob("*"):
             with contextlib.suppress(FileNotFoundError):
-                if path.is_file() and not path.name.startswith(".tmp-") and path.suffix != ".part":
+                if path.is_file() and not path.name.startswith(".tmp-"):
                     found[path.relative_to(self._work).as_posix()] = (path.stat().st_size, path.stat().st_mtime_ns)
         return found
 

@@ -37,6 +37,7 @@ from stages.contracts.images import (
     read_image_size,
     read_rgb,
 )
+from stages.contracts.journal import JOURNAL, is_journalled, note_files, open_journal, read_journal
 from stages.contracts.masks import (
     BACKGROUND_INDEX,
     IGNORE_INDEX,
@@ -65,6 +66,7 @@ __all__ = [
     "BACKGROUND_INDEX",
     "IGNORE_INDEX",
     "IMAGE_SUFFIXES",
+    "JOURNAL",
     "LEAST_INPUT_PX",
     "MASK_FORMATS",
     "MASK_MODES",
@@ -87,9 +89,12 @@ __all__ = [
     "attention_shards",
     "encode_index_mask",
     "expand_path",
+    "is_journalled",
     "iter_attention",
+    "note_files",
     "odd_kind",
     "open_image_set",
+    "open_journal",
     "option_texts",
     "orientation_of",
     "parse_json",
@@ -97,6 +102,7 @@ __all__ = [
     "read_image",
     "read_image_size",
     "read_index_mask",
+    "read_journal",
     "read_json",
     "read_model",
     "read_rgb",

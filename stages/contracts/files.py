@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from stages.contracts.journal import note_files
 from stages.errors import DamagedFileError, InputError
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
@@ -71,16 +72,21 @@ def stand_in(head: bytes) -> str | None:
     return None
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one, never a part."""
+def write_atomic(path: Path, *data: bytes | memoryview) -> None:
+    """Write ``data`` to ``path`` so that a reader sees the old file or the whole new one, never a part.
+
+    The bytes may come in pieces.  In a journalled folder (``stages.contracts.journal``) the file is noted as the
+    build's own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
+        note_files({path: data})
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -26,7 +26,14 @@ from stages.contracts import (
 )
 from stages.errors import DataError, EnvironmentFailure
 from stages.masks.label_rules import contested_pixels, initial_mask, settle_classes, upsample_maps
-from stages.masks.mask_files import label_confidence, write_confidence, write_steps
+from stages.masks.mask_files import (
+    confidence_path,
+    label_confidence,
+    step_names,
+    step_path,
+    write_confidence,
+    write_steps,
+)
 from stages.masks.measuring import MaskStats, measure_mask
 from stages.masks.refinements.chain import Refined, refine_in_steps
 from stages.masks.refinements.config import RefinementConfig
@@ -83,13 +90,21 @@ def make_only(context: Context, jobs: Sequence[Job]) -> list[str]:
     return [job.record.id for job in jobs]
 
 
-def find_mask(folder: Path, record: AttentionRecord) -> Mask | None:
+def is_made(context: Context, image_id: str) -> bool:
+    """Whether all files of an image are there; one that was damaged has been taken away."""
+    made, chain = context.out.parent, context.config.chain
+    paths = [step_path(made, number, name, image_id) for number, name in enumerate(step_names(chain)[:-1])]
+    if context.config.soft:
+        paths.append(confidence_path(made, image_id))
+    return all(path.is_file() for path in (*paths, context.out / f"{image_id}.png"))
+
+
+def find_mask(context: Context, record: AttentionRecord) -> Mask | None:
     """The mask that an earlier, stopped call wrote; None where there is none of the image's size that reads back."""
-    path = folder / f"{record.id}.png"
-    if not path.exists():
+    if not is_made(context, record.id):
         return None
     try:
-        mask = read_index_mask(path)
+        mask = read_index_mask(context.out / f"{record.id}.png")
     except DataError:
         return None
     return mask if mask.shape == record.size else None
@@ -101,14 +116,11 @@ def read_ahead(context: Context, jobs: Sequence[Job]) -> list[Job]:
     Raises:
         DataError: an image is missing or is not of the size that its attention was made for.
     """
-    return [
-        job if (context.out / f"{job.record.id}.png").exists() else job._replace(pixels=_read_image(context, job))
-        for job in jobs
-    ]
+    return [job if is_made(context, job.record.id) else job._replace(pixels=_read_image(context, job)) for job in jobs]
 
 
 def _find_or_make(context: Context, jobs: Sequence[Job]) -> list[Mask]:
-    found = [find_mask(context.out, job.record) if job.mask is None else job.mask for job in jobs]
+    found = [find_mask(context, job.record) if job.mask is None else job.mask for job in jobs]
     missing = [job for job, mask in zip(jobs, found, strict=True) if mask is None]
     made = iter(_make(context, missing) if missing else ())
     return [next(made) if mask is None else mask for mask in found]
@@ -146,7 +158,7 @@ def _write(context: Context, job: Job, record: AttentionRecord, found: Refined) 
     config, made = context.config, context.out.parent
     if config.soft:
         confidence = label_confidence(found.mask, record.labels, found.states)
-        write_confidence(made / "confidence" / f"{record.id}.png", confidence)
+        write_confidence(confidence_path(made, record.id), confidence)
     if config.chain:
         first = (_thresholded(context, job.record),) if config.walks else ()
         write_steps(made, record.id, config.chain, (*first, *found.before))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from stages.contracts import ImageIndex, Progress
 from stages.data.whole_images import prefetch
 from stages.masks.attention_maps import find_attention
-from stages.masks.building import Context, Job, find_mask, read_ahead
+from stages.masks.building import Context, Job, find_mask, is_made, read_ahead
 from stages.ops.pool import map_ordered
 from stages.ops.rate import ImageRate
 
@@ -46,19 +46,19 @@ def stored_jobs(index: ImageIndex, attention: Path, wanted: Collection[str]) -> 
         yield Job(record, index.record(record.id).image)
 
 
-def walk_jobs(walker: MapWalker, jobs: Iterable[Job], index: ImageIndex, masks: Path) -> Iterator[Job]:
+def walk_jobs(walker: MapWalker, jobs: Iterable[Job], index: ImageIndex, context: Context) -> Iterator[Job]:
     """Let the maps of the images that have no mask yet walk, a window of the training list at a time.
 
     Args:
         walker: The features and the walk.
         jobs: In the order of the training list, where the walker's windows are of several images.
         index: The data set.
-        masks: Where masks are found that are finished.
+        context: Where masks are found that are finished.
     """
     train, size = index.split("train"), walker.window_images
     window_of = {record.id: place // size for place, record in enumerate(train)}
     for number, group in itertools.groupby(jobs, key=lambda job: window_of[job.record.id]):
-        found = [job._replace(mask=find_mask(masks, job.record)) for job in group]
+        found = [job._replace(mask=find_mask(context, job.record)) for job in group]
         unmade = [job.record for job in found if job.mask is None and job.record.labels]
         walked = walker.walk(unmade, train[number * size : (number + 1) * size]) if unmade else {}
         yield from (job._replace(walked=walked.get(job.record.id)) for job in found)
@@ -92,7 +92,7 @@ def run_jobs(
     progress.step("masks", done, total)
     rate, told = ImageRate(), done
     are_new: deque[bool] = deque()
-    batches = _noted(_batches(jobs, 1 if context.device == "cpu" else _GPU_BATCH_IMAGES), context.out, are_new)
+    batches = _noted(_batches(jobs, 1 if context.device == "cpu" else _GPU_BATCH_IMAGES), context, are_new)
     if context.writer is not None:  # a device waits neither for a disk nor for a decoder
         batches = (ready for _, ready in prefetch(partial(read_ahead, context), batches, workers=_READING_THREADS))
     for results in map_ordered(function, batches, context=context, processes=processes):
@@ -111,9 +111,8 @@ def _batches(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
         yield batch
 
 
-def _noted(batches: Iterable[list[Job]], masks: Path, are_new: deque[bool]) -> Iterator[list[Job]]:
-    """The batches, for each of which ``are_new`` gets whether it has an image without a mask under ``masks``."""
-    there = {path.stem for path in masks.glob("*.png")}
+def _noted(batches: Iterable[list[Job]], context: Context, are_new: deque[bool]) -> Iterator[list[Job]]:
+    """The batches, for each of which ``are_new`` gets whether it has an image that is still to be made."""
     for batch in batches:
-        are_new.append(any(job.record.id not in there for job in batch))
+        are_new.append(not all(is_made(context, job.record.id) for job in batch))
         yield batch

@@ -59,6 +59,11 @@ def label_confidence(
     return np.rint(np.clip(sure, 0, 1) * _TOP).astype(np.uint8)
 
 
+def confidence_path(made: Path, image_id: str) -> Path:
+    """Where the confidence of an image is, under the output folder of ``make_masks``."""
+    return made / "confidence" / f"{image_id}.png"
+
+
 def write_confidence(path: Path, confidence: NDArray[np.uint8]) -> None:
     """Write confidence (H, W) as a grey PNG, atomically."""
     buffer = io.BytesIO()

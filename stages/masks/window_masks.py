@@ -18,7 +18,7 @@ from stages.contracts import AttentionRecord, ImageSet, Part, Progress, read_jso
 from stages.errors import DamagedFileError
 from stages.masks.attention_maps import MapCensus
 from stages.masks.attention_windows import AttentionConfig, Window, WindowAttention, training_windows
-from stages.masks.building import Context, Job, make_and_measure
+from stages.masks.building import Context, Job, is_made, make_and_measure
 from stages.masks.jobs import run_jobs, walk_jobs
 from stages.masks.measuring import MaskStats, Measured
 
@@ -64,7 +64,7 @@ def make_window_masks(
         censuses = {window.number: MapCensus() for window in missing}
         jobs = _jobs(open_source, missing, censuses, images, walker)
         if walker is not None:
-            jobs = walk_jobs(walker, jobs, images.index, context.out)
+            jobs = walk_jobs(walker, jobs, images.index, context)
         results = run_jobs(make_and_measure, jobs, context, processes, progress, done=done, total=num_images)
         for window, stats in _gather(results, missing):
             kept[window.number] = Measured(stats, censuses[window.number])
@@ -144,4 +144,4 @@ def _read_window(context: Context, window: Window) -> Measured | None:
         return None
     ids = {image.id for image in window.records}
     is_whole = {entry.id for entry in found.stats} == ids
-    return found if is_whole and all((context.out / f"{image_id}.png").is_file() for image_id in ids) else None
+    return found if is_whole and all(is_made(context, image_id) for image_id in ids) else None

@@ -143,7 +143,13 @@ def predict_images(
     check_precision(config.precision, runtime, "evaluate.precision")
     batches = plan_batches((record, record.size) for record in records)
     partial = [out / "partial" / f"segmenter-{number:05d}.npz" for number in range(len(batches))]
-    todo = [number for number, path in enumerate(partial) if not _is_finished(path, progress)]
+    folder = out / "predictions"
+    todo = [
+        number
+        for number, batch in enumerate(batches)
+        if not all((folder / f"{record.id}.png").is_file() for record in batch)
+        or not _is_counted(partial[number], progress)
+    ]
     done = len(records) - sum(len(batches[number]) for number in todo)
     progress.step("segmenter", done, len(records))
     if todo:
@@ -187,7 +193,7 @@ def predict_images(
     }
 
 
-def _is_finished(path: Path, progress: Progress) -> bool:
+def _is_counted(path: Path, progress: Progress) -> bool:
     """Whether an earlier run kept these counts; damaged ones are counted again."""
     if not path.exists():
         return False

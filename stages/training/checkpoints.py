@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.contracts import Progress
+from stages.contracts import Progress, write_atomic
 from stages.errors import InputError
 
 CHECKPOINT = "checkpoint.pt"
@@ -31,16 +30,9 @@ def save_checkpoint(out: Path, identity: Mapping[str, Any], state: Mapping[str, 
     """
     import torch
 
-    out.mkdir(parents=True, exist_ok=True)
-    part = out / (CHECKPOINT + ".part")
     content = io.BytesIO()
     torch.save({"identity": dict(identity), "state": dict(state)}, content)
-    with part.open("wb") as file:
-        file.write(hashlib.sha256(content.getbuffer()).digest())
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(out / CHECKPOINT)
+    write_atomic(out / CHECKPOINT, hashlib.sha256(content.getbuffer()).digest(), content.getbuffer())
 
 
 def load_checkpoint(out: Path, identity: Mapping[str, Any], progress: Progress) -> dict[str, Any] | None:
@@ -110,5 +102,5 @@ def check_network(out: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]
 
 def remove_checkpoint(out: Path) -> None:
     """Remove the checkpoint under ``out``; to be called once the trained weights are safely written."""
-    for suffix in (".pt", ".pt.part", ".damaged"):
+    for suffix in (".pt", ".damaged"):
         (out / CHECKPOINT).with_suffix(suffix).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ Source: Huang et al., "Weakly-Supervised Semantic Segmentation Network with Deep
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,6 +56,9 @@ _LOOK_EVERY_S = 0.2
 
 _MANY_LOST = 0.1
 """Share of the images' labels that may have no pixel before there is a warning that objects die out."""
+
+_DROPPED = (RECORD_FILE, WEIGHTS_FILE, "best.safetensors", "last.safetensors")
+"""What only the last training's folder keeps."""
 
 _LEAST = 1e-12
 """Keeps the sum over an image's labels above zero where the net is sure of another class."""
@@ -109,19 +112,25 @@ class Training:
 
 
 def train_in_rounds(
-    train_one: Callable[[Training], None], labelling: Labelling, *, rounds: int, masks: Path, out: Path
+    train_one: Callable[[Training], None],
+    labelling: Labelling,
+    *,
+    rounds: int,
+    masks: Path,
+    out: Path,
+    results: Sequence[str],
 ) -> None:
     """Train, label the training images with the result, train again, and so on; called on every rank.
 
     What is finished is kept: a stopped call continues at its training's checkpoint or its first missing mask.
 
     Args:
-        train_one: Trains and writes segmenter.safetensors, segmenter.json and history.json, and continues where it was
-            stopped.
+        train_one: Trains and writes ``results``, and continues where it was stopped.
         labelling: The images and how they are labelled.
         rounds: How many trainings follow the first one.
         masks: Folder of the first training's pseudo-masks.
         out: Where the last training's results go, beside ``rounds/``.
+        results: Files that say, when they are all there, that a training has ended.
 
     Raises:
         InputError: a segmenter labels no object at all.
@@ -129,7 +138,7 @@ def train_in_rounds(
     from stages.ops.collectives import wait_for_all
 
     with join_ranks(labelling.runtime):
-        is_finished = _is_trained(out)
+        is_finished = _is_finished(labelling, rounds, out, results)
         wait_for_all()
         for number in range(0 if is_finished else rounds + 1):
             before = _round_folder(out, number - 1)
@@ -137,7 +146,7 @@ def train_in_rounds(
                 masks = _make_round_masks(labelling, number, before, previous=masks, out=_round_folder(out, number))
             folder = out if number == rounds else _round_folder(out, number)
             start = before if number and labelling.config.start == "trained" else None
-            if not _is_trained(folder):
+            if not _are_there(folder, results):
                 labelling.progress.info(f"round {number} of {rounds}: training on {masks}")
                 train_one(Training(number, masks, folder, start))
             wait_for_all()
@@ -150,8 +159,19 @@ def _round_folder(out: Path, number: int) -> Path:
     return out / "rounds" / str(number)
 
 
-def _is_trained(folder: Path) -> bool:
-    return (folder / RECORD_FILE).exists()  # written after the weights
+def _is_finished(labelling: Labelling, rounds: int, out: Path, results: Sequence[str]) -> bool:
+    """Whether all is there that stays: ``_conclude`` has taken the weights of the earlier trainings, or will."""
+    stay = [name for name in results if name not in _DROPPED]
+    masks = [f"masks/{record.id}.png" for record in labelling.records]
+    return _are_there(out, results) and all(
+        _are_there(_round_folder(out, number), stay if number < rounds else ())
+        and (number == 0 or _are_there(_round_folder(out, number), ["stats.json", *masks]))
+        for number in range(rounds + 1)
+    )
+
+
+def _are_there(folder: Path, names: Iterable[str]) -> bool:
+    return all((folder / name).is_file() for name in names)
 
 
 def _conclude(out: Path, rounds: int) -> None:
@@ -168,7 +188,7 @@ def _conclude(out: Path, rounds: int) -> None:
     remove_checkpoint(out)
     for number in range(rounds):
         remove_checkpoint(_round_folder(out, number))
-        for name in (RECORD_FILE, WEIGHTS_FILE, "best.safetensors", "last.safetensors"):
+        for name in _DROPPED:
             (_round_folder(out, number) / name).unlink(missing_ok=True)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.contracts import ClassList, read_json, voc_palette, write_json
+from stages.contracts import ClassList, is_journalled, note_files, read_json, voc_palette, write_atomic, write_json
 from stages.data.adapters.synthetic import (
     GENERATOR_VERSION,
     LISTS,
@@ -210,15 +210,24 @@ def _texture(config: SyntheticConfig, item: _Object, phase: float) -> Floats:
 def write_picture(config: SyntheticConfig, split: Split, index: int, out: Path) -> None:
     """Write one picture's JPEG, mask and annotation below ``out``, whose folders exist.
 
-    Not fsynced one by one, which would take longer than the drawing: a stopped run draws all of them anew.
+    Neither atomically nor synced one by one, which would take long beside the drawing: a stopped run draws all of them
+    anew.
     """
     name = image_id(split, index)
     picture, mask = draw_picture(config, split, index)
-    Image.fromarray(picture).save(out / "JPEGImages" / f"{name}.jpg", quality=95, subsampling=0)
+    jpeg, png = io.BytesIO(), io.BytesIO()
+    Image.fromarray(picture).save(jpeg, format="JPEG", quality=95, subsampling=0)
     image = Image.fromarray(mask)
     image.putpalette(_palette())
-    image.save(out / "SegmentationClass" / f"{name}.png")
-    (out / "Annotations" / f"{name}.xml").write_text(_annotation(config, name, mask), encoding="utf-8")
+    image.save(png, format="PNG")
+    files = {
+        out / "JPEGImages" / f"{name}.jpg": jpeg.getvalue(),
+        out / "SegmentationClass" / f"{name}.png": png.getvalue(),
+        out / "Annotations" / f"{name}.xml": _annotation(config, name, mask).encode(),
+    }
+    note_files({path: [data] for path, data in files.items()})
+    for path, data in files.items():
+        path.write_bytes(data)
 
 
 @cache
@@ -265,20 +274,21 @@ def generate_synthetic(config: SyntheticConfig, out: Path) -> None:
             write_picture(config, split, index, out)
             labels = sorted(image_labels(config, split, index)[0])
             rows.writerow([name, " ".join(config.class_names[label] for label in labels)])
-        (out / LISTS / f"{split}.txt").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
-    (out / "labels.csv").write_text(table.getvalue(), encoding="utf-8")
+        write_atomic(out / LISTS / f"{split}.txt", "".join(f"{name}\n" for name in ids).encode())
+    write_atomic(out / "labels.csv", table.getvalue().encode())
     if config.context_bias > 0:
         _write_val_groups(config, out / LISTS / "val_groups.csv")
 
 
 def _claim(config: SyntheticConfig, out: Path) -> None:
-    """Put the config into an empty folder, or accept a folder that has the same one."""
+    """Put the config into an empty folder, or accept a folder that has the same one or is a stage's own work."""
     marker = out / "synthetic.json"
     wanted = {"generator_version": GENERATOR_VERSION, **config.model_dump(mode="json", exclude={"on_bad_image"})}
     if out.is_dir() and any(not path.name.startswith(".tmp-") for path in out.iterdir()):
         if marker.is_file() and read_json(marker) == wanted:
             return
-        raise DataError(f"{out} is not empty and holds no synthetic set of this config; name a new folder")
+        if not is_journalled(marker):
+            raise DataError(f"{out} is not empty and holds no synthetic set of this config; name a new folder")
     try:
         write_json(marker, wanted)
     except (FileExistsError, NotADirectoryError) as error:
@@ -287,4 +297,4 @@ def _claim(config: SyntheticConfig, out: Path) -> None:
 
 def _write_val_groups(config: SyntheticConfig, path: Path) -> None:
     lines = [f"{image_id('val', index)},{val_group(config, index)}\n" for index in range(config.num_val)]
-    path.write_text("image,group\n" + "".join(lines), encoding="utf-8")
+    write_atomic(path, ("image,group\n" + "".join(lines)).encode())

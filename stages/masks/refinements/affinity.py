@@ -82,8 +82,8 @@ class AffinityDescription(StageConfig):
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether there is a whole head in ``folder``: the description is written after the weights."""
-    return (folder / DESCRIPTION_FILE).exists()
+    """Whether there is a whole head in ``folder``."""
+    return (folder / DESCRIPTION_FILE).exists() and (folder / WEIGHTS_FILE).exists()
 
 
 def save_head(folder: Path, description: AffinityDescription, head: AffinityHead) -> None:

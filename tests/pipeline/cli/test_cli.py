@@ -394,6 +394,19 @@ def check_artifacts(wsss, wsss_json, key: str, path: Path) -> None:
     assert "no artifact ffff" in wsss_json("artifacts", "show", "ffff", code=3)["error"]["message"]
 
     assert wsss_json("artifacts", "verify") == {"verified": 1, "problems": []}
+    edited = path / "manifest.json"
+    text = edited.read_bytes()
+    edited.write_bytes(text.replace(b'"data.num_train": 6', b'"data.num_train": 9'))
+    run, *_ = wsss_json("runs")["runs"]
+    told = f"{Path('artifacts', 'prepare_data', key, 'manifest.json')} was edited: its content differs from its own"
+    assert run["metrics"] == {}
+    assert told in run["damaged"]["prepare_data"]
+    assert f"without the metrics of prepare_data: {told}" in wsss("runs")[0]
+    assert told in wsss_json("artifacts", "list")["damaged"][0]
+    assert f"damaged, and left out: {told}" in wsss("artifacts", "list")[0]
+    edited.write_bytes(text)
+    assert wsss_json("runs")["runs"][0]["damaged"] == {}
+
     index = path / "index.json"
     text = index.read_bytes()
     index.write_bytes(text.replace(b"6", b"7", 1))  # the same size: only the digest tells

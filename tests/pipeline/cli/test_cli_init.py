@@ -137,6 +137,14 @@ def test_small_images_and_missing_weights_take_other_networks(pets: Path, monkey
         load_yaml(starting_config.write_yaml(recipe, found, Path("x"), device="", time_text=""))
 
 
+@pytest.mark.parametrize("folder", ["last", "pets.yaml"])
+def test_a_folder_whose_name_no_run_can_have(pets: Path, folder: str) -> None:
+    found = look_at(pets.rename(pets.with_name(folder)))
+    recipe = choose_recipe(found, has_gpu=False)
+    written = load_yaml(starting_config.write_yaml(recipe, found, Path("x"), device="", time_text=""))
+    assert written.name == "photos"
+
+
 # -- time --------------------------------------------------------------------------------------------------------------
 
 

@@ -366,3 +366,19 @@ def test_an_option_of_another_method_names_its_owners() -> None:
         "train_classifier.method.am_mode: unknown key; it is an option of gain, gain_ext: remove it. "
         "Allowed here: name, layers, gamma, drop_rate"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("last", "'last' means the newest run in every command; give the run another name"),
+        ("LAST", "'LAST' means the newest run"),
+        ("demo.yaml", "'demo.yaml' would be read as a file; leave .yaml out"),
+        ("demo.YML", "leave .YML out"),
+    ],
+)
+def test_a_run_has_no_name_that_commands_read_as_something_else(name: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(find_config("demo"), [f"name={name}"])
+    assert expected in str(caught.value)
+    assert load_config(find_config("demo"), ["name=lasting"]).name == "lasting"

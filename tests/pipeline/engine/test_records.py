@@ -14,9 +14,9 @@ from fake_stages.table import TABLE, FakeRun
 
 from pipeline.engine import records
 from pipeline.engine.plan import Plan, plan_run
-from pipeline.engine.records import RunRecord, prune, read_runs
+from pipeline.engine.records import RunRecord, find_run, load_named, prune, read_runs
 from pipeline.store.artifacts import Store
-from stages.errors import DamagedFileError, DataError
+from stages.errors import ConfigError, DamagedFileError, DataError, InputError
 
 
 @pytest.fixture
@@ -50,6 +50,24 @@ def test_same_artifacts_under_the_same_name_are_one_record(store: Store) -> None
     records = read_runs(store)
     assert sorted((record.name, record.state) for record in records) == [("fake", "done")] * 2 + [("other", "done")]
     assert records[0].config["combine"] == {"factor": 1.0, "is_used": True}
+
+
+def test_a_whole_name_comes_before_the_beginning_of_another(store: Store) -> None:
+    finished(store, 1.0, "fake")
+    finished(store, 2.0, "fake-2")
+    assert find_run(store, "fake").config["combine"]["factor"] == 1.0
+    assert find_run(store, "fake-2").config["combine"]["factor"] == 2.0
+    with pytest.raises(InputError, match="'fak' means 2 runs"):
+        find_run(store, "fak")
+
+
+def test_last_is_the_newest_run_and_no_file(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(store, 1.0)
+    assert find_run(store, "last").name == "fake"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "last").write_text("name: mine")
+    with pytest.raises(ConfigError, match=r"'last' means the newest run, and a file here .*; write \./last for"):
+        load_named("last", [], str(store.root))
 
 
 def test_records_say_how_the_run_ended(store: Store) -> None:

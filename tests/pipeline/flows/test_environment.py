@@ -4,6 +4,7 @@ import http.server
 import threading
 import time
 from collections.abc import Iterator
+from urllib.parse import unquote
 
 import pytest
 
@@ -30,7 +31,10 @@ class _Stranger(http.server.BaseHTTPRequestHandler):
         if kind == "moved":
             self.send_header("Location", "http://127.0.0.1:9/")
         self.end_headers()
-        self.wfile.write(b"<html></html>" if kind == "page" else b"true")
+        if self.path.endswith("/admin/version"):
+            self.wfile.write(unquote(self.path.split("/")[2]).encode())
+        else:
+            self.wfile.write(b"<html></html>" if kind == "page" else b"true")
 
     do_POST = do_GET
 
@@ -88,9 +92,33 @@ def test_the_password_is_asked_for_and_taken(stranger: str, monkeypatch: pytest.
     monkeypatch.delenv("PREFECT_API_AUTH_STRING", raising=False)
     monkeypatch.delenv("PREFECT_API_KEY", raising=False)
     with pytest.raises(EnvironmentFailure, match="refuses us: set PREFECT_API_AUTH_STRING"):
-        check_api(f"{stranger}/locked/api")
+        check_api(f"{stranger}/locked/%223.0.0%22/api")
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "user:password")
-    check_api(f"{stranger}/locked/api")
+    check_api(f"{stranger}/locked/%223.0.0%22/api")
+
+
+@pytest.mark.parametrize("version", ["3.0.0", "3.99.1rc1+local", "3.9.0.dev2"])
+def test_another_server_of_our_major_version_passes(stranger: str, version: str):
+    check_api(f"{stranger}/server/%22{version}%22/api")
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("%222.20.16%22", "runs Prefect 2.20.16, and this machine has Prefect 3."),
+        ("%2210.1%22", "runs Prefect 10.1, and this machine has Prefect 3."),
+        *(
+            (odd, "runs Prefect a version that it does not tell, and this machine has Prefect 3.")
+            for odd in ("true", "%22%22", "%22x%22", "%22%1B[31m%22", "3.8.8", "%223.8%0A%22")
+        ),
+    ],
+)
+def test_a_server_that_prefects_client_would_refuse_is_named_in_one_line(stranger: str, answer: str, told: str):
+    with pytest.raises(EnvironmentFailure) as caught:
+        check_api(f"{stranger}/server/{answer}/api")
+    assert told in caught.value.message
+    assert "run that server with prefect==3." in caught.value.message
+    assert caught.value.message.isprintable()
 
 
 def test_credentials_in_the_url_are_refused_and_not_repeated(monkeypatch: pytest.MonkeyPatch):

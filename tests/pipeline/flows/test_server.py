@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -204,6 +205,52 @@ def test_hostile_hosts_leave_no_traceback_and_the_server_up(server: Server):
         answer = server.send(b"GET /api/health HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
         assert answer.split()[1] == b"400"
     assert server.send(b"GET /api/health HTTP/1.0\r\n\r\n").split()[1] == b"400"
+    assert server.is_up()
+    assert b"Traceback" not in server.log.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.prefect
+def test_malformed_handshakes_get_a_plain_error_at_once_and_leave_no_traceback(server: Server):
+    host = f"Host: 127.0.0.1:{server.port}\r\n"
+    upgrade, key, version = (
+        "Upgrade: websocket\r\nConnection: Upgrade\r\n",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
+        "Sec-WebSocket-Version: 13\r\n",
+    )
+    shake = host + upgrade + key + version
+    get = "GET /api/events/out HTTP/1.1\r\n"
+    malformed = {
+        "no key": get + host + upgrade + version,
+        "a short key": get + host + upgrade + version + "Sec-WebSocket-Key: x\r\n",
+        "two keys": get + shake + key,
+        "no version": get + host + upgrade + key,
+        "an old version": get + host + upgrade + key + "Sec-WebSocket-Version: 8\r\n",
+        "odd protocols": get + shake + "Sec-WebSocket-Protocol: ,,,\r\n",
+        "odd extensions": get + shake + "Sec-WebSocket-Extensions: ;;;\r\n",
+        "a version in no ASCII": get + host + upgrade + key + "Sec-WebSocket-Version: \xff\r\n",
+        **{
+            f"{name} in no ASCII": get + shake + f"{name}: Upgrade, \xff\r\n"
+            for name in ("Sec-WebSocket-Protocol", "Sec-WebSocket-Extensions", "Connection")
+        },
+        "a key in no ASCII": get + host + upgrade + version + "Sec-WebSocket-Key: \xff\xfe\r\n",
+        **{f"{method} upgrades": get.replace("GET", method) + shake for method in ("POST", "HEAD", "OPTIONS", "PUT")},
+        "a body": get + shake + "Content-Length: 3\r\n\r\nabc",
+        "a body that does not come": get + shake + "Content-Length: 3\r\n",
+        "chunks": get + shake + "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n",
+        "a long header": get + shake + f"X: {'a' * 9000}\r\n",
+        "a very long header": get + shake + f"X: {'a' * 200_000}\r\n",
+        "many headers": get + shake + "".join(f"X{number}: a\r\n" for number in range(300)),
+        "control characters": get + shake + "X: a\x01b\r\n",
+        "a long path": get.replace("out", "a" * 9000) + shake,
+        "no path": "GET  HTTP/1.1\r\n" + shake,
+    }
+    for what, request in malformed.items():
+        begun = time.monotonic()
+        answer = server.send(f"{request}\r\n".encode("latin-1"))
+        assert answer.split(b" ")[:2] in ([b"HTTP/1.1", b"400"], [b"HTTP/1.1", b"426"]), what
+        assert time.monotonic() - begun < 2.5, f"{what}: the connection is closed, not given up"
+    assert b"101 Switching" in server.send(f"{get}{shake}\r\n".encode()), "a program that speaks well is let in"
     assert server.is_up()
     assert b"Traceback" not in server.log.read_bytes()
 

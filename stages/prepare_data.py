@@ -22,9 +22,7 @@ from stages.data.check import (
     CheckedImage,
     check_any_object,
     check_images,
-    label_mask_warnings,
-    palette_warnings,
-    turned_warnings,
+    image_warnings,
 )
 from stages.data.config import DataConfig
 from stages.data.listing import list_data
@@ -79,11 +77,7 @@ def prepare_data(
     images = check_images(listing, root, val, progress, compared=_compared(listing), processes=processes)
     checked = {image.id: image for image in images}
     kept = _keep_good(listing, checked, data, progress)
-    for text in (
-        *palette_warnings(checked.values()),
-        *turned_warnings(checked.values()),
-        *label_mask_warnings(listing, checked.values()),
-    ):
+    for text in image_warnings(listing, checked.values()):
         progress.warn(text)
     useless = check_any_object(listing, [checked[image_id] for image_id in listing.splits["val"]])
     if useless:

@@ -85,7 +85,7 @@ def test_a_mask_of_the_unturned_pixels_is_told_by_its_size(
         f"{mask}: is a mask of the unturned pixels, and its image is turned by its EXIF tag, as viewers show it; "
         "remove the image's tag (exiftool -Orientation= FILE), or turn the mask"
     ]
-    write_index_mask(mask, np.zeros((64, 48), dtype=np.uint8))
+    write_index_mask(mask, np.eye(64, 48, dtype=np.uint8))
     assert check_data(as_custom(broken), progress, processes=1).problems.lines() == []
     assert progress.warnings == []
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from stages.contracts import ImageIndex, ImageRecord, Progress, Runtime, StageConfig, StageResult, write_json
 from stages.data.adapters.synthetic import SyntheticConfig
 from stages.data.adapters.synthetic_images import generate_synthetic
-from stages.data.boxes import clip_boxes, clipped_warning
+from stages.data.boxes import box_warnings, clip_boxes
 from stages.data.check import (
     CheckedImage,
     check_any_object,
@@ -82,7 +82,7 @@ def prepare_data(
     useless = check_any_object(listing, [checked[image_id] for image_id in listing.splits["val"]])
     if useless:
         raise DataError("the scores on val would be worthless:", useless)
-    for text in clipped_warning((image, checked[image.id].size) for image in kept.images):
+    for text in box_warnings((image, checked[image.id].size) for image in kept.images):
         progress.warn(text)
     # whether images are held out is up to the lists alone: a damaged file of val changes no training
     holdout = hold_out(kept, config.holdout_ratio) if hold_out(listing, config.holdout_ratio) else ()

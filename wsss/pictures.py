@@ -9,9 +9,9 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from stages.contracts import read_image, read_rgb
+from stages.contracts import UPRIGHT, orientation_of, read_image, read_rgb
 from stages.errors import InputError
 
 _TIFF_MODES = ("F", "CMYK", "YCbCr", "LAB", "RGBX", "PA", "La", "RGBa", "HSV")
@@ -29,8 +29,10 @@ def read_picture(image: Picture) -> NDArray[np.uint8]:
         DataError: a file that is not there or no image.
     """
     if isinstance(image, Image.Image):
+        turn = UPRIGHT.get(orientation_of(image))
+        image = image if turn is None else image.transpose(turn)
         content = io.BytesIO()  # as a file of it would be read: 16 bits are scaled, floats refused
-        ImageOps.exif_transpose(image).save(content, "TIFF" if image.mode in _TIFF_MODES else "PNG")
+        image.save(content, "TIFF" if image.mode in _TIFF_MODES else "PNG")
         return read_image(Path("the image"), content.getvalue())[0]
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):

@@ -28,7 +28,15 @@ from stages.annotation.shapes import (
     Size,
     values_by_name,
 )
-from stages.contracts import MASK_FORMATS, ClassList, ImageRecord, encode_index_mask, mask_mode_problem, voc_palette
+from stages.contracts import (
+    MASK_FORMATS,
+    ClassList,
+    ImageRecord,
+    encode_index_mask,
+    mask_mode_problem,
+    open_quietly,
+    voc_palette,
+)
 from stages.errors import DataError
 
 _FOLDER = "SegmentationClass"
@@ -102,7 +110,7 @@ def _read_mask(name: str, data: bytes, names: Mapping[int, str], colours: Mappin
     if _FOLDER in path.parts[:-1]:
         path = PurePosixPath(*path.parts[path.parts.index(_FOLDER) + 1 :])
     try:
-        with Image.open(io.BytesIO(data), formats=MASK_FORMATS) as image:
+        with open_quietly(io.BytesIO(data), MASK_FORMATS) as image:
             keys, labels = _label_pixels(image, names, colours)
             drawn = [Drawn(label, partial(_fill, keys, key)) for key, label in labels.items()]
             return AnnotatedImage(path.as_posix(), (image.height, image.width), drawn)

@@ -12,6 +12,7 @@ from stages.contracts.attention import (
     read_attention_shard,
     write_attention_shard,
 )
+from stages.contracts.decoding import UPRIGHT, open_quietly, orientation_of
 from stages.contracts.files import (
     expand_path,
     parse_json,
@@ -32,7 +33,6 @@ from stages.contracts.images import (
     LabelledBox,
     odd_kind,
     open_image_set,
-    orientation_of,
     read_image,
     read_image_size,
     read_rgb,
@@ -72,6 +72,7 @@ __all__ = [
     "MASK_SUFFIXES",
     "MAX_MASK_CLASSES",
     "OBJECT_MASK_MODES",
+    "UPRIGHT",
     "AttentionRecord",
     "Box",
     "ClassList",
@@ -92,6 +93,7 @@ __all__ = [
     "mask_mode_problem",
     "odd_kind",
     "open_image_set",
+    "open_quietly",
     "option_texts",
     "orientation_of",
     "parse_json",

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
+from stages.contracts.decoding import open_quietly, orientation_of
 from stages.contracts.files import write_atomic
 from stages.errors import DataError
 
@@ -82,7 +83,7 @@ def read_index_mask(path: Path, *, modes: Sequence[str] = MASK_MODES) -> NDArray
         DataError: missing, damaged, or of another mode (an RGB mask).
     """
     try:
-        with Image.open(path, formats=MASK_FORMATS) as image:
+        with open_quietly(path, MASK_FORMATS) as image:
             problem = mask_mode_problem(path, image, modes)
             pixels = None
             if problem is None:
@@ -129,7 +130,7 @@ _BITS = {"1": 1, "L;2": 2, "L;4": 4, "I;16": 16, "I;16B": 16, "I": 32}
 
 def turned_mask_problem(path: Path, mask: Image.Image) -> str | None:
     """Why a mask with an EXIF tag that turns it is refused; None where it has none, as far as was read of it."""
-    if "exif" not in mask.info or mask.getexif().get(ExifTags.Base.Orientation, 1) in {0, 1}:
+    if "exif" not in mask.info or orientation_of(mask) == 1:
         return None
     return (
         f"{path}: its EXIF tag turns it, and a mask is read pixel by pixel; turn its pixels and save it without the tag"

@@ -27,11 +27,12 @@ from stages.contracts import (
     ClassList,
     Progress,
     mask_mode_problem,
+    open_quietly,
     read_image,
     turned_mask_problem,
     voc_palette,
 )
-from stages.data.boxes import box_problems, clipped_warning
+from stages.data.boxes import box_problems, box_warnings
 from stages.data.config import DataConfig
 from stages.data.overview import DataOverview, overview_of
 from stages.data.records import DataListing, ListedImage, Problems, quoted, some
@@ -111,7 +112,7 @@ def check_data(config: DataConfig, progress: Progress, *, processes: int = 0) ->
     deep = {image.id for image in listing.images}
     checked = list(check_images(listing, listing.root, deep, progress, processes=processes))
     sizes = [image.size for image in checked]
-    for text in (*image_warnings(listing, checked), *clipped_warning(zip(listing.images, sizes, strict=True))):
+    for text in (*image_warnings(listing, checked), *box_warnings(zip(listing.images, sizes, strict=True))):
         progress.warn(text)
     for image in checked:
         for kind, texts in (("image", image.image_problems), ("mask", image.mask_problems)):
@@ -276,7 +277,7 @@ def check_mask(
         VOC's colours in another order, which in VOC's own data is wrong too.
     """
     try:
-        with Image.open(path, formats=MASK_FORMATS) as mask:
+        with open_quietly(path, MASK_FORMATS) as mask:
             texts = _check_header(path, mask, size, modes, is_lying=is_lying)
             if not is_deep or mask_mode_problem(path, mask, modes) is not None:
                 return None, texts, []

@@ -25,9 +25,13 @@ def read_picture(image: Picture) -> NDArray[np.uint8]:
     """RGB, uint8 (H, W, 3), turned upright by EXIF.
 
     Raises:
-        InputError: an array of another shape or type.
+        InputError: an array of another shape or type, something else, or an image without a pixel.
         DataError: a file that is not there or no image.
     """
+    if isinstance(image, Image.Image | np.ndarray) and 0 in (
+        image.size if isinstance(image, Image.Image) else image.shape
+    ):
+        raise InputError("expected an image with pixels, found one of no height or no width")
     if isinstance(image, Image.Image):
         turn = UPRIGHT.get(orientation_of(image))
         image = image if turn is None else image.transpose(turn)
@@ -41,4 +45,7 @@ def read_picture(image: Picture) -> NDArray[np.uint8]:
                 "floats in 0 … 1: (image * 255).round().astype('uint8'); of channels first: image.transpose(1, 2, 0)"
             )
         return np.ascontiguousarray(np.broadcast_to(image[..., None], (*image.shape, 3)) if image.ndim == 2 else image)
+    if not isinstance(image, str | os.PathLike) or not os.fspath(image):
+        found = "an empty path" if isinstance(image, str | os.PathLike) else type(image).__name__
+        raise InputError(f"expected a path, a PIL image or RGB as a numpy array, uint8 (H, W, 3), found {found}")
     return read_rgb(Path(image))

@@ -5,7 +5,8 @@
     model.onnx           the same net for other runtimes (may be left out)
     README.md            the model card (``stages.scoring.model_card``)
 
-Written by ``stages.scoring.export``; reads are checked against the digests.  Torch-free at import; never unpickles.
+Written by ``stages.scoring.export``; reads are checked against the digests, and classes, net and normalisation against
+the metadata in ``model.safetensors``, so that no other file can stand in.  Torch-free at import; never unpickles.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from stages.errors import DamagedFileError, InputError
 from stages.nets.segmenters.config import SegmenterConfig
 from stages.nets.segmenters.files import WEIGHTS_FILE, load_segmenter, read_segmenter_record
 from stages.scoring.image_prediction import SegmenterSource
+from stages.scoring.model_card import metadata
 from stages.scoring.prediction import PredictionConfig
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ def read_export(path: Path) -> tuple[Path, ExportRecord]:
 
     Raises:
         InputError: it is no exported model, or one of another version or normalisation.
-        DamagedFileError: a file is missing or differs from what was written.
+        DamagedFileError: a file is missing or differs from what was written, also in what a mask value means.
     """
     if path.suffix.lower() == ".onnx":
         raise InputError(f"{path}: wsss predicts from {TENSORS_FILE}; name the folder, or run the ONNX file elsewhere")
@@ -105,7 +107,29 @@ def read_export(path: Path) -> tuple[Path, ExportRecord]:
         )
     record = _parse(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
     _check_file(folder / TENSORS_FILE, record.files[TENSORS_FILE])
+    _check_metadata(folder, record)
     return folder, record
+
+
+def _check_metadata(folder: Path, record: ExportRecord) -> None:
+    """Refuse a config of other classes, in another order say, than the tensors were written with."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / TENSORS_FILE
+    try:
+        with safe_open(path, framework="np") as tensors:
+            found = tensors.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(f"{path} is damaged ({error}); export the model again") from error
+    expected = metadata(record)
+    wrong = [name for name in expected if found.get(name) != expected[name]]
+    if wrong:
+        name = wrong[0]
+        raise DamagedFileError(
+            f"{folder / CONFIG_FILE} was edited or belongs to another model: its {', '.join(wrong)} are not those in "
+            f"{TENSORS_FILE} ({name}: expected {found.get(name, 'nothing')!s:.300}, found {expected[name]!s:.300}); "
+            "export the model again"
+        )
 
 
 def _parse(path: Path, content: Any) -> ExportRecord:  # noqa: ANN401 - JSON is any

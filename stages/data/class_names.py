@@ -21,7 +21,20 @@ FREQUENT_RATIO = 5
 _NOTHING = {
     *("none", "nothing", "null", "nil", "nan", "na", "background", "bg", "void", "empty", "blank"),
     *("nolabel", "nolabels", "noclass", "noobject", "unlabeled", "unlabelled"),
-    *("unknown", "undefined", "unspecified", "unsure", "undecided", "missing", "ignore", "tbd", "todo", "idk"),
+    *(
+        "unknown",
+        "undefined",
+        "unspecified",
+        "unsure",
+        "undecided",
+        "missing",
+        "not",
+        "without",
+        "ignore",
+        "tbd",
+        "todo",
+        "idk",
+    ),
 }
 _REST = {"other", "others", "misc", "miscellaneous", "rest", "various", "anythingelse", "everythingelse"}
 _YES, _NO = {"yes", "y", "true", "positive"}, {"no", "n", "false", "negative"}
@@ -163,7 +176,8 @@ def check_class_names(
     Args:
         counts: Names that the data set itself gives, with the number of their images.
         source: How messages name the file or folder.
-        problems: Receives them; names that differ by case, spaces, ``-`` and ``_`` alone count as nearly the same.
+        problems: Receives them; names that differ by case, spaces and marks such as ``-`` and ``?`` alone count as
+            nearly the same.
         remedy: What to do with images of nothing.
     """
     for name, count in counts.items():
@@ -190,7 +204,8 @@ def check_class_names(
     for name in counts:
         shown = "".join(character for character in name if unicodedata.category(character) != "Cf")  # has a width
         folded = unicodedata.normalize("NFKC", shown).casefold()
-        alike.setdefault(re.sub(r"[\s_\-]+", "", folded) or folded, []).append(name)
+        bare = folded if _NUMBER.fullmatch(folded) else re.sub(r"[\s_\-.,!?~*]+", "", folded)
+        alike.setdefault(bare or folded, []).append(name)
     for names in alike.values():
         if len(names) > 1:
             shown = " beside ".join(f"'{name}' ({counts[name]:,} images)" for name in names)
@@ -217,8 +232,8 @@ def odd_names_warnings(cells: Sequence[Sequence[str]], source: str, *, has_words
     lines: list[str] = []
     rest = [f"'{name}' ({counts[name]:,})" for name in counts if re.sub(r"[\W_]", "", name).casefold() in _REST]
     if rest:
-        text = f"{source}: {', '.join(rest)} is learnt as a class of its own, and whatever it stands for looks alike to"
-        lines.append(f"{text} nothing; leave the labels empty if it means that there is no object of the classes")
+        text = f"{source}: {', '.join(rest)} is learnt as a class of its own, though it may stand for many things"
+        lines.append(f"{text}: leave the labels empty where none of the classes is there, or set data.classes")
     if odd:
         text = f"{source}: misspelt? {', '.join(odd)}; each is a class of its own"
         lines.append(f"{text}: correct the CSV, or set data.classes")

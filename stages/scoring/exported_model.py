@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +26,6 @@ from stages.errors import DamagedFileError, InputError
 from stages.nets.segmenters.config import SegmenterConfig
 from stages.nets.segmenters.files import WEIGHTS_FILE, load_segmenter, read_segmenter_record
 from stages.scoring.image_prediction import SegmenterSource
-from stages.scoring.model_card import metadata
 from stages.scoring.prediction import PredictionConfig
 
 if TYPE_CHECKING:
@@ -109,6 +109,17 @@ def read_export(path: Path) -> tuple[Path, ExportRecord]:
     _check_file(folder / TENSORS_FILE, record.files[TENSORS_FILE])
     _check_metadata(folder, record)
     return folder, record
+
+
+def metadata(record: ExportRecord) -> dict[str, str]:
+    """What the tensors' and the ONNX file say of themselves, so that they can be used without ``config.json``."""
+    return {
+        "kind": record.kind,
+        "classes": json.dumps(record.classes, ensure_ascii=False),
+        "net": json.dumps(record.net.model_dump(mode="json"), sort_keys=True),
+        "normalisation": json.dumps(record.normalisation.model_dump(mode="json"), sort_keys=True),
+        "key": str(record.provenance.get("key") or ""),
+    }
 
 
 def _check_metadata(folder: Path, record: ExportRecord) -> None:

@@ -149,6 +149,14 @@ def test_names_that_nearly_are_the_same_are_asked_about(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["!cat", "cat?", "cat.", "~cat", "c.a.t", "cat*", " cat -"])
+def test_names_that_differ_by_a_mark_are_asked_about(name: str, tmp_path: Path) -> None:
+    draw_set(tmp_path / "set", ["cat", "dog", f"{name};dog", "cat;dog"])
+    assert f"'{name.strip()}' (1 images)" in "\n".join(problems_of(tmp_path / "set"))
+    draw_set(tmp_path / "numbers", ["1.5", "15", "-1", "1"])
+    assert problems_of(tmp_path / "numbers") == []
+
+
 def test_one_name_in_two_unicode_forms_is_one_class(tmp_path: Path) -> None:
     draw_set(tmp_path / "set", ["caf\u00e9", "cafe\u0301", "tea", "tea"])
     config = CustomConfig(root=tmp_path / "set")

@@ -17,14 +17,12 @@ from pydantic import Field
 from stages.contracts import ImageIndex, ImageRecord, Progress, Runtime, StageConfig, StageResult, write_json
 from stages.data.adapters.synthetic import SyntheticConfig
 from stages.data.adapters.synthetic_images import generate_synthetic
-from stages.data.boxes import clip_boxes, clipped_warning
+from stages.data.boxes import box_warnings, clip_boxes
 from stages.data.check import (
     CheckedImage,
     check_any_object,
     check_images,
-    label_mask_warnings,
-    palette_warnings,
-    turned_warnings,
+    image_warnings,
 )
 from stages.data.config import DataConfig
 from stages.data.listing import list_data
@@ -79,16 +77,12 @@ def prepare_data(
     images = check_images(listing, root, val, progress, compared=_compared(listing), processes=processes)
     checked = {image.id: image for image in images}
     kept = _keep_good(listing, checked, data, progress)
-    for text in (
-        *palette_warnings(checked.values()),
-        *turned_warnings(checked.values()),
-        *label_mask_warnings(listing, checked.values()),
-    ):
+    for text in image_warnings(listing, checked.values()):
         progress.warn(text)
     useless = check_any_object(listing, [checked[image_id] for image_id in listing.splits["val"]])
     if useless:
         raise DataError("the scores on val would be worthless:", useless)
-    for text in clipped_warning((image, checked[image.id].size) for image in kept.images):
+    for text in box_warnings((image, checked[image.id].size) for image in kept.images):
         progress.warn(text)
     # whether images are held out is up to the lists alone: a damaged file of val changes no training
     holdout = hold_out(kept, config.holdout_ratio) if hold_out(listing, config.holdout_ratio) else ()

@@ -6,6 +6,7 @@ Source: Zhou et al., CVPR 2016 (CAM); Selvaraju et al., ICCV 2017 (Grad-CAM); Kr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ def attention(
 
     Args:
         model: Any image classifier, of torchvision or timm say: normalised images (1, 3, H, W) to logits (1, K).  It is
-            called in evaluation mode on the device of its parameters; mode and gradients are left as they were.
+            called in evaluation mode on the device and in the precision of its parameters; mode and gradients are left
+            as they were.  It may be called, and may have been made, under ``torch.inference_mode``.
         image: A path, a PIL image, or RGB as uint8 (H, W, 3).
         labels: Class numbers of the model's output; None takes the likeliest one.
         method: ``cam`` needs a linear layer behind a global average pool; ``gradcam`` needs any convolution.
@@ -79,23 +81,26 @@ def attention(
         raise InputError(f"method: expected gradcam or cam, found {method!r}")
     if layer is not None and method == "cam":
         raise InputError("layer goes with method='gradcam'; CAM has the layer before the pooling")
-    if not scales or min(scales) <= 0:
-        raise InputError(f"scales: expected factors above 0, found {tuple(scales)}")
-    pixels = read_picture(image)
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    if std is not None and min(std) <= 0:
-        raise InputError(f"std: expected numbers above 0, found {tuple(std)}")
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
+    factors = _numbers("scales", scales, least=0, most=_LARGEST_SCALE)
+    if short_side_px is not None and not (isinstance(short_side_px, int) and 1 <= short_side_px <= _LONGEST_SIDE_PX):
+        raise InputError(f"short_side_px: expected 1 … {_LONGEST_SIDE_PX} or None, found {short_side_px!r}")
     own = getattr(model, "pretrained_cfg", None) or {}
-    shift, width = (
-        torch.tensor(given or own.get(name) or default, device=device).view(1, 3, 1, 1)
-        for name, given, default in (("mean", mean, IMAGE_MEAN), ("std", std, IMAGE_STD))
+    found_mean, found_std = (
+        _numbers(name, own.get(name) or default if given is None else given, least=least, count=3)
+        for name, given, default, least in (("mean", mean, IMAGE_MEAN, None), ("std", std, IMAGE_STD, 0.0))
     )
-    whole = torch.from_numpy(pixels).to(device).permute(2, 0, 1)[None].float() / 255
+    pixels = read_picture(image)
+    tensors = [tensor for tensor in model.parameters() if tensor.is_floating_point()]
+    device, dtype = (tensors[0].device, tensors[0].dtype) if tensors else (torch.device("cpu"), torch.float32)
     size = (pixels.shape[0], pixels.shape[1])
     total: MapMean | None = None
-    with _evaluating(model), torch.enable_grad():
-        for scale in scales:
-            seen = (resize(whole, network_size(size, short_side_px, scale)) - shift) / width
+    with torch.inference_mode(mode=False), _evaluating(model), torch.enable_grad():
+        shift, width = (torch.tensor(numbers, device=device).view(1, 3, 1, 1) for numbers in (found_mean, found_std))
+        whole = torch.from_numpy(pixels).to(device).permute(2, 0, 1)[None].float() / 255
+        for scale in factors:
+            seen = ((resize(whole, network_size(size, short_side_px, scale)) - shift) / width).to(dtype)
             for is_flipped in (False, True) if flip else (False,):
                 trace = _run(model, seen.flip(-1) if is_flipped else seen)
                 labels = _check_labels(labels, trace.logits)
@@ -107,6 +112,32 @@ def attention(
                 )
     assert total is not None
     return normalise_attention(total.mean()[None])[0].cpu().numpy()
+
+
+_LARGEST_SCALE = 16.0
+_LONGEST_SIDE_PX = 16_384
+"""Beyond these a network sees nothing but memory running out."""
+
+
+def _numbers(
+    name: str, given: object, *, least: float | None, most: float = math.inf, count: int | None = None
+) -> tuple[float, ...]:
+    """``given`` as finite numbers above ``least`` and up to ``most``, ``count`` of them or at least one.
+
+    Raises:
+        InputError: it is something else.
+    """
+    above = "" if least is None else f" above {least:g}"
+    upto = f" and up to {most:g}" if most < math.inf else ""
+    try:
+        found = tuple(float(number) for number in given)  # type: ignore[attr-defined] - what is not iterable is refused
+    except (TypeError, ValueError):
+        found = ()
+    is_right = len(found) == count if count else len(found) > 0
+    if not is_right or not all(math.isfinite(n) and (least is None or n > least) and n <= most for n in found):
+        text = f"{name}: expected {count or 'a list of'} finite numbers{above}{upto}"
+        raise InputError(f"{text}, found {given!r:.200}")
+    return found
 
 
 @dataclass
@@ -154,8 +185,12 @@ def _run(model: nn.Module, images: Tensor) -> _Trace:
                     lambda module, inputs, output, name=name: note(name, module, inputs, output)
                 )
                 hooks.callback(handle.remove)
+        # what was made under inference_mode cannot be differentiated through; its copy can
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        copies = {name: tensor.clone() for name, tensor in tensors if tensor.is_inference()}
         # without a gradient to the input, a frozen model would leave nothing to differentiate
-        logits = model(images.detach().requires_grad_())
+        images = images.detach().requires_grad_()
+        logits = torch.func.functional_call(model, copies, (images,)) if copies else model(images)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != 1:
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise InputError(f"expected a classifier that gives logits (1, K), found {found}")
@@ -169,10 +204,17 @@ def _check_labels(labels: Sequence[int] | None, logits: Tensor) -> list[int]:
     count = logits.shape[1]
     if labels is None:
         return [int(logits.argmax())]
-    found = [int(label) for label in labels if isinstance(label, int | np.integer)]
-    if not found or len(found) < len(labels) or any(not 0 <= label < count for label in found):
-        raise InputError(f"labels: expected class numbers 0 … {count - 1}, found {list(labels)}")
+    found = _whole_numbers(labels)
+    if not found or any(not 0 <= label < count for label in found):
+        raise InputError(f"labels: expected class numbers 0 … {count - 1}, found {labels!r:.200}")
     return found
+
+
+def _whole_numbers(labels: object) -> list[int]:
+    """Labels as a list; empty where they are none or anything else."""
+    given = list(labels) if isinstance(labels, Sequence | np.ndarray) else []
+    is_whole = all(isinstance(label, int | np.integer) and not isinstance(label, bool) for label in given)
+    return [int(label) for label in given] if is_whole else []
 
 
 def _grad_cam(model: nn.Module, trace: _Trace, labels: Sequence[int], layer: str | None) -> Tensor:
@@ -190,7 +232,9 @@ def _grad_cam(model: nn.Module, trace: _Trace, labels: Sequence[int], layer: str
     maps = []
     for label in labels:
         (slope,) = torch.autograd.grad(trace.logits[0, label], features, retain_graph=True)
-        maps.append((slope.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1)[0].relu())
+        # half precision would lose small slopes in the mean
+        weights = slope.float().mean(dim=(2, 3), keepdim=True)
+        maps.append((weights * features.float()).sum(dim=1)[0].relu())
     return torch.stack(maps)
 
 
@@ -209,15 +253,16 @@ def _cam(model: nn.Module, trace: _Trace, labels: Sequence[int]) -> Tensor:
 
     _last(trace)
     heads = {name: module for name, module in model.named_modules() if name in trace.vectors}
-    for features in reversed(trace.features.values()):
-        pooled = features.mean(dim=(2, 3))
-        for name, head in heads.items():
-            vector = trace.vectors[name]
-            if _agree(pooled, vector) and _agree(head(vector), trace.logits):
-                weight = head.get_parameter("weight")
-                return torch.einsum("nd,dhw->nhw", weight[list(labels)], features[0]).relu()
-        if _agree(pooled, trace.logits):  # fully convolutional: the maps are there
-            return features[0, list(labels)].relu()
+    with torch.no_grad():
+        for features in reversed(trace.features.values()):
+            pooled = features.float().mean(dim=(2, 3)).to(features.dtype)
+            for name, head in heads.items():
+                vector = trace.vectors[name]
+                if _agree(pooled, vector) and _agree(head(vector), trace.logits):
+                    weight = head.get_parameter("weight")[list(labels)].float()
+                    return torch.einsum("nd,dhw->nhw", weight, features[0].float()).relu()
+            if _agree(pooled, trace.logits):  # fully convolutional: the maps are there
+                return features[0, list(labels)].float().relu()
     raise InputError(
         "method='cam' needs logits that are a linear layer of the mean over a feature map, and this model has "
         "something between the two; method='gradcam' works with it"
@@ -227,7 +272,10 @@ def _cam(model: nn.Module, trace: _Trace, labels: Sequence[int]) -> Tensor:
 def _agree(first: Tensor, second: Tensor) -> bool:
     import torch
 
-    return first.shape == second.shape and torch.allclose(first.float(), second.float(), rtol=1e-3, atol=1e-4)
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    rounding = max(torch.finfo(first.dtype).eps, 1e-4)  # of half precision far more than of 32 bits
+    return torch.allclose(first.float(), second.float(), rtol=10 * rounding, atol=rounding)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,6 +322,8 @@ def refine(
         raise InputError(f"expected one of maps, mask and probabilities, found {' and '.join(given) or 'none'}")
     if isinstance(crf, str) and crf not in PRESETS:
         raise InputError(f"crf: expected a CrfConfig, None or one of {', '.join(PRESETS)}, found {crf!r}")
+    if crf is not None and not isinstance(crf, str | CrfConfig):
+        raise InputError(f"crf: expected a CrfConfig, None or one of {', '.join(PRESETS)}, found {type(crf).__name__}")
     config = CrfConfig.model_validate({"preset": crf}) if isinstance(crf, str) else crf
     for name, it in (("maps", maps), ("mask", mask), ("probabilities", probabilities)):
         if it is not None and not isinstance(it, np.ndarray):
@@ -313,9 +363,17 @@ def _refine_maps(
     values = (maps / (255 if maps.dtype == np.uint8 else 1)).astype(np.float32)
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1 + 1e-6):
         raise InputError(f"maps: expected values in [0, 1], found {values.min():.4g} … {values.max():.4g}")
-    numbers = list(range(len(maps))) if labels is None else [int(label) for label in labels]
+    (map_height, map_width), (height, width) = maps.shape[1:], pixels.shape[:2]
+    is_lying = (map_height > map_width) != (height > width) and map_height != map_width and height != width
+    if is_lying and abs(map_height * height - map_width * width) <= max(map_height * width, map_width * height) / 10:
+        raise InputError(
+            f"maps: expected (n, h, w) in the shape of an image of {height}×{width} (height×width), found "
+            f"{maps.shape}: height and width are exchanged; take maps.transpose(0, 2, 1)"
+        )
+    numbers = list(range(len(maps))) if labels is None else _whole_numbers(labels)
     if len(numbers) != len(maps) or len(set(numbers)) < len(numbers) or not all(0 <= n < 254 for n in numbers):
-        raise InputError(f"labels: expected {len(maps)} different class numbers 0 … 253, one a map, found {numbers}")
+        text = f"labels: expected {len(maps)} different class numbers 0 … 253, one a map"
+        raise InputError(f"{text}, found {numbers if labels is None else labels!r:.200}")
     order = np.argsort(numbers)
     quantised, peaks = quantise_attention(values[order])
     record = AttentionRecord(
@@ -347,8 +405,8 @@ def _refine_mask(
 ) -> NDArray[np.uint8]:
     from stages.ops.crf.dense_crf import label_unary, open_crf
 
-    if not 0.5 < confidence < 1:
-        raise InputError(f"confidence: expected above 0.5 and below 1, found {confidence}")
+    if not isinstance(confidence, float | int) or not 0.5 < confidence < 1:
+        raise InputError(f"confidence: expected above 0.5 and below 1, found {confidence!r}")
     present = np.unique(mask[mask != IGNORE_INDEX])
     if crf is None or len(present) < 2:
         return mask if len(present) != 1 or crf is None else np.full_like(mask, present[0])

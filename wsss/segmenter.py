@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.contracts import SilentProgress, expand_path
-from stages.errors import InputError
+from stages.contracts import SilentProgress, expand_path, read_json
+from stages.errors import DamagedFileError, InputError
 from wsss.pictures import Picture, read_picture
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Segmenter:
         Raises:
             InputError: there is no such folder or config, or the config trains no segmenter.
             MissingArtifactError: the config's segmenter is not in the store.
-            DamagedFileError: a file is missing or damaged.
+            DamagedFileError: a file is missing, damaged or edited.
             EnvironmentFailure: the device is not there.
         """
         from stages.nets.segmenters.files import WEIGHTS_FILE
@@ -57,6 +58,7 @@ class Segmenter:
 
         path = expand_path(os.fspath(where))
         if path.is_dir() and (path / WEIGHTS_FILE).is_file():
+            _check_artifact(path)
             return cls(trained_source(path), PredictionConfig(), device=device)
         if path.is_dir() or path.name == CONFIG_FILE:
             folder, record = read_export(path)
@@ -134,3 +136,17 @@ class Segmenter:
         except ValidationError as error:
             lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors()]
             raise InputError("the options of the prediction are wrong", lines) from error
+
+
+def _check_artifact(folder: Path) -> None:
+    """Refuse a folder of a store whose files, the names of the classes among them, are not as they were published."""
+    from pipeline.store.artifacts import MANIFEST, check_manifest, examine
+
+    path = folder / MANIFEST
+    if path.is_file():  # what a stage wrote outside of a store has none
+        manifest = check_manifest(read_json(path), str(path), "train_segmenter")
+        damage, _ = examine(folder, manifest["content"]["files"])
+        if damage:
+            raise DamagedFileError(
+                f"{folder} is damaged or was edited; train_segmenter makes it again", damage.values()
+            )

@@ -20,10 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import yaml
-from PIL import Image
 
 from pipeline.config.run_config import RunConfig, name_problem
 from pipeline.config.yaml_models import load_values
+from stages.contracts import read_image_size
 from stages.data.adapters.custom import EVERY_FOLDER, CustomConfig, image_names, spread_images
 from stages.data.records import DataListing
 from stages.errors import DataError
@@ -136,9 +136,8 @@ def _median_size(root: Path, names: Sequence[str]) -> tuple[int, int]:
     sizes = []
     for name in names[:: max(1, len(names) // _SIZES_READ)]:
         try:
-            with Image.open(root / name) as image:
-                sizes.append((image.height, image.width))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            sizes.append(read_image_size(root / name))
+        except DataError:
             continue  # `wsss data check` names it
     if not sizes:
         raise DataError(f"{root}: none of the images can be opened ({names[0]} …); are they images?")

@@ -1,7 +1,10 @@
 """Read a YAML file into a pydantic model and report every problem at once, each at its dotted path.
 
 Reads one YAML file and overrides of the form ``a.b=value``; writes nothing; imports neither torch nor Prefect.
-YAML here is YAML 1.1 without tags, with ``1e-4`` as a number, without timestamps, and with duplicate keys refused.
+YAML here has no tags and no timestamps, and duplicate keys are refused.  What versions of YAML read in different ways
+is text: only decimal numbers without leading zeros, ``_`` and ``:`` are numbers, and of words only ``true`` and
+``false`` are truths.  So ``010``, ``0o10`` and ``1:30`` are refused where a number is asked for; ``yes``, ``no``,
+``on`` and ``off`` are words, and truths where only those are asked for.
 Anchors are counted as what they stand for before anything is built from them, so that no document is larger than it
 looks.  In a value that is a path, ``~`` and ``$VAR`` mean what they mean in a shell.
 Values are checked strictly: ``"5"`` is text and ``true`` is no number, wherever a number is asked for.
@@ -38,12 +41,15 @@ Form = Any
 Model = TypeVar("Model", bound=BaseModel)
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
+_TRUTH = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+_INT = re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$")
 _FLOAT = re.compile(
-    r"""^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+
-         |\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+    r"""^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+
+         |\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
     re.VERBOSE,
 )
-
+_TRUTH_WORDS = {"yes": True, "on": True, "no": False, "off": False}
+"""What YAML 1.1 takes for truths everywhere."""
 
 _MAX_CHARACTERS = 100_000
 """The shipped configs have 2,000.  All limits together keep the worst document under a second."""
@@ -58,7 +64,7 @@ _SHOWN_CHARACTERS = 100
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's floats (1e-4), without timestamps and tags, and with limits to what it composes."""
+    """SafeLoader without tags, with the numbers and truths that all versions of YAML share, and limits to its size."""
 
     def __init__(self, text: str, num_values: int = 0) -> None:
         """Read ``text``; ``num_values`` were composed before."""
@@ -111,23 +117,18 @@ class _Loader(yaml.SafeLoader):
 
     def construct_number(self, node: yaml.ScalarNode) -> int:
         """A whole number of at most ``_MAX_DIGITS`` digits."""
-        problem = f"expected a whole number, found {_printable(node.value)}"
         if len(node.value) > _MAX_DIGITS:
             problem = f"a whole number of {len(node.value):,} characters; write one of at most {_MAX_DIGITS}"
-        else:
-            try:
-                return self.construct_yaml_int(node)
-            except ValueError:  # such as 0x_, which YAML 1.1 takes for a number
-                pass
-        raise ConstructorError(None, None, problem, node.start_mark)
+            raise ConstructorError(None, None, problem, node.start_mark)
+        return int(node.value)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] not in {"float", "timestamp", "value"}
-    ]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] in {"null", "merge"}]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _TRUTH, list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
 
@@ -179,7 +180,7 @@ class _Document:
                 self.override(text)
             except ConfigError as error:
                 self.problems.append(error.message)
-        self._keep_words(model)
+        self._read_as_meant(model)
         found = dict(_loose_values(model, self.values)) | dict(_expand_paths(model, self.values))
         validated: Model | None = None
         try:
@@ -196,18 +197,22 @@ class _Document:
             raise ConfigError(f"{source} is not a valid config: {count}", problems)
         return validated
 
-    def _keep_words(self, model: type[BaseModel]) -> None:
-        """Take the items of a list of texts as they are written: ``[yes, no, 007]`` are names there."""
+    def _read_as_meant(self, model: type[BaseModel]) -> None:
+        """Take words for words and truths for truths, by what the model asks for.
+
+        An item of a list of texts is as it is written (``[true, 1.50]`` are names there), and a number where a text or
+        a path is wanted too; ``yes``, ``no``, ``on`` and ``off`` are truths where nothing else is wanted.
+        """
         for path, value in list(_leaves(self.values, ())):
             *_, place = path
-            items = _value_at(self.values, path[:-1])
-            is_text = set(_members(_annotation_at(model, self.values, path))) == {str}
-            if not isinstance(items, list) or not isinstance(place, int) or not is_text or isinstance(value, str):
-                continue
-            if path in self.written:
-                items[place] = self.written[path]
-            elif isinstance(value, int) and not isinstance(value, bool):
-                items[place] = str(value)
+            around = _value_at(self.values, path[:-1])
+            kinds = set(_members(_annotation_at(model, self.values, path)))
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if kinds == {bool} and isinstance(value, str):
+                around[place] = _TRUTH_WORDS.get(value.lower(), value)
+            elif kinds in ({str}, {Path}) and (is_number or (isinstance(value, bool) and isinstance(place, int))):
+                written = str(value) if isinstance(value, int) and is_number else value
+                around[place] = self.written.get(path, written)
 
     def override(self, override: str) -> None:
         """Put in one ``a.b=value``; sections that do not exist yet are made."""
@@ -332,6 +337,11 @@ def explain(error: ValidationError, model: type[BaseModel], values: Mapping[str,
         yield path, f"{dotted(path)}: {expectations}{parts[-1][1]}"
 
 
+_STARTS_AS_NUMBER = re.compile(r"\s*[-+]?\.?\d").match
+_PLAIN_NUMBER = "write it in plain decimal digits, without leading zeros, '_', ':' or a prefix such as 0x"
+"""Programs read 010 as 10 or as 8, and 1:30 as a text or as 90."""
+
+
 def _loose_values(model: type[BaseModel], values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """Problems that pydantic lets pass: text or true for a number, a number for true or false, nan and infinity.
 
@@ -342,6 +352,10 @@ def _loose_values(model: type[BaseModel], values: Mapping[str, Any]) -> Iterator
             yield path, f"{dotted(path)}: expected a finite number, found {value}"
             continue
         kinds = set(_members(_annotation_at(model, values, path)))
+        if isinstance(value, str) and kinds & {int, float} and not kinds & {str, Path} and _STARTS_AS_NUMBER(value):
+            remedy = "write it without quotes" if _INT.match(value) or _FLOAT.match(value) else _PLAIN_NUMBER
+            yield path, f"{dotted(path)}: expected a number, found {_show(value)}; {remedy}"
+            continue
         if not kinds or not kinds <= {int, float, bool}:
             continue
         is_truth = isinstance(value, bool)

@@ -28,7 +28,15 @@ from stages.annotation.shapes import (
     Size,
     values_by_name,
 )
-from stages.contracts import MASK_FORMATS, ClassList, ImageRecord, encode_index_mask, voc_palette
+from stages.contracts import (
+    MASK_FORMATS,
+    ClassList,
+    ImageRecord,
+    encode_index_mask,
+    mask_mode_problem,
+    open_quietly,
+    voc_palette,
+)
 from stages.errors import DataError
 
 _FOLDER = "SegmentationClass"
@@ -102,7 +110,7 @@ def _read_mask(name: str, data: bytes, names: Mapping[int, str], colours: Mappin
     if _FOLDER in path.parts[:-1]:
         path = PurePosixPath(*path.parts[path.parts.index(_FOLDER) + 1 :])
     try:
-        with Image.open(io.BytesIO(data), formats=MASK_FORMATS) as image:
+        with open_quietly(io.BytesIO(data), MASK_FORMATS) as image:
             keys, labels = _label_pixels(image, names, colours)
             drawn = [Drawn(label, partial(_fill, keys, key)) for key, label in labels.items()]
             return AnnotatedImage(path.as_posix(), (image.height, image.width), drawn)
@@ -132,6 +140,10 @@ def _label_pixels(
             return keys, {key: colours[colour] for key, colour in found.items()}
         if image.mode != "P":
             raise ValueError(f"colours {unknown[:3]} are of no class; draw without soft edges, and save as PNG")
+    elif image.mode == "L" and mask_mode_problem("", image) is not None:
+        raise ValueError(
+            "a grey PNG of 2 or 4 bits a pixel stands for levels of grey, not indices; save it with 8 bits"
+        )
     elif image.mode != "L":
         raise ValueError(f"expected indices or colours (PNG mode P, L or RGB), found mode {image.mode}")
     indices = np.asarray(image, dtype=np.uint32)

@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import stat
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +14,10 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError, features
 from pydantic import Field
 
+from stages.contracts.decoding import UPRIGHT, open_quietly, orientation_of
 from stages.contracts.files import read_model, stand_in
 from stages.contracts.masks import MASK_MODES, OBJECT_MASK_MODES, read_index_mask
 from stages.contracts.running import StageConfig
@@ -208,7 +208,7 @@ def read_image(path: Path, data: bytes | None = None) -> tuple[NDArray[np.uint8]
     with _open_image(path, data) as image:
         orientation = orientation_of(image)
         image.load()  # a TIFF is turned by this already
-        turn = _UPRIGHT.get(orientation_of(image))
+        turn = UPRIGHT.get(orientation_of(image))
         image = _eight_bits(image if turn is None else image.transpose(turn), path)
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # straight to RGB Pillow warns of what we mean
@@ -224,15 +224,6 @@ def read_image_size(path: Path) -> tuple[int, int]:
     with _open_image(path) as image:
         width, height = image.size
         return (width, height) if orientation_of(image) >= 5 else (height, width)
-
-
-def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 … 8 (EXIF 2.32, tag 0x0112); 1, upright, where that is absent or unreadable."""
-    try:
-        found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # whatever a damaged tag does to Pillow's parser, the pixels are there
-        return 1
-    return found if isinstance(found, int) and found in _UPRIGHT else 1
 
 
 def odd_kind(path: Path) -> str | None:
@@ -251,11 +242,8 @@ def _open_image(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
     """The opened image; whatever goes wrong with it before the end of ``with`` becomes a DataError."""
     try:
         formats = _formats_of(path, _head(path) if data is None else data[:_HEAD_BYTES])
-        with warnings.catch_warnings():
-            # up to twice the number of pixels that this warns of an image is read, above Pillow refuses it
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path if data is None else io.BytesIO(data), formats=formats) as image:
-                yield image
+        with open_quietly(path if data is None else io.BytesIO(data), formats) as image:
+            yield image
     except (DataError, MemoryError):
         raise
     except Exception as error:  # a decoder answers damaged bytes with whatever it trips over
@@ -326,14 +314,3 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
 
 
 _LARGEST_16_BIT = 65_535
-
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation to what undoes it."""

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
+from stages.contracts.decoding import open_quietly, orientation_of
 from stages.contracts.files import write_atomic
 from stages.errors import DataError
 
@@ -82,27 +83,54 @@ def read_index_mask(path: Path, *, modes: Sequence[str] = MASK_MODES) -> NDArray
         DataError: missing, damaged, or of another mode (an RGB mask).
     """
     try:
-        with Image.open(path, formats=MASK_FORMATS) as image:
-            mode = image.mode
-            pixels = np.array(image.getchannel(0) if mode == "LA" else image) if mode in modes else None
+        with open_quietly(path, MASK_FORMATS) as image:
+            problem = mask_mode_problem(path, image, modes)
+            pixels = None
+            if problem is None:
+                pixels = np.array(image.getchannel(0) if image.mode == "LA" else image)
             turned = turned_mask_problem(path, image)
     except MemoryError:
         raise
     except Exception as error:  # a decoder answers damaged bytes with whatever it trips over
         raise DataError(f"{path}: not a readable mask ({error})") from error
     if pixels is None:
-        raise DataError(
-            f"{path}: expected a mask of class indices (PNG mode P or L), found mode {mode}; "
-            "save the indices with VOC's palette, not the colours"
-        )
+        raise DataError(problem or "")
     if turned is not None:
         raise DataError(turned)
     return pixels.astype(np.uint8, copy=False)
 
 
+def mask_mode_problem(path: Path | str, mask: Image.Image, modes: Sequence[str] = MASK_MODES) -> str | None:
+    """Why an opened mask, whose pixels are not loaded yet, is refused for its mode or its bits; None where it is not.
+
+    A grey PNG of 1, 2 or 4 bits says that its largest value is white, so Pillow reads its values 0, 1, 2 … as grey
+    levels 0, 17, 34 …: nobody knows whether class indices or grey levels were meant.  A palette has no such levels.
+    """
+    expected = f"{path}: expected a mask of class indices (PNG mode P or L, 8 bits a pixel), found"
+    remedy = "save the class index of each pixel, with VOC's palette if it shall look like VOC"
+    bits = _BITS.get(mask.mode)
+    if mask.mode == "L" and "LA" not in modes and mask.tile:
+        bits = _BITS.get(str(mask.tile[0].args))
+    if bits is not None and bits < 8:
+        noun = "bit" if bits == 1 else "bits"
+        return f"{expected} a grey one of {bits} {noun} a pixel, whose values stand for levels of grey; {remedy}"
+    if mask.mode in modes:
+        return None
+    found = f"mode {mask.mode}"
+    if bits is not None:
+        found += f" ({bits} bits a pixel)"
+    elif mask.mode.startswith("RGB"):
+        found += " (colours instead of indices)"
+    return f"{expected} {found}; {remedy}"
+
+
+_BITS = {"1": 1, "L;2": 2, "L;4": 4, "I;16": 16, "I;16B": 16, "I": 32}
+"""Mode, or how Pillow unpacks the mode L, to the bits of a pixel."""
+
+
 def turned_mask_problem(path: Path, mask: Image.Image) -> str | None:
     """Why a mask with an EXIF tag that turns it is refused; None where it has none, as far as was read of it."""
-    if "exif" not in mask.info or mask.getexif().get(ExifTags.Base.Orientation, 1) in {0, 1}:
+    if "exif" not in mask.info or orientation_of(mask) == 1:
         return None
     return (
         f"{path}: its EXIF tag turns it, and a mask is read pixel by pixel; turn its pixels and save it without the tag"

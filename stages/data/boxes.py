@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from stages.contracts import Box, LabelledBox
 from stages.data.names import ImageNames
 from stages.data.readers import read_text
-from stages.data.records import ListedImage, Problems, quoted
+from stages.data.records import ListedImage, Problems, quoted, some
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -23,16 +23,21 @@ def make_box(numbers: Sequence[str]) -> Box:
     """A box out of the text of its four corners; fractions of a pixel are cut off.
 
     Raises:
-        ValueError: not four numbers, a negative one, or an end before its beginning.
+        ValueError: not four numbers, a negative one, an end before its beginning, or fractions of the image.
     """
     if len(numbers) != 4:
         raise ValueError(f"expected four numbers, found {len(numbers)}")
     try:
-        x0, y0, x1, y1 = (int(float(number)) for number in numbers)
+        exact = [float(number) for number in numbers]
+        x0, y0, x1, y1 = map(int, exact)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"expected four numbers, found {quoted(', '.join(numbers))}") from error
+    if max(exact) <= 1 and exact != [x0, y0, x1, y1]:
+        raise ValueError("expected pixels, found fractions of the image; multiply x by its width and y by its height")
     if min(x0, y0) < 0 or x1 < x0 or y1 < y0:
-        raise ValueError(f"expected 0 <= x0 <= x1 and 0 <= y0 <= y1, found {x0}, {y0}, {x1}, {y1}")
+        text = f"expected 0 <= x0 <= x1 and 0 <= y0 <= y1, found {x0}, {y0}, {x1}, {y1}"
+        is_size = min(x0, y0) >= 0 < min(x1, y1)
+        raise ValueError(f"{text}: are these x, y, width, height?" if is_size else text)
     return x0, y0, x1, y1
 
 
@@ -112,14 +117,26 @@ def read_box_annotation(path: Path, problems: Problems) -> list[tuple[str, Box]]
 
 
 def box_problems(image: ListedImage, size: tuple[int, int]) -> list[str]:
-    """Boxes that lie wholly outside their image of ``size`` (height, width)."""
+    """Boxes that lie wholly outside their image of ``size`` (height, width), or are fractions that were rounded."""
     height, width = size
-    return [
-        f"{image.image}: box {box[0]}, {box[1]}, {box[2]}, {box[3]} (x0, y0, x1, y1) lies outside the image of "
-        f"{height}×{width} pixels (height×width); correct the box list"
-        for _, box in image.boxes or ()
-        if box[0] >= width or box[1] >= height
-    ]
+    problems: list[str] = []
+    for _, box in image.boxes or ():
+        text = f"{image.image}: box {box[0]}, {box[1]}, {box[2]}, {box[3]} (x0, y0, x1, y1)"
+        around = f"{height}×{width} pixels (height×width)"
+        if box[0] >= width or box[1] >= height:
+            swapped = "; x and y are probably in the other order" if _fits_swapped(box, size) else ""
+            problems.append(f"{text} lies outside the image of {around}{swapped}; correct the box list")
+        elif max(box) <= 1:
+            problems.append(
+                f"{text} has at most 2×2 of {around}: is it in fractions of the image?  "
+                "Multiply x by the width and y by the height"
+            )
+    return problems
+
+
+def _fits_swapped(box: Box, size: tuple[int, int]) -> bool:
+    """Whether (y0, x0, y1, x1) would lie inside an image of ``size`` (height, width)."""
+    return box[2] < size[0] and box[3] < size[1]
 
 
 def clip_boxes(boxes: Iterable[LabelledBox] | None, size: tuple[int, int]) -> tuple[LabelledBox, ...] | None:
@@ -130,18 +147,34 @@ def clip_boxes(boxes: Iterable[LabelledBox] | None, size: tuple[int, int]) -> tu
     return tuple((label, (x0, y0, min(x1, width - 1), min(y1, height - 1))) for label, (x0, y0, x1, y1) in boxes)
 
 
-def clipped_warning(images: Iterable[tuple[ListedImage, tuple[int, int] | None]]) -> list[str]:
-    """A line where boxes reach more than one pixel beyond their image; one is how lists write an excluded end."""
-    beyond = {}
+def box_warnings(images: Iterable[tuple[ListedImage, tuple[int, int] | None]]) -> list[str]:
+    """A line each where boxes reach beyond their image, and where they are one pixel wide or high.
+
+    One pixel beyond is nothing odd: that is how lists write an excluded end.
+    """
+    beyond: dict[str, int] = {}
+    num_fitting, num_thin, thin = 0, 0, list[str]()
     for image, size in images:
-        height, width = size or (0, 0)
-        reach = max((max(box[2] - width, box[3] - height) for _, box in image.boxes or ()), default=0)
+        if size is None:
+            continue
+        boxes = [box for _, box in image.boxes or ()]
+        reach = max((max(box[2] - size[1], box[3] - size[0]) for box in boxes), default=0)
         if reach > 0:
             beyond[image.image] = reach
-    if not beyond:
-        return []
-    worst = max(beyond, key=beyond.__getitem__)
-    return [
-        f"the boxes of {len(beyond):,} images reach beyond their image and are cut at its edge, at most by "
-        f"{beyond[worst]} pixels ({worst}); if they are of other image files or sizes, scores are worthless"
-    ]
+            num_fitting += all(_fits_swapped(box, size) for box in boxes)
+        is_thin = [box[0] == box[2] or box[1] == box[3] for box in boxes]
+        num_thin += sum(is_thin)
+        thin += [image.image] if any(is_thin) else []
+    lines: list[str] = []
+    if beyond:
+        worst = max(beyond, key=beyond.__getitem__)
+        swapped = "; all of these would fit with x and y in the other order" if num_fitting == len(beyond) else ""
+        lines.append(
+            f"the boxes of {len(beyond):,} images reach beyond their image and are cut at its edge, at most by "
+            f"{beyond[worst]} pixels ({worst}){swapped}; if they are of other image files or sizes, scores are "
+            "worthless"
+        )
+    if num_thin:
+        noun = "box is" if num_thin == 1 else "boxes are"
+        lines.append(f"{num_thin:,} {noun} one pixel wide or high: {some(thin)}; are they empty?  Correct the box list")
+    return lines

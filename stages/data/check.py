@@ -26,11 +26,13 @@ from stages.contracts import (
     OBJECT_MASK_MODES,
     ClassList,
     Progress,
+    mask_mode_problem,
+    open_quietly,
     read_image,
     turned_mask_problem,
     voc_palette,
 )
-from stages.data.boxes import box_problems, clipped_warning
+from stages.data.boxes import box_problems, box_warnings
 from stages.data.config import DataConfig
 from stages.data.overview import DataOverview, overview_of
 from stages.data.records import DataListing, ListedImage, Problems, quoted, some
@@ -39,6 +41,8 @@ from stages.errors import DataError, EnvironmentFailure
 _BATCH = 32
 _FILES_PER_PROCESS = 400
 """A further process pays for its start-up only from about this many files on."""
+
+_NO_CLASS = -1
 
 MIN_SIDE_PX = 16
 """A network of output stride 8 or more has nothing to look at in a smaller image."""
@@ -58,6 +62,8 @@ class CheckedImage:
     mask_problems: tuple[str, ...] = ()
     mask_classes: tuple[int, ...] | None = None
     """Class indices (1 … K) in the mask for scores, sorted; None where its pixels were not read."""
+    mask_rest: tuple[int, ...] = ()
+    """Which of background (0) and 255 are in that mask, and -1 where it has values that are no class."""
     moved_palettes: tuple[str, ...] = ()
     """Its masks that have VOC's colours in another order, where that may be meant."""
     turned: str | None = None
@@ -106,12 +112,7 @@ def check_data(config: DataConfig, progress: Progress, *, processes: int = 0) ->
     deep = {image.id for image in listing.images}
     checked = list(check_images(listing, listing.root, deep, progress, processes=processes))
     sizes = [image.size for image in checked]
-    for text in (
-        *palette_warnings(checked),
-        *turned_warnings(checked),
-        *label_mask_warnings(listing, checked),
-        *clipped_warning(zip(listing.images, sizes, strict=True)),
-    ):
+    for text in (*image_warnings(listing, checked), *box_warnings(zip(listing.images, sizes, strict=True))):
         progress.warn(text)
     for image in checked:
         for kind, texts in (("image", image.image_problems), ("mask", image.mask_problems)):
@@ -140,8 +141,7 @@ def check_images(
         deep: Ids whose masks are read to the last pixel; of the others' masks only the header is read, so that
             no pixel of a training mask is looked at where weak supervision is promised.
         progress: Counts images.
-        compared: Ids whose masks' classes are told too, for ``label_mask_warnings``; nothing else in such a mask is
-            checked.
+        compared: Ids whose masks' classes are told too, for ``image_warnings``; nothing else in such a mask is checked.
         processes: Worker processes; 0 chooses.
 
     Raises:
@@ -212,10 +212,11 @@ def _check_one(task: _Task) -> CheckedImage:
     if values is None and task.is_compared and task.image.mask is not None:
         path = task.root / task.image.mask
         values, _, _ = check_mask(path, size, task.mask_values, is_deep=True, modes=task.mask_modes)
-    mask_classes = None
+    mask_classes, mask_rest = None, tuple[int, ...]()
     if values is not None:
-        classes = {task.mask_values.get(int(value), IGNORE_INDEX) for value in values}
-        mask_classes = tuple(sorted(classes - {BACKGROUND_INDEX, IGNORE_INDEX}))
+        classes = {task.mask_values.get(int(value), _NO_CLASS) for value in values}
+        mask_classes = tuple(sorted(classes - {BACKGROUND_INDEX, IGNORE_INDEX, _NO_CLASS}))
+        mask_rest = tuple(sorted(classes & {BACKGROUND_INDEX, IGNORE_INDEX, _NO_CLASS}))
     moved_palettes = [] if task.has_voc_palette else moved_palettes
     # of an image that lies on its side, a mask's size tells
     is_told = orientation >= 5 and size is not None and size[0] != size[1] and not task.image.boxes
@@ -226,6 +227,7 @@ def _check_one(task: _Task) -> CheckedImage:
         tuple(image_problems),
         tuple(mask_problems),
         mask_classes,
+        mask_rest,
         tuple(moved_palettes),
         task.image.image if is_unsure else None,
     )
@@ -275,9 +277,9 @@ def check_mask(
         VOC's colours in another order, which in VOC's own data is wrong too.
     """
     try:
-        with Image.open(path, formats=MASK_FORMATS) as mask:
+        with open_quietly(path, MASK_FORMATS) as mask:
             texts = _check_header(path, mask, size, modes, is_lying=is_lying)
-            if not is_deep or mask.mode not in modes:
+            if not is_deep or mask_mode_problem(path, mask, modes) is not None:
                 return None, texts, []
             values = np.unique(np.asarray(mask.getchannel(0) if mask.mode == "LA" else mask, dtype=np.uint8))
             palette = mask.getpalette("RGB") if mask.mode == "P" else None
@@ -293,12 +295,8 @@ def _check_header(
     path: Path, mask: Image.Image, size: tuple[int, int] | None, modes: Sequence[str], *, is_lying: bool
 ) -> list[str]:
     texts: list[str] = []
-    if mask.mode not in modes:
-        texts.append(
-            f"{path}: expected a mask of class indices (PNG mode P or L), found mode {mask.mode}"
-            f"{' (colours instead of indices)' if mask.mode.startswith('RGB') else ''}; "
-            "save the class index of each pixel, with VOC's palette if it shall look like VOC"
-        )
+    if (other := mask_mode_problem(path, mask, modes)) is not None:
+        texts.append(other)
     if (turned := turned_mask_problem(path, mask)) is not None:
         texts.append(turned)
     if size is not None and is_lying and size[0] != size[1] and (mask.width, mask.height) == size:
@@ -359,7 +357,18 @@ def _voc_colours() -> dict[tuple[int, ...], int]:
     return {tuple(map(int, colour)): index for index, colour in enumerate(voc_palette())}
 
 
-def palette_warnings(checked: Iterable[CheckedImage]) -> list[str]:
+def image_warnings(listing: DataListing, checked: Collection[CheckedImage]) -> list[str]:
+    """What is allowed in images and masks but should be known, a line for each kind."""
+    return [
+        *_palette_warnings(checked),
+        *_turned_warnings(checked),
+        *_label_mask_warnings(listing, checked),
+        *_numbering_warnings(listing, checked),
+        *_bare_mask_warnings(listing, checked),
+    ]
+
+
+def _palette_warnings(checked: Iterable[CheckedImage]) -> list[str]:
     """One line where masks of one's own have VOC's colours in another order: meant, or an image program's doing."""
     moved = [text for image in checked for text in image.moved_palettes]
     if not moved:
@@ -367,7 +376,7 @@ def palette_warnings(checked: Iterable[CheckedImage]) -> list[str]:
     return [f"{len(moved):,} masks have VOC's colours in another order; fine where that is meant, but e.g. {moved[0]}"]
 
 
-def turned_warnings(checked: Iterable[CheckedImage]) -> list[str]:
+def _turned_warnings(checked: Iterable[CheckedImage]) -> list[str]:
     """One line where images are turned by their EXIF tag and masks or boxes may be of the pixels as they are stored."""
     turned = [image.turned for image in checked if image.turned is not None]
     if not turned:
@@ -379,7 +388,7 @@ def turned_warnings(checked: Iterable[CheckedImage]) -> list[str]:
     ]
 
 
-def label_mask_warnings(listing: DataListing, checked: Iterable[CheckedImage]) -> list[str]:
+def _label_mask_warnings(listing: DataListing, checked: Iterable[CheckedImage]) -> list[str]:
     """A line where masks have classes that are not among their images' labels.
 
     The classes are probably in another order than the masks' values then; if only a few masks are so, labels lack.
@@ -408,6 +417,65 @@ def label_mask_warnings(listing: DataListing, checked: Iterable[CheckedImage]) -
     order = ", ".join(f"{index} {name}" for index, name in enumerate(names[:6]) if index)
     order += ", …" if len(names) > 6 else ""
     return [f"{text}; is the order of the classes right? set data.classes (now: {order}), or complete the labels"]
+
+
+def _numbering_warnings(listing: DataListing, checked: Iterable[CheckedImage]) -> list[str]:
+    """Lines where masks probably have other values for background and classes than they should."""
+    read = _sound_masks(checked)
+    if not read or listing.has_object_masks:
+        return []
+    remedy = "save background as 0 and the i-th class as i, counted from 1"
+    lines: list[str] = []
+    if not any(BACKGROUND_INDEX in image.mask_rest for image in read):
+        num_void = sum(IGNORE_INDEX in image.mask_rest for image in read)
+        void = f", and {num_void:,} have {IGNORE_INDEX}, which counts nowhere" if num_void else ""
+        text = f"none of the {len(read):,} masks has a pixel 0, which is background{void}"
+        lines.append(f"{text}; is background another value?  Then {remedy}")
+    labels = {image.id: frozenset(map(ClassList.class_index, image.labels or ())) for image in listing.images}
+    labelled = [image for image in read if labels[image.id]]
+    num_fits = sum(labels[image.id] == set(image.mask_classes or ()) for image in labelled)
+    from_zero = [image for image in labelled if labels[image.id] == _classes_from_zero(image, listing.classes)]
+    has_several = len({labels[image.id] for image in from_zero}) > 1
+    if has_several and len(from_zero) > max(num_fits, _MOST * len(labelled)):
+        text = f"{len(from_zero):,} of {len(labelled):,} masks fit their image's labels if value 0 is the first class, "
+        lines.append(f"{text}{num_fits:,} as they are; {remedy}")
+    return lines
+
+
+def _sound_masks(checked: Iterable[CheckedImage]) -> list[CheckedImage]:
+    """The images whose mask was read and has allowed values alone."""
+    known = [image for image in checked if image.mask_classes is not None and not image.mask_problems]
+    return [image for image in known if _NO_CLASS not in image.mask_rest]
+
+
+_MOST = 0.9
+"""Share of masks that do not come to say the same by chance."""
+
+
+def _classes_from_zero(image: CheckedImage, classes: ClassList) -> set[int]:
+    """The class indices in a mask if its values counted the classes from 0 and background were the last or 255."""
+    values = {*(image.mask_classes or ()), *image.mask_rest} - {IGNORE_INDEX}
+    return {value + 1 for value in values if value < classes.num_foreground}
+
+
+def _bare_mask_warnings(listing: DataListing, checked: Iterable[CheckedImage]) -> list[str]:
+    """Lines where masks have one value all over, or none of the classes though their images have labels."""
+    read = _sound_masks(checked)
+    if listing.has_object_masks or not any(image.mask_classes for image in read):
+        return []  # where none has a class, that is a problem of its own
+    lines: list[str] = []
+    full = [image for image in read if len((*(image.mask_classes or ()), *image.mask_rest)) == 1]
+    full = [image for image in full if image.mask_rest != (BACKGROUND_INDEX,)]
+    if full:
+        text = f"{len(full):,} of {len(read):,} masks have one value all over, a class or {IGNORE_INDEX}"
+        lines.append(f"{text}: {some([image.id for image in full])}; are the objects' outlines lost?")
+    has_labels = {image.id: bool(image.labels) for image in listing.images}
+    labelled = [image for image in read if has_labels[image.id]]
+    bare = [image.id for image in labelled if not image.mask_classes]
+    if bare:
+        text = f"{len(bare):,} of {len(labelled):,} masks of images with labels have none of the classes: {some(bare)}"
+        lines.append(f"{text}; are objects saved as 0 or {IGNORE_INDEX}, or are they not drawn?")
+    return lines
 
 
 def check_any_object(listing: DataListing, checked: Iterable[CheckedImage]) -> list[str]:

@@ -22,6 +22,14 @@ from stages.data.records import IdList, MaskFolder, Problems, quoted, some
 
 CSV_HEADER = ["image", "labels"]
 
+_THERE = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+"""A cell of a column for one class: whether the class is in the image."""
+_NO_CLASSES = {
+    *("label", "labels", "class", "classes", "class_id", "category", "categories", "tag", "tags", "target", "y"),
+    *("name", "id", "index", "split", "fold", "train", "val", "test", "count"),
+}
+"""Names of columns that hold something else than whether one class is there, though it be 0 and 1."""
+
 
 def file_names(folder: Path) -> set[str]:
     """Names of the plain files in ``folder``; empty when there is no such folder."""
@@ -178,7 +186,8 @@ def read_labels_csv(
     """Read a CSV with the columns ``image`` and ``labels``, as a person writes it or a spreadsheet saves it.
 
     Columns are separated by commas, semicolons or tabs: by what makes the first line the header; a line ``sep=;``
-    may stand before it.  Other columns are left aside with a warning.
+    may stand before it.  Other columns are left aside with a warning.  Without a column ``labels``, a column of 0 and 1
+    for each class is read, as programs write it (one-hot).
     Labels are separated by spaces; where any line of the file has a ``;``, by ``;`` in the whole file, so that names
     may have spaces.  A cell that is, as a whole, one of ``classes`` is that class.
 
@@ -209,12 +218,31 @@ def read_labels_csv(
             problems.add("bad line", f"{source} line {line}: is no CSV ({error}); save the file as CSV in UTF-8")
             return None
         header = [cell.strip().lower() for cell in rows[0][1]] if rows else []
+        table = _LabelTable(source, header, delimiter, problems, names or ImageNames({}))
         if all(header.count(column) == 1 for column in CSV_HEADER):
-            table = _LabelTable(source, header, delimiter, problems, names or ImageNames({}))
             return table.read(rows[1:], classes)
+        if header.count("image") == 1 and (columns := _class_columns([row for _, row in rows])):
+            return table.read_columns(rows[1:], columns)
     found = quoted(lines[head]) if head < len(lines) else "'nothing'"
-    problems.add("bad header", f"{source} line {head + 1}: expected the header 'image,labels', found {found}")
+    problems.add(
+        "bad header",
+        f"{source} line {head + 1}: expected the header 'image,labels', found {found}; name the columns so, or write a "
+        "column of 0 and 1 for each class beside 'image'",
+    )
     return None
+
+
+def _class_columns(rows: Sequence[Sequence[str]]) -> dict[int, str]:
+    """Place to class of the columns of a table with one for each class; empty where it is none, or may be another.
+
+    Args:
+        rows: The header, which has an ``image``, and the lines.
+    """
+    columns = {place: unicodedata.normalize("NFC", cell.strip()) for place, cell in enumerate(rows[0])}
+    columns = {place: name for place, name in columns.items() if name and name.lower() != "image"}
+    first = rows[1] if len(rows) > 1 else []
+    is_table = all(len(first) > place and first[place].strip().lower() in _THERE for place in columns)
+    return {} if not is_table or any(name.lower() in _NO_CLASSES for name in columns.values()) else columns
 
 
 @dataclass(frozen=True)
@@ -238,14 +266,61 @@ class _LabelTable:
         separator = ";" if any(";" in cell for _, cell in cells.values()) else None
         labels: dict[str, LabelLine] = {}
         for line, (image_id, cell) in cells.items():
-            if image_id in labels:
-                text = f"{self.source} line {line}: image {quoted(image_id)} has its labels on line"
-                self.problems.add("duplicate", f"{text} {labels[image_id].line} already; join the two lines")
+            if not self._is_new(image_id, line, labels):
                 continue
             names = [cell] if cell in classes else [part.strip() for part in cell.split(separator)]
             labels[image_id] = LabelLine(line, tuple(part for part in names if part), cell)
         check_dialect({row.line: (row.cell, row.names) for row in labels.values()}, classes, self.source, self.problems)
         return labels
+
+    def read_columns(
+        self, rows: Sequence[tuple[int, list[str]]], columns: Mapping[int, str]
+    ) -> dict[str, LabelLine] | None:
+        """The labels of a table with a column of 0 and 1 for each class."""
+        names = list(columns.values())
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            self.problems.add(
+                "bad header", f"{self.source}: {some(twice)} is the name of two columns; keep one of them"
+            )
+            return None
+        self.problems.warnings.append(
+            f"{self.source}: read as a column of 0 and 1 for each of {len(names):,} classes: {some(names)}"
+        )
+        labels: dict[str, LabelLine] = {}
+        place = self.header.index("image")
+        for line, row in rows:
+            cells = [row[at].strip() if at < len(row) else "" for at in columns]
+            odd = [(name, cell) for name, cell in zip(names, cells, strict=True) if cell.lower() not in _THERE]
+            if any(cell.strip() for cell in row[len(self.header) :]):
+                self.problems.add("bad line", f"{self.source} line {line}: has more cells than the header; correct it")
+            elif odd:
+                text = f"{self.source} line {line}: expected 0 or 1 in the column of {quoted(odd[0][0])}, found "
+                self.problems.add("bad line", f"{text}{quoted(odd[0][1])}; write 1 where the class is in the image")
+            elif (image_id := self._image_id(line, row, place)) is not None and self._is_new(image_id, line, labels):
+                own = tuple(name for name, cell in zip(names, cells, strict=True) if _THERE[cell.lower()])
+                labels[image_id] = LabelLine(line, own, ";".join(own))
+        empty = sorted(set(names) - {name for row in labels.values() for name in row.names})
+        if empty and labels:
+            text = f"{self.source}: {some(empty)}: a column without any 1, so a class of no image"
+            self.problems.add("empty class", f"{text}; remove the column")
+        return labels
+
+    def _is_new(self, image_id: str, line: int, labels: Mapping[str, LabelLine]) -> bool:
+        """Whether the image has no labels yet; else a problem."""
+        if image_id not in labels:
+            return True
+        text = f"{self.source} line {line}: image {quoted(image_id)} has its labels on line"
+        self.problems.add("duplicate", f"{text} {labels[image_id].line} already; join the two lines")
+        return False
+
+    def _image_id(self, line: int, row: Sequence[str], place: int) -> str | None:
+        """The image that a line names; None (and a problem) where it names none."""
+        name = row[place].strip() if place < len(row) else ""
+        try:
+            return self.names.find(name)
+        except ValueError as error:
+            self.problems.add("bad line", f"{self.source} line {line}: {quoted(name)} names no image: {error}")
+            return None
 
     def _cell(self, line: int, row: list[str]) -> tuple[str, str] | None:
         """Image id and text of the labels of a line; None (and a problem) where it is wrong."""
@@ -261,12 +336,8 @@ class _LabelTable:
             text = f"{where}: a cell goes on over several lines, {found}"
             self.problems.add("bad line", f"{text}; close the quote where the cell ends")
             return None
-        name, cell = (row[place].strip() for place in places)
-        try:
-            return self.names.find(name), unicodedata.normalize("NFC", cell)
-        except ValueError as error:
-            self.problems.add("bad line", f"{where}: {quoted(name)} names no image: {error}")
-            return None
+        image_id = self._image_id(line, row, places[0])
+        return None if image_id is None else (image_id, unicodedata.normalize("NFC", row[places[1]].strip()))
 
 
 def check_label_lines(

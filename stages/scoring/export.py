@@ -33,8 +33,9 @@ from stages.scoring.exported_model import (
     FileRecord,
     Normalisation,
     OnnxRecord,
+    metadata,
 )
-from stages.scoring.model_card import CARD_FILE, metadata, write_card
+from stages.scoring.model_card import CARD_FILE, write_card
 from stages.scoring.prediction import PredictionConfig
 
 if TYPE_CHECKING:

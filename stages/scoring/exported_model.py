@@ -5,13 +5,15 @@
     model.onnx           the same net for other runtimes (may be left out)
     README.md            the model card (``stages.scoring.model_card``)
 
-Written by ``stages.scoring.export``; reads are checked against the digests.  Torch-free at import; never unpickles.
+Written by ``stages.scoring.export``; reads are checked against the digests, and classes, net and normalisation against
+the metadata in ``model.safetensors``, so that no other file can stand in.  Torch-free at import; never unpickles.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -93,7 +95,7 @@ def read_export(path: Path) -> tuple[Path, ExportRecord]:
 
     Raises:
         InputError: it is no exported model, or one of another version or normalisation.
-        DamagedFileError: a file is missing or differs from what was written.
+        DamagedFileError: a file is missing or differs from what was written, also in what a mask value means.
     """
     if path.suffix.lower() == ".onnx":
         raise InputError(f"{path}: wsss predicts from {TENSORS_FILE}; name the folder, or run the ONNX file elsewhere")
@@ -105,7 +107,40 @@ def read_export(path: Path) -> tuple[Path, ExportRecord]:
         )
     record = _parse(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE))
     _check_file(folder / TENSORS_FILE, record.files[TENSORS_FILE])
+    _check_metadata(folder, record)
     return folder, record
+
+
+def metadata(record: ExportRecord) -> dict[str, str]:
+    """What the tensors' and the ONNX file say of themselves, so that they can be used without ``config.json``."""
+    return {
+        "kind": record.kind,
+        "classes": json.dumps(record.classes, ensure_ascii=False),
+        "net": json.dumps(record.net.model_dump(mode="json"), sort_keys=True),
+        "normalisation": json.dumps(record.normalisation.model_dump(mode="json"), sort_keys=True),
+        "key": str(record.provenance.get("key") or ""),
+    }
+
+
+def _check_metadata(folder: Path, record: ExportRecord) -> None:
+    """Refuse a config of other classes, in another order say, than the tensors were written with."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / TENSORS_FILE
+    try:
+        with safe_open(path, framework="np") as tensors:
+            found = tensors.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(f"{path} is damaged ({error}); export the model again") from error
+    expected = metadata(record)
+    wrong = [name for name in expected if found.get(name) != expected[name]]
+    if wrong:
+        name = wrong[0]
+        raise DamagedFileError(
+            f"{folder / CONFIG_FILE} was edited or belongs to another model: its {', '.join(wrong)} are not those in "
+            f"{TENSORS_FILE} ({name}: expected {found.get(name, 'nothing')!s:.300}, found {expected[name]!s:.300}); "
+            "export the model again"
+        )
 
 
 def _parse(path: Path, content: Any) -> ExportRecord:  # noqa: ANN401 - JSON is any

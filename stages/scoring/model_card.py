@@ -5,7 +5,6 @@ Pure: made of the record alone, with the metadata block that model hubs read.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -59,17 +58,6 @@ def write_card(record: ExportRecord) -> str:
         "[wsss-pipeline]: `pip install wsss-pipeline`",
     ]
     return "\n\n".join(lines) + "\n"
-
-
-def metadata(record: ExportRecord) -> dict[str, str]:
-    """What the tensors' and the ONNX file say of themselves, so that they can be used without ``config.json``."""
-    return {
-        "kind": record.kind,
-        "classes": json.dumps(record.classes, ensure_ascii=False),
-        "net": json.dumps(record.net.model_dump(mode="json"), sort_keys=True),
-        "normalisation": json.dumps(record.normalisation.model_dump(mode="json"), sort_keys=True),
-        "key": str(record.provenance.get("key") or ""),
-    }
 
 
 def _supervision(origin: dict[str, Any]) -> str:

@@ -13,8 +13,10 @@ from PIL import Image
 
 import wsss
 from stages.contracts import read_index_mask, write_index_mask
-from stages.errors import ConfigError, DataError, InputError, MissingArtifactError
+from stages.errors import ConfigError, DamagedFileError, DataError, InputError, MissingArtifactError
 from tests.stages.trained_nets import save_lively_segmenter, save_noise
+
+KEY = "0123456789abcdef"
 
 
 def test_importing_is_light() -> None:
@@ -104,6 +106,22 @@ def test_a_segmenter_gives_what_wsss_predict_writes(tmp_path: Path) -> None:
         plain.predict(tmp_path / "photos" / "x.png", scale=2)
     assert any("scale" in problem for problem in error.value.problems)
     del photo
+
+
+def test_a_segmenter_of_a_store_whose_classes_were_edited_is_refused(tmp_path: Path) -> None:
+    from pipeline.store.artifacts import open_store
+
+    store = open_store(tmp_path / "store")
+    work, _ = store.work_dir("train_segmenter", KEY)
+    save_lively_segmenter(work)
+    content = {"stage": "train_segmenter", "key": KEY, "mask_supervision": [], "metrics": {}}
+    path = store.publish("train_segmenter", KEY, content=content, run={}).path
+    assert wsss.Segmenter.load(path, device="cpu").classes == ("background", "auk", "bee")
+    record = path / "segmenter.json"
+    record.write_text(record.read_text().replace('"auk"', '"eel"'))
+    with pytest.raises(DamagedFileError, match="is damaged or was edited") as error:
+        wsss.Segmenter.load(path, device="cpu")
+    assert "segmenter.json" in str(error.value)
 
 
 def test_a_segmenter_that_is_not_there(tmp_path: Path) -> None:

@@ -180,6 +180,90 @@ def test_a_model_of_nan_is_no_absence_of_evidence() -> None:
         wsss.attention(Tiny(), picture(), [1.5])
 
 
+@pytest.mark.parametrize("method", ["cam", "gradcam"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_gives_the_same_maps(method: str, dtype: torch.dtype) -> None:
+    plain = wsss.attention(Tiny(), picture(), [0, 1], method=method, **PLAIN)
+    found = wsss.attention(Tiny().to(dtype), picture(), [0, 1], method=method, **PLAIN)
+    assert found.dtype == np.float32
+    assert np.abs(found - plain).max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
+@pytest.mark.parametrize("method", ["cam", "gradcam"])
+def test_a_deep_model_of_half_precision_gives_nearly_the_same_maps(name: str, method: str) -> None:
+    torch.manual_seed(0)
+    net = getattr(torchvision.models, name)(weights=None)
+    image = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    plain = wsss.attention(net, image, [3], method=method, short_side_px=96)
+    assert np.abs(wsss.attention(net.bfloat16(), image, [3], method=method, short_side_px=96) - plain).mean() < 0.05
+
+
+@pytest.mark.parametrize("method", ["cam", "gradcam"])
+def test_inference_mode_around_the_call_or_the_making_changes_nothing(method: str) -> None:
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(weights=None)
+    plain = wsss.attention(net, picture(), [3], method=method, short_side_px=64)
+    with torch.inference_mode():
+        assert np.array_equal(wsss.attention(net, picture(), [3], method=method, short_side_px=64), plain)
+        made = torchvision.models.resnet18(weights=None)
+        made.load_state_dict(net.state_dict())
+        made.requires_grad_(False)
+    before = {name: tensor for name, tensor in made.named_parameters()}
+    assert np.array_equal(wsss.attention(made, picture(), [3], method=method, short_side_px=64), plain)
+    assert all(tensor is before[name] for name, tensor in made.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"scales": (float("nan"),)}, "scales: expected a list of finite numbers above 0 and up to 16, found .nan"),
+        ({"scales": (1.0, -1.0)}, r"scales: .*found \(1.0, -1.0\)"),
+        ({"scales": (float("inf"),)}, "scales: "),
+        ({"scales": (1e9,)}, "up to 16"),
+        ({"scales": ()}, "scales: "),
+        ({"scales": 1.0}, "scales: expected a list of finite numbers above 0 and up to 16, found 1.0"),
+        ({"scales": ("big",)}, "scales: "),
+        ({"mean": (0.5,)}, r"mean: expected 3 finite numbers, found \(0.5,\)"),
+        ({"mean": (0.5, 0.5, 0.5, 0.5)}, "mean: expected 3 finite numbers, found"),
+        ({"mean": ()}, "mean: expected 3 finite numbers, found"),
+        ({"mean": (0, 0, float("nan"))}, "mean: expected 3 finite numbers, found"),
+        ({"mean": 0.5}, "mean: expected 3 finite numbers, found 0.5"),
+        ({"std": (1, 1)}, r"std: expected 3 finite numbers above 0, found \(1, 1\)"),
+        ({"std": (1, 1, -1)}, "std: "),
+        ({"std": (1, 1, float("nan"))}, "std: "),
+        ({"short_side_px": 0}, "short_side_px: expected 1 … 16384 or None, found 0"),
+        ({"short_side_px": 1e9}, "short_side_px: "),
+        ({"labels": 1}, "labels: expected class numbers 0 … 1, found 1"),
+        ({"labels": [True]}, "labels: expected class numbers"),
+        ({"labels": "01"}, "labels: expected class numbers"),
+        ({"image": None}, "expected a path, a PIL image or RGB as a numpy array, uint8 .*, found NoneType"),
+        ({"image": ""}, "found an empty path"),
+        ({"image": torch.zeros(3, 8, 8)}, "found Tensor"),
+        ({"image": np.zeros((0, 8, 3), np.uint8)}, "expected an image with pixels"),
+        ({"image": Image.new("RGB", (8, 0))}, "expected an image with pixels"),
+        ({"model": None}, "model: expected a torch.nn.Module, found NoneType"),
+    ],
+)
+def test_wrong_arguments_of_attention_are_one_line(options: dict[str, object], text: str) -> None:
+    arguments = {"model": Tiny(), "image": picture(), "labels": [0]} | options
+    with pytest.raises(InputError, match=text) as caught:
+        wsss.attention(**arguments)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_normalisation_of_the_model_that_is_none_is_named() -> None:
+    net = Tiny()
+    net.pretrained_cfg = {"mean": (0.5,), "std": (0.2,)}  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"mean: expected 3 finite numbers, found \(0.5,\)"):
+        wsss.attention(net, picture(), [0])
+
+
+def test_images_of_one_pixel_and_tiny_scales_have_a_map() -> None:
+    pixel = np.full((1, 1, 3), 200, np.uint8)
+    assert wsss.attention(Tiny(), pixel, [0], scales=[1e-6, 1]).shape == (1, 1, 1)
+
+
 # -- refine -----------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +330,19 @@ def test_energies_and_logits_are_refused_and_told_what_to_do() -> None:
         ({"maps": np.full((1, 4, 4), 1.5)}, r"values in \[0, 1\], found 1.5"),
         ({"maps": np.full((1, 4, 4), -0.5)}, r"values in \[0, 1\], found -0.5"),
         ({"maps": np.full((1, 4, 4), np.nan)}, r"values in \[0, 1\]"),
+        ({"maps": np.ones((2, 4, 4)), "labels": [1.5, 2]}, "expected 2 different class numbers"),
+        ({"maps": np.ones((2, 4, 4)), "labels": ["a", "b"]}, "expected 2 different class numbers"),
+        ({"maps": np.ones((2, 4, 4)), "labels": 3}, "expected 2 different class numbers 0 … 253, one a map, found 3"),
+        ({"maps": np.ones((1, 4, 4)), "threshold": float("nan")}, "the options of refine are wrong"),
+        ({"maps": np.ones((1, 4, 4)), "confidence": "high"}, "the options of refine are wrong"),
+        (
+            {"mask": np.eye(40, dtype=int), "confidence": "high"},
+            "confidence: expected above 0.5 and below 1, found 'high'",
+        ),
+        ({"mask": np.eye(40, dtype=int), "crf": 5}, "crf: expected a CrfConfig, None or one of .*, found int"),
+        ({"probabilities": np.full((2, 40, 40), np.nan)}, "sum to 1 over the labels"),
+        ({"probabilities": np.zeros((2, 40, 0))}, r"expected floats \(L, 40, 40\)"),
+        ({"mask": np.zeros((0, 0), int)}, r"of the image's \(40, 40\)"),
         ({"maps": np.ones((2, 4, 4)), "labels": [1]}, "expected 2 different class numbers"),
         ({"maps": np.ones((2, 4, 4)), "labels": [1, 1]}, "expected 2 different class numbers"),
         ({"maps": np.ones((1, 4, 4)), "threshold": 1.5}, "the options of refine are wrong"),
@@ -263,3 +360,18 @@ def test_energies_and_logits_are_refused_and_told_what_to_do() -> None:
 def test_wrong_shapes_and_ranges_are_refused(options: dict[str, object], text: str) -> None:
     with pytest.raises(InputError, match=text):
         wsss.refine(two_halves()[0], **options)
+
+
+@pytest.mark.parametrize("image", [None, "", np.zeros((0, 40, 3), np.uint8), Image.new("L", (0, 0)), 7])
+def test_what_is_no_image_is_refused(image: object) -> None:
+    with pytest.raises(InputError, match=r"expected (a path|an image with pixels)"):
+        wsss.refine(image, mask=np.zeros((40, 40), int))  # type: ignore[arg-type]
+
+
+def test_maps_of_exchanged_height_and_width_are_refused_and_squares_are_of_any_image() -> None:
+    image = np.zeros((30, 40, 3), np.uint8)
+    for shape in ((40, 30), (12, 9), (8, 6)):
+        with pytest.raises(InputError, match=r"height and width are exchanged; take maps.transpose\(0, 2, 1\)"):
+            wsss.refine(image, maps=np.ones((1, *shape)))
+    for shape in ((7, 7), (30, 40), (3, 4), (2, 1)):
+        assert wsss.refine(image, maps=np.ones((1, *shape)), crf=None).shape == (30, 40)

@@ -19,7 +19,7 @@ from typing import IO
 
 from PIL import Image
 
-from stages.contracts import IGNORE_INDEX, MASK_FORMATS, voc_palette
+from stages.contracts import IGNORE_INDEX, MASK_FORMATS, open_quietly, voc_palette
 from stages.data.adapters.voc import VOC_CLASSES
 from stages.errors import DataError
 from stages.scoring.submission.archive import COMPETITIONS, NUM_VOC_TEST, Competition, result_folder
@@ -342,7 +342,7 @@ def check_mask(data: bytes, size: Size | None = None) -> Iterator[tuple[str, str
             yield "wrong size", f"is {_spell_size(found)} as its image, too large to be looked at"
         return
     try:
-        with Image.open(io.BytesIO(data), formats=MASK_FORMATS) as image:
+        with open_quietly(io.BytesIO(data), MASK_FORMATS) as image:
             image.load()
             yield from _check_pixels(image)
     except _UNREADABLE_PNG as error:

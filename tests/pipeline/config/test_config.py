@@ -176,11 +176,11 @@ def test_unknown_key_in_a_union_offers_the_keys_of_the_chosen_member(tmp_path: P
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("seed='5'", "seed: expected a number, found '5'"),
+        ("seed='5'", "seed: expected a number, found '5'; write it without quotes"),
         ("seed=true", "seed: expected a number, found true"),
         ("seed=1.5", "seed: expected a whole number, found 1.5"),
         ("flip=1", "flip: expected true or false, found 1"),
-        ("name=3", "name: expected text, found 3"),
+        ("name=true", "name: expected text, found true"),
         ("make_masks.threshold=.nan", "make_masks.threshold: expected a finite number, found nan"),
         ("make_masks.crf.weight=.inf", "make_masks.crf.weight: expected a finite number, found inf"),
         ("make_masks.crf=5", "make_masks.crf: expected a section, found 5"),
@@ -212,6 +212,33 @@ def test_items_of_a_list_of_names_are_taken_as_they_are_written(tmp_path: Path) 
         load_values(Small, values, [], "a request")
     expected = "data.classes[1]: expected text, found true; write it in quotes if it is a word"
     assert caught.value.problems == (expected,)
+
+
+@pytest.mark.parametrize("value", ["010", "-010", "0o10", "0b1", "0x1F", "0x_", "1_000", "1:30", "1_0.5", "1e1_0"])
+def test_numbers_that_versions_of_yaml_read_in_different_ways_are_refused(tmp_path: Path, value: str) -> None:
+    remedy = "write it in plain decimal digits, without leading zeros, '_', ':' or a prefix such as 0x"
+    for override in (f"seed={value}", f"make_masks.crf.weight={value}", f"data.pair=[1, {value}]"):
+        name = override.partition("=")[0] + ("[1]" if "pair" in override else "")
+        found = problems(tmp_path, GOOD, "data.format=custom", override)
+        assert found == [f"{name}: expected a number, found '{value}'; {remedy}  (--set {override})"]
+    assert f"seed: expected a number, found '{value}'" in problems(tmp_path, f"{GOOD}seed: {value}\n")[0]
+    values = {"name": "x", "data": {"format": "voc", "root": "d"}, "make_masks": {"threshold": 0}, "seed": value}
+    with pytest.raises(ConfigError, match=r"1 problem"):
+        load_values(Small, values, [], "a request")
+
+
+@pytest.mark.parametrize(("word", "truth"), [("yes", True), ("On", True), ("no", False), ("OFF", False)])
+def test_words_for_truths_are_truths_where_truths_are_asked_for(tmp_path: Path, word: str, truth: bool) -> None:
+    run = load(tmp_path, f"{GOOD}flip: {word}\n", f"name={word}", f"data.root={word}", f"weights.{word}={word}")
+    assert (run.flip, run.name, run.data.root, run.weights) == (truth, word, Path(word), {word: Path(word)})
+    assert f"seed: expected a number, found '{word}'" in problems(tmp_path, GOOD, f"seed={word}")[0]
+    assert f"'{word}'" in problems(tmp_path, GOOD, f"make_masks.refine={word}")[0]
+
+
+@pytest.mark.parametrize("number", ["2012", "007", "1.50", "1e3", "1_0", "-0"])
+def test_a_number_where_a_text_is_wanted_is_taken_as_it_is_written(tmp_path: Path, number: str) -> None:
+    run = load(tmp_path, f"{GOOD}weights: {{vgg16: {number}}}\n", f"name={number}", f"data.root={number}")
+    assert (run.name, run.data.root, run.weights["vgg16"]) == (number, Path(number), Path(number))
 
 
 def test_validators_before_and_after_work_on_lists_and_whole_models(tmp_path: Path) -> None:
@@ -262,10 +289,7 @@ def test_malformed_overrides(tmp_path: Path, override: str, expected: str) -> No
         ("name: ! foo\n", "tags are not read; remove !"),
         ("a: &a {<<: *a}\n", "an anchor contains itself"),
         ("a: &a\n  b: {<<: [*a, *a]}\n", "an anchor contains itself"),
-        ("seed: 0x_\n", "demo.yaml:1: not valid YAML: expected a whole number, found 0x_"),
         (f"seed: {'9' * 5000}\n", "demo.yaml:1: not valid YAML: a whole number of 5,000 characters"),
-        (f"seed: 0x{'f' * 5000}\n", "a whole number of 5,002 characters"),
-        (f"seed: 1{':59' * 2000}\n", "a whole number of 6,001 characters"),
         (f"{'9' * 900}: 1\n", "a whole number of 900 characters"),
         (f"name: {'[' * 5000}\n", "more than 32 sections or lists inside each other"),
         (f"name: {'{a: ' * 5000}\n", "more than 32 sections or lists inside each other"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 import stages.data.check as check_module
@@ -16,7 +19,9 @@ from stages.data.adapters.custom import CustomConfig
 from stages.data.adapters.synthetic import SyntheticConfig
 from stages.data.adapters.voc import VocConfig
 from stages.data.check import check_data, check_mask
-from stages.errors import EnvironmentFailure
+from stages.errors import DataError, EnvironmentFailure
+from stages.prepare_data import PrepareDataConfig, prepare_data
+from tests.stages.data.drawn_sets import draw_set
 
 AsCustom = Callable[..., CustomConfig]
 
@@ -58,8 +63,8 @@ def test_an_rgb_mask(broken: Path, as_custom: AsCustom) -> None:
     path = mask_of(broken)
     Image.open(path).convert("RGB").save(path)
     assert check(as_custom(broken)) == [
-        f"{path}: expected a mask of class indices (PNG mode P or L), found mode RGB (colours instead of indices); "
-        "save the class index of each pixel, with VOC's palette if it shall look like VOC"
+        f"{path}: expected a mask of class indices (PNG mode P or L, 8 bits a pixel), found mode RGB (colours "
+        "instead of indices); save the class index of each pixel, with VOC's palette if it shall look like VOC"
     ]
 
 
@@ -145,6 +150,104 @@ def test_masks_of_0_and_255_have_no_object(broken: Path, as_custom: AsCustom) ->
     lines = check(as_custom(broken))
     assert len(lines) == 1
     assert "none of the 9 masks has a pixel of a class" in lines[0]
+
+
+def draw_grey(path: Path, bits: int, size: tuple[int, int] = (64, 64)) -> None:
+    """A grey PNG of few bits with the values 0 and 1 in stripes, as its standard has it."""
+    height, width = size
+    row = int("".join(format(column % 2, f"0{bits}b") for column in range(width)), 2).to_bytes(width * bits // 8, "big")
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0),
+        b"IDAT": zlib.compress((b"\0" + row) * height),
+        b"IEND": b"",
+    }
+    parts = [struct.pack(">I", len(data)) + kind + data for kind, data in chunks.items()]
+    sums = [struct.pack(">I", zlib.crc32(part[4:])) for part in parts]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(part + sum_ for part, sum_ in zip(parts, sums, strict=True)))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_grey_masks_of_few_bits_are_named_by_their_bits(bits: int, broken: Path, as_custom: AsCustom) -> None:
+    path = mask_of(broken)
+    draw_grey(path, bits)
+    assert check(as_custom(broken)) == [
+        f"{path}: expected a mask of class indices (PNG mode P or L, 8 bits a pixel), found a grey one of {bits} "
+        f"{'bit' if bits == 1 else 'bits'} a pixel, whose values stand for levels of grey; save the class index of "
+        "each pixel, with VOC's palette if it shall look like VOC"
+    ]
+    with pytest.raises(DataError, match=f"a grey one of {bits} bit"):
+        read_index_mask(path)
+    assert check_mask(path, (64, 64), {0: 0}, is_deep=False)[1] != [], "its header is enough"
+
+
+def test_masks_of_16_bits_are_named_by_their_bits(broken: Path, as_custom: AsCustom) -> None:
+    Image.fromarray(np.zeros((64, 64), np.uint16)).save(mask_of(broken))
+    assert "8 bits a pixel), found mode I;16 (16 bits a pixel); save the" in check(as_custom(broken))[0]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_palette_masks_of_few_bits_hold_their_indices(bits: int, broken: Path, as_custom: AsCustom) -> None:
+    mask = Image.fromarray((np.indices((64, 64)).sum(axis=0) % 2).astype(np.uint8))
+    mask.putpalette(voc_palette().tobytes())
+    mask.save(mask_of(broken), bits=bits)
+    assert check(as_custom(broken)) == []
+    assert np.array_equal(read_index_mask(mask_of(broken)), np.asarray(mask))
+
+
+def numbered(folder: Path, masks: Sequence[NDArray[np.uint8]]) -> list[str]:
+    """What check warns of masks of images whose labels are cat, dog, cat, dog …, beside what it says of splits."""
+    root = draw_set(folder / "set", ["cat", "dog"] * (len(masks) // 2), values=[1] * len(masks))
+    for number, mask in enumerate(masks):
+        write_index_mask(root / f"masks/p{number:02d}.png", mask)
+    checked, prepared = SilentProgress(), SilentProgress()
+    config = CustomConfig(root=root, val_ratio=0.5)
+    assert check_data(config, checked, processes=1).problems.lines() == []
+    prepare_data(PrepareDataConfig(), data=config, out=folder / "out", progress=prepared)
+    assert len(prepared.warnings) == len(checked.warnings), "a run says it too"
+    return checked.warnings
+
+
+def block(value: int, ground: int) -> NDArray[np.uint8]:
+    """A mask with a block."""
+    mask = np.full((24, 32), ground, dtype=np.uint8)
+    mask[8:16, 8:20] = value
+    return mask
+
+
+def test_masks_without_a_pixel_of_background_are_warned_of(tmp_path: Path) -> None:
+    (text,) = numbered(tmp_path, [block(1, 255), block(2, 255)] * 4)
+    assert text == (
+        "none of the 8 masks has a pixel 0, which is background, and 8 have 255, which counts nowhere; is background "
+        "another value?  Then save background as 0 and the i-th class as i, counted from 1"
+    )
+    assert numbered(tmp_path / "right", [block(1, 0), block(2, 0)] * 4) == []
+    assert numbered(tmp_path / "one", [block(1, 255), block(2, 0)] * 4) == [], "crops of an object may have none"
+
+
+def test_masks_that_count_the_classes_from_0_are_warned_of(tmp_path: Path) -> None:
+    for ground in (2, 255):
+        warnings = numbered(tmp_path / str(ground), [block(0, ground), block(1, ground)] * 4)
+        assert (
+            "8 of 8 masks fit their image's labels if value 0 is the first class, 0 as they are; save background as 0 "
+            "and the i-th class as i, counted from 1"
+        ) in warnings
+
+
+def test_masks_of_one_value_are_warned_of(tmp_path: Path) -> None:
+    masks = [block(1, 0), block(2, 0)] * 4
+    (text,) = numbered(tmp_path, [block(1, 1), block(2, 2), *masks, *masks])
+    assert text.startswith("2 of 18 masks have one value all over, a class or 255: 'p00', 'p01'; are")
+    (one, two) = numbered(tmp_path / "void", [block(255, 255), block(255, 255), *masks, *masks])
+    assert one.startswith("2 of 18 masks have one value all over, a class or 255: 'p00', 'p01'; are")
+    assert two.startswith("2 of 18 masks of images with labels have none of the classes: 'p00', 'p01'; are objects")
+
+
+def test_masks_whose_object_is_255_are_warned_of_where_others_have_theirs(tmp_path: Path) -> None:
+    (text,) = numbered(tmp_path, [block(1, 0), block(255, 0), *[block(1, 0), block(2, 0)] * 4])
+    assert text == (
+        "1 of 10 masks of images with labels have none of the classes: 'p01'; are objects saved as 0 or 255, or are "
+        "they not drawn?"
+    )
 
 
 def test_problems_of_every_kind_are_said_at_once(broken: Path, as_custom: AsCustom) -> None:

@@ -23,6 +23,9 @@ def warnings_of(root: Path, **changes: object) -> tuple[str, ...]:
     return CustomConfig.model_validate({"root": root, **changes}).scan().listing.warnings
 
 
+NUMBERS = "numbers beside the names (write the names of what is there alone)"
+
+
 @pytest.mark.parametrize(
     ("cell", "dialect", "remedy"),
     [
@@ -42,6 +45,16 @@ def warnings_of(root: Path, **changes: object) -> tuple[str, ...]:
         ("{'bar', 'disc'}", "a list as programs write it", "bar;disc"),
         ("('bar',)", "a list as programs write it", "bar"),
         ("'bar' 'disc'", "names in quotes", "bar;disc"),
+        ("bar_disc", "labels separated by '_'", "bar;disc"),
+        ("Bar-Disc", "labels separated by '-'", "Bar;Disc"),
+        ("bar.disc", "labels separated by '.'", "bar;disc"),
+        ("bar\\disc_bar", "labels separated by '\\'", "bar;disc;bar"),
+        ("bar:1 disc:1", NUMBERS, "bar;disc"),
+        ("bar=0.9", NUMBERS, "bar"),
+        ("rod=3", NUMBERS, "rod"),
+        ("bar:90%", NUMBERS, "bar"),
+        ("bar(2)", NUMBERS, "bar"),
+        ("bar@.9", NUMBERS, "bar"),
     ],
 )
 def test_labels_in_another_dialect_are_one_problem_with_its_remedy(
@@ -56,8 +69,66 @@ def test_labels_in_another_dialect_are_one_problem_with_its_remedy(
 
 
 def test_signs_that_belong_to_names_are_no_dialect(tmp_path: Path) -> None:
-    draw_set(tmp_path / "set", ["c++", "rock/stone", "AT&T", "c", "12:30", "Saint-Bernard", "x_y"])
+    names = [
+        "c++",
+        "rock/stone",
+        "AT&T",
+        "c",
+        "12:30",
+        "Saint-Bernard",
+        "x_y",
+        "sku:17",
+        "Boeing(747)",
+        "polar_bear",
+        "bear",
+    ]
+    draw_set(tmp_path / "set", names)
     assert problems_of(tmp_path / "set") == []
+    draw_set(tmp_path / "numbers", ["1", "5", "1.5", "1-5"])
+    assert len(problems_of(tmp_path / "numbers")) == 1, "1-5 alone"
+
+
+def test_spaces_in_a_file_with_semicolons_join_names_too(tmp_path: Path) -> None:
+    draw_set(tmp_path / "set", ["cat dog", "cat;person", "dog", "cat", "traffic light"])
+    assert problems_of(tmp_path / "set") == [
+        "labels.csv: 1 of 5 lines have labels separated by spaces in a file with ';', e.g. line 2 'cat dog'; separate "
+        "labels by ';' (write 'cat;dog'), or name the classes as they stand there in data.classes"
+    ]
+
+
+def test_numbers_beside_names_are_asked_about(tmp_path: Path) -> None:
+    draw_set(tmp_path / "set", ["cat", "0", "dog", "0", "dog 0.5"])
+    assert problems_of(tmp_path / "set") == [
+        "labels.csv: numbers, '0' (2), '0.5' (1), stand beside names, 'cat' (1), 'dog' (2): counts, scores, or a 0 for "
+        "nothing?  Write names alone, leave the labels empty where there is nothing, or name all classes in "
+        "data.classes"
+    ]
+    assert problems_of(tmp_path / "set", classes=("cat", "dog", "0", "0.5")) == []
+
+
+def test_yes_and_no_are_asked_about_where_they_are_all(tmp_path: Path) -> None:
+    draw_set(tmp_path / "set", ["yes", "no", "yes", "no"])
+    (line,) = problems_of(tmp_path / "set")
+    assert line.startswith("labels.csv: is 'no' (2 images) a class, or does it say that the class is not there?  Leave")
+    draw_set(tmp_path / "countries", ["no", "se", "no", "se"])
+    assert problems_of(tmp_path / "countries") == []
+
+
+def test_few_images_of_a_plural_or_a_slip_are_warned_of(tmp_path: Path) -> None:
+    draw_set(tmp_path / "set", ["cat"] * 5 + ["cats"] + ["bus"] * 2 + ["buses"] * 2 + ["doog"] + ["dooog"] * 5)
+    (text,) = [text for text in warnings_of(tmp_path / "set") if "misspelt" in text]
+    assert text == (
+        "labels.csv: misspelt? 'buses' (2) beside 'bus' (2), 'cats' (1) beside 'cat' (5), 'doog' (1) beside 'dooog' "
+        "(5); each is a class of its own: correct the CSV, or set data.classes"
+    )
+
+
+def test_a_class_for_the_rest_is_warned_of(tmp_path: Path) -> None:
+    draw_set(tmp_path / "set", ["cat", "other", "cat", "Misc.", "other"])
+    (text,) = [text for text in warnings_of(tmp_path / "set", masks=None) if "class of its own" in text]
+    assert text.startswith("labels.csv: 'Misc.' (1), 'other' (2) ") or text.startswith(
+        "labels.csv: 'other' (2), 'Misc.'"
+    )
 
 
 def test_what_data_classes_names_is_meant(tmp_path: Path) -> None:
@@ -78,6 +149,14 @@ def test_names_that_nearly_are_the_same_are_asked_about(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["!cat", "cat?", "cat.", "~cat", "c.a.t", "cat*", " cat -"])
+def test_names_that_differ_by_a_mark_are_asked_about(name: str, tmp_path: Path) -> None:
+    draw_set(tmp_path / "set", ["cat", "dog", f"{name};dog", "cat;dog"])
+    assert f"'{name.strip()}' (1 images)" in "\n".join(problems_of(tmp_path / "set"))
+    draw_set(tmp_path / "numbers", ["1.5", "15", "-1", "1"])
+    assert problems_of(tmp_path / "numbers") == []
+
+
 def test_one_name_in_two_unicode_forms_is_one_class(tmp_path: Path) -> None:
     draw_set(tmp_path / "set", ["caf\u00e9", "cafe\u0301", "tea", "tea"])
     config = CustomConfig(root=tmp_path / "set")
@@ -86,7 +165,10 @@ def test_one_name_in_two_unicode_forms_is_one_class(tmp_path: Path) -> None:
     assert [image.labels for image in named.scan().listing.images].count((1,)) == 2
 
 
-@pytest.mark.parametrize("word", ["none", "-", "--", "Background", "_background_", "N/A", "n.a.", "NaN", "null", "?"])
+@pytest.mark.parametrize(
+    "word",
+    ["none", "-", "--", "Background", "_background_", "N/A", "n.a.", "NaN", "null", "?", "unknown", "#N/A", "TBD"],
+)
 def test_words_for_nothing_are_asked_about(word: str, tmp_path: Path) -> None:
     assert is_word_for_nothing(word)
     draw_set(tmp_path / "set", ["cat", word, "dog", word])

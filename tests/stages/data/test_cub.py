@@ -194,7 +194,7 @@ def test_a_colour_mask_is_still_refused(cub: Path) -> None:
         mask.convert("RGB").save(path)
     found = check_data(CubConfig(root=cub), SilentProgress(), processes=1).problems.lines()
     assert len(found) == 1
-    assert f"{path}: expected a mask of class indices (PNG mode P or L), found mode RGB" in found[0]
+    assert f"{path}: expected a mask of class indices (PNG mode P or L, 8 bits a pixel), found mode RGB" in found[0]
 
 
 def test_masks_that_belong_to_no_image_are_counted(cub: Path) -> None:

@@ -97,7 +97,8 @@ def test_a_wrong_header_an_empty_csv_and_latin1_are_named(own_data: Path) -> Non
     labels = own_data / "labels.csv"
     labels.write_text("file;class\na;b\n", encoding="utf-8")
     assert problems_of(CustomConfig(root=own_data)) == [
-        "labels.csv line 1: expected the header 'image,labels', found 'file;class'"
+        "labels.csv line 1: expected the header 'image,labels', found 'file;class'; name the columns so, or write a "
+        "column of 0 and 1 for each class beside 'image'"
     ]
     labels.write_text("image,labels\n", encoding="utf-8")
     assert "no line below its header" in problems_of(CustomConfig(root=own_data))[0]

@@ -122,7 +122,8 @@ def test_every_wrong_line_is_named_with_its_number(root: Path) -> None:
     found = problems(root)
     for text in (
         f"localization.txt line 1: expected 'path,x0,y0,x1,y1', found 'val/{VAL[0]}.JPEG,5,5,4,9' "
-        "(expected 0 <= x0 <= x1 and 0 <= y0 <= y1, found 5, 5, 4, 9); correct the line",
+        "(expected 0 <= x0 <= x1 and 0 <= y0 <= y1, found 5, 5, 4, 9: are these x, y, width, height?); correct the "
+        "line",
         f"localization.txt line 2: expected 'path,x0,y0,x1,y1', found 'val/{VAL[1]}.JPEG,1,2,3' "
         "(expected four numbers, found 3); correct the line",
         "localization.txt line 5: image 'other' has no file in val; remove the line or add the image",
@@ -136,6 +137,50 @@ def test_every_wrong_line_is_named_with_its_number(root: Path) -> None:
         "val_labels.txt line 7: expected 'path,class', found 'nothing' (no class); correct the line",
     ):
         assert text in found
+
+
+def with_boxes(root: Path, *boxes: str) -> list[str]:
+    """The problems of the lists, or else those of check with its warnings, where the first images have these boxes."""
+    lines = (root / "localization.txt").read_text().splitlines()
+    lines[: len(boxes)] = [f"val/{name}.JPEG,{box}" for name, box in zip(VAL, boxes, strict=False)]
+    (root / "localization.txt").write_text("\n".join(lines))
+    progress = SilentProgress()
+    found = check_data(ImageNetConfig(root=root), progress, processes=1).problems.lines()
+    return [*found, *progress.warnings]
+
+
+@pytest.mark.parametrize("box", ["0.1,0.2,0.5,0.75", "0,0,1,0.5", "0.0,0.0,1.0,.999", "5e-1,0.1,1,1"])
+def test_boxes_in_fractions_of_the_image_are_refused(root: Path, box: str) -> None:
+    assert with_boxes(root, box)[0] == (
+        f"localization.txt line 1: expected 'path,x0,y0,x1,y1', found 'val/{VAL[0]}.JPEG,{box}' (expected pixels, "
+        "found fractions of the image; multiply x by its width and y by its height); correct the line"
+    )
+
+
+def test_a_box_of_nothing_but_0_and_1_is_asked_about(root: Path) -> None:
+    assert with_boxes(root, "0,0,1,1") == [
+        f"val/{VAL[0]}.JPEG: box 0, 0, 1, 1 (x0, y0, x1, y1) has at most 2×2 of 40×50 pixels (height×width): is it in "
+        "fractions of the image?  Multiply x by the width and y by the height"
+    ]
+    assert with_boxes(root, "0.5,0.5,1.5,20") == [], "fractions of a pixel"
+
+
+def test_widths_and_heights_instead_of_ends_are_seen(root: Path) -> None:
+    assert "found 30, 20, 10, 15: are these x, y, width, height?)" in with_boxes(root, "30,20,10,15")[0]
+
+
+def test_x_and_y_in_the_other_order_are_said(root: Path) -> None:
+    (text,) = with_boxes(root, "2,4,30,48", "2,4,30,49")
+    assert text.startswith(
+        "the boxes of 2 images reach beyond their image and are cut at its edge, at most by 9 pixels"
+    )
+    assert "; all of these would fit with x and y in the other order; if they" in text
+    assert "(height×width); x and y are probably in the other order; correct" in with_boxes(root, "2,41,30,48")[0]
+
+
+def test_boxes_of_one_pixel_in_width_are_warned_of(root: Path) -> None:
+    (text,) = with_boxes(root, "7,4,7,30")
+    assert text == f"1 box is one pixel wide or high: 'val/{VAL[0]}.JPEG'; are they empty?  Correct the box list"
 
 
 def test_missing_folders_files_and_labels_are_named(root: Path, tmp_path: Path) -> None:

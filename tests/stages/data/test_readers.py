@@ -89,6 +89,67 @@ def test_further_columns_are_left_aside_wherever_they_stand(tmp_path: Path) -> N
     assert "labels.csv: of its columns only image and labels are read, not 'id', 'split'" in listing.warnings
 
 
+def one_hot(*, yes: str = "1", no: str = "0", delimiter: str = ",") -> str:
+    """CELLS with a column for each class, dog before cat."""
+    lines = [f"image{delimiter}dog{delimiter}cat"]
+    for number, cell in enumerate(CELLS):
+        flags = [yes if name in cell.split(";") else no for name in ("dog", "cat")]
+        lines.append(delimiter.join([f"p{number:02d}.jpg", *flags]))
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        one_hot(),
+        one_hot(delimiter=";"),
+        one_hot(delimiter="\t", yes="1.0", no="0.0"),
+        one_hot(yes="True", no="False"),
+        "\n".join(f"{n},{line}" for n, line in enumerate(one_hot().splitlines())).replace("0,image", ",image"),
+    ],
+    ids=["plain", "semicolons", "floats", "truths", "numbered"],
+)
+def test_a_column_of_0_and_1_for_each_class_is_read(text: str, tmp_path: Path) -> None:
+    draw_set(tmp_path / "set", CELLS)
+    (tmp_path / "set/labels.csv").write_text(text)
+    listing = listing_of(tmp_path / "set")
+    assert (listing.classes.names, labels_of(listing)) == (("cat", "dog"), EXPECTED)
+    assert "labels.csv: read as a column of 0 and 1 for each of 2 classes: 'dog', 'cat'" in listing.warnings
+
+
+def test_names_of_such_columns_keep_their_case_and_may_have_spaces(tmp_path: Path) -> None:
+    draw_set(tmp_path / "set", CELLS)
+    (tmp_path / "set/labels.csv").write_text(one_hot().replace("dog,cat", "Traffic Light,bird/plane"))
+    assert listing_of(tmp_path / "set").classes.names == ("Traffic Light", "bird/plane")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (one_hot().replace(",1,1", ",1,0.7"), "line 4: expected 0 or 1 in the column of 'cat', found '0.7'; write 1"),
+        (one_hot().replace(",1,1", ",1,"), "line 4: expected 0 or 1 in the column of 'cat', found ''; write 1"),
+        (one_hot().replace(",1,1", ",1"), "line 4: expected 0 or 1 in the column of 'cat', found ''; write 1"),
+        (one_hot().replace(",1,1", ",1,1,1"), "line 4: has more cells than the header"),
+        (one_hot().replace("p02.jpg", "p01.jpg"), "line 4: image 'p01' has its labels on line 3 already"),
+        (one_hot().replace("dog,cat", "cat,cat"), "labels.csv: 'cat' is the name of two columns; keep one of them"),
+        (
+            one_hot().replace(",1\n", ",0\n"),
+            "labels.csv: 'cat': a column without any 1, so a class of no image; remove",
+        ),
+        (one_hot().replace("dog,cat", "none,cat"), "is 'none' (3 images) a class, or a word for nothing?"),
+        ("image,label\np00,0\np01,1\n", "expected the header 'image,labels', found 'image,label'; name the columns so"),
+        ("image,cat,split\np00,0,1\n", "expected the header 'image,labels', found 'image,cat,split'"),
+        (one_hot().replace("image", "file"), "or write a column of 0 and 1 for each class beside 'image'"),
+    ],
+)
+def test_columns_that_are_not_plainly_0_and_1_are_refused_with_a_remedy(
+    text: str, problem: str, tmp_path: Path
+) -> None:
+    draw_set(tmp_path / "set", CELLS)
+    (tmp_path / "set/labels.csv").write_text(text)
+    assert problem in "\n".join(problems_of(tmp_path / "set"))
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import types
@@ -17,6 +19,8 @@ from stages.contracts import (
     SilentProgress,
     images,
     open_image_set,
+    open_quietly,
+    orientation_of,
     read_image,
     read_image_size,
     read_index_mask,
@@ -85,7 +89,7 @@ def test_a_mask_of_the_unturned_pixels_is_told_by_its_size(
         f"{mask}: is a mask of the unturned pixels, and its image is turned by its EXIF tag, as viewers show it; "
         "remove the image's tag (exiftool -Orientation= FILE), or turn the mask"
     ]
-    write_index_mask(mask, np.zeros((64, 48), dtype=np.uint8))
+    write_index_mask(mask, np.eye(64, 48, dtype=np.uint8))
     assert check_data(as_custom(broken), progress, processes=1).problems.lines() == []
     assert progress.warnings == []
 
@@ -332,3 +336,59 @@ def test_numbers_without_a_known_white_are_refused(tmp_path: Path) -> None:
     Image.new("F", (4, 4), 0.5).save(path)
     with pytest.raises(DataError, match=r"floats\.tiff: expected 8 or 16 bits a channel, found pixels of mode F"):
         read_rgb(path)
+
+
+def damaged_exif() -> list[bytes]:
+    """EXIF data cut off at many places, and with bytes changed."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description of some length " * 3
+    whole, random = exif.tobytes(), np.random.default_rng(0)
+    changed = [bytearray(whole) for _ in range(60)]
+    for data in changed:
+        for place in random.integers(6, len(data), 4):
+            data[place] = random.integers(256)
+    return [*(whole[:end] for end in range(8, len(whole), 3)), *map(bytes, changed)]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_data_costs_neither_the_image_nor_a_word(kind: str, recwarn: pytest.WarningsRecorder) -> None:
+    picture = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    for exif in damaged_exif():
+        content = io.BytesIO()
+        picture.save(content, kind, exif=exif)
+        pixels, orientation = read_image(Path("photo"), content.getvalue())
+        assert pixels.shape == ((30, 20, 3) if orientation >= 5 else (20, 30, 3))
+    assert not recwarn.list
+
+
+def test_a_mask_with_damaged_exif_data_is_read(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    mask = Image.fromarray(np.eye(20, 30, dtype=np.uint8))
+    for exif in damaged_exif():
+        mask.save(tmp_path / "mask.png", exif=exif)
+        with open_quietly(tmp_path / "mask.png", ["PNG"]) as image:
+            is_turned = orientation_of(image) != 1
+        with pytest.raises(DataError, match="its EXIF tag turns it") if is_turned else contextlib.nullcontext():
+            assert np.array_equal(read_index_mask(tmp_path / "mask.png"), np.asarray(mask))
+    assert not recwarn.list
+
+
+def test_palettes_with_transparency_are_read_without_a_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    image = Image.fromarray(np.arange(24 * 32, dtype=np.uint8).reshape(24, 32)).quantize(16)
+    for number, transparency in enumerate((bytes(range(0, 160, 10)), 3)):
+        image.save(tmp_path / f"{number}.png", transparency=transparency)
+        image.save(tmp_path / f"{number}.gif", transparency=3)
+        for suffix in ("png", "gif"):
+            assert np.array_equal(read_rgb(tmp_path / f"{number}.{suffix}"), np.asarray(image.convert("RGB")))
+    assert not recwarn.list
+
+
+def test_images_and_masks_of_many_pixels_are_read_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    write_index_mask(tmp_path / "a.png", np.zeros((20, 30), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    assert read_index_mask(tmp_path / "a.png").shape == read_rgb(tmp_path / "a.png").shape[:2] == (20, 30)
+    assert not recwarn.list
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    with pytest.raises(DataError, match="it has more than 400 pixels, which is taken for an attack; cut it into tiles"):
+        read_rgb(tmp_path / "a.png")

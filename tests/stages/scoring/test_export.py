@@ -1,5 +1,6 @@
 """An exported segmenter predicts as the trained one does, in wsss and in onnxruntime; a damaged one is named."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -310,6 +311,45 @@ def test_a_config_that_is_not_ours_is_named(copy: Path, change: dict, error: typ
     assert str(path) in str(found.value)
 
 
+@pytest.mark.parametrize(
+    "classes", [["background", "bee", "auk"], ["background", "auk", "cat"], ["auk", "background", "bee"]]
+)
+def test_classes_that_were_edited_are_named_and_not_used(copy: Path, classes: list[str]):
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    assert config["classes"] == ["background", "auk", "bee"]
+    path.write_text(json.dumps(config | {"classes": classes}))
+    with pytest.raises(DamagedFileError, match=r"was edited or belongs to another model: its classes are not") as found:
+        wsss.Segmenter.load(copy, device="cpu")
+    expected = (
+        f"""(classes: expected ["background", "auk", "bee"], found {json.dumps(classes)}); export the model again"""
+    )
+    assert str(found.value).endswith(expected)
+
+
+def test_the_config_of_another_export_is_named(segmenter: Path, copy: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    record = export(segmenter, other, onnx=False)
+    config = json.loads((other / "config.json").read_text())
+    config["classes"] = [*record.classes[:1], *record.classes[:0:-1]]
+    config["files"] = json.loads((copy / "config.json").read_text())["files"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DamagedFileError, match="belongs to another model"):
+        read_export(copy)
+
+
+def test_tensors_without_their_metadata_are_named(copy: Path):
+    from safetensors.torch import load, save
+
+    data = save(load((copy / "model.safetensors").read_bytes()))
+    (copy / "model.safetensors").write_bytes(data)
+    config = json.loads((copy / "config.json").read_text())
+    config["files"]["model.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DamagedFileError, match=r"not those in model\.safetensors \(kind: expected nothing"):
+        read_export(copy)
+
+
 def test_half_a_config_and_no_config_are_told_apart(copy: Path, tmp_path: Path):
     (copy / "config.json").write_text('{"kind": ')
     with pytest.raises(DamagedFileError, match=r"config\.json"):
@@ -322,10 +362,11 @@ def test_half_a_config_and_no_config_are_told_apart(copy: Path, tmp_path: Path):
 
 
 def test_tensors_of_another_net_are_named(copy: Path, tmp_path: Path):
-    import hashlib
+    from safetensors.torch import load, save
 
     other = save_lively_segmenter(tmp_path / "wide", SMALL.model_copy(update={"channels": 32}))
-    data = (other / "segmenter.safetensors").read_bytes()
+    metadata = {"format": "pt", **export_module.metadata(read_export(copy)[1])}
+    data = save(load((other / "segmenter.safetensors").read_bytes()), metadata)
     (copy / "model.safetensors").write_bytes(data)
     config = json.loads((copy / "config.json").read_text())
     config["files"]["model.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import ExifTags, Image
@@ -23,7 +23,7 @@ UPRIGHT = {
 
 
 @contextlib.contextmanager
-def open_quietly(source: Path | io.BytesIO, formats: Sequence[str]) -> Iterator[Image.Image]:
+def open_quietly(source: Path | io.BytesIO, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     """The opened image; what Pillow warns of until the end of ``with`` is not shown.
 
     It warns of damaged metadata, of which we need the orientation alone, and of images half as large as those that it

@@ -109,8 +109,9 @@ def mask_mode_problem(path: Path | str, mask: Image.Image, modes: Sequence[str] 
     expected = f"{path}: expected a mask of class indices (PNG mode P or L, 8 bits a pixel), found"
     remedy = "save the class index of each pixel, with VOC's palette if it shall look like VOC"
     bits = _BITS.get(mask.mode)
-    if mask.mode == "L" and "LA" not in modes and mask.tile:
-        bits = _BITS.get(str(mask.tile[0].args))
+    packed = getattr(mask, "tile", None)  # which an image has that was opened, until it is loaded
+    if mask.mode == "L" and "LA" not in modes and packed:
+        bits = _BITS.get(str(packed[0].args))
     if bits is not None and bits < 8:
         noun = "bit" if bits == 1 else "bits"
         return f"{expected} a grey one of {bits} {noun} a pixel, whose values stand for levels of grey; {remedy}"

@@ -365,7 +365,7 @@ def test_a_mask_with_damaged_exif_data_is_read(tmp_path: Path, recwarn: pytest.W
     mask = Image.fromarray(np.eye(20, 30, dtype=np.uint8))
     for exif in damaged_exif():
         mask.save(tmp_path / "mask.png", exif=exif)
-        with open_quietly(tmp_path / "mask.png", ["PNG"]) as image:
+        with open_quietly(tmp_path / "mask.png", ("PNG",)) as image:
             is_turned = orientation_of(image) != 1
         with pytest.raises(DataError, match="its EXIF tag turns it") if is_turned else contextlib.nullcontext():
             assert np.array_equal(read_index_mask(tmp_path / "mask.png"), np.asarray(mask))

@@ -138,15 +138,17 @@ def main() -> None:
     import uvicorn
     from prefect.settings import PREFECT_SERVER_API_KEEPALIVE_TIMEOUT, PREFECT_SERVER_LOGGING_LEVEL
 
-    from pipeline.flows.handshakes import CheckedHandshake
-
+    try:
+        from pipeline.flows.handshakes import CheckedHandshake as protocol
+    except ImportError:  # another uvicorn, which has another protocol
+        protocol = "auto"
     _hide_database()
     config = uvicorn.Config(
         make_app(),
         host=call.host,
         port=call.port,
         lifespan="on",
-        ws=CheckedHandshake,
+        ws=protocol,
         log_level="error" if call.descriptor is not None else PREFECT_SERVER_LOGGING_LEVEL.value().lower(),
         timeout_keep_alive=PREFECT_SERVER_API_KEEPALIVE_TIMEOUT.value(),
         timeout_graceful_shutdown=2 if call.descriptor is not None else None,

@@ -98,7 +98,6 @@ ANIMALS_ROWS = (
     Row("Puzzle-CAM", plain("puzzle_cam"), 0.10),
     Row("Puzzle-CAM, alpha: 1", plain("puzzle_cam", alpha=1), 0.10),
     Row("ReCAM", plain("recam"), 0.10),
-    Row("ReCAM, maps_from: second", plain("recam", maps_from="second"), 0.10),
 )
 
 

@@ -29,9 +29,15 @@ class RecamConfig(MethodConfig):
     """The method's key in METHODS."""
     softmax_weight: float = Field(default=1.0, ge=0, le=100)
     """λ, the weight of the second head's loss.  Source: run_sample.py, recam_loss_weight 1."""
-    maps_from: Literal["both", "second"] = "both"
-    """Whose weights make the maps.  both: the heads' weights multiplied, channel by channel; second: the second head's
-    alone.  Source: both, make_recam.py with net/resnet50_cam.py ``forward2``."""
+    softmax_warmup_epochs: int = Field(default=0, ge=0, le=10_000)
+    """Epochs of plain classification before the second head learns: the maps of an untrained network point anywhere.
+    0 for a training that goes on from a trained classifier (``weights.classifier``).
+    Source: run_sample.py trains CAM for 5 epochs, then ReCAM for 4."""
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs before the second head learns."""
+        return self.softmax_warmup_epochs
 
     def build(self) -> Method:
         """The ReCAM method."""
@@ -39,11 +45,11 @@ class RecamConfig(MethodConfig):
 
 
 class Recam(Cam):
-    """L_bce + λ · L_sce; attention comes from the weights of both heads, the logits from the first.
+    """L_bce + λ · L_sce; the maps are the second head's, the logits the first's.
 
     Differs: both heads learn at one rate, where the published second stage gives backbone and first head a tenth of the
-    second's; a channel that speaks against a class in both heads counts against it, where the published product of two
-    negative weights counts for it; maps are divided by their peak exactly.
+    second's.  The published code multiplies both heads' weights for its maps (make_recam.py), which measured the same
+    (docs/results.md) and takes two negative weights for evidence.  Maps are divided by their peak exactly.
     """
 
     def __init__(self, config: RecamConfig) -> None:
@@ -66,25 +72,21 @@ class Recam(Cam):
 
         from stages.ops.mining import mean_over_images
 
-        del step, masks
+        del masks
         output = classifier(images)
+        classification = classifier.classification_loss(output.logits, labels)
+        if step.epoch < self.config.softmax_warmup_epochs:
+            return {"loss": classification, "classification": classification, "softmax": images.new_zeros(())}
         seen, image, label = class_features(output.features, output.scores, labels)
         logits = classifier.get_submodule("second_head")(seen[:, :, None, None])[:, :, 0, 0]
         errors = functional.cross_entropy(logits.float(), label, reduction="none")
-        losses = {
-            "classification": classifier.classification_loss(output.logits, labels),
-            "softmax": mean_over_images(errors, image, len(images)),
-        }
-        return {"loss": losses["classification"] + self.config.softmax_weight * losses["softmax"], **losses}
+        softmax = mean_over_images(errors, image, len(images))
+        loss = classification + self.config.softmax_weight * softmax
+        return {"loss": loss, "classification": classification, "softmax": softmax}
 
     def score_maps(self, classifier: Classifier, images: Tensor) -> Tensor:
-        """The maps of the heads' weights with their sign; (B, K, h, w)."""
-        from torch.nn import functional
-
-        weight = second = classifier.get_parameter("second_head.weight")
-        if self.config.maps_from == "both":
-            weight = multiply_weights(classifier.get_parameter("head.weight"), second)
-        return functional.conv2d(classifier.backbone(images), weight)
+        """The second head's score maps with their sign; (B, K, h, w)."""
+        return classifier.get_submodule("second_head")(classifier.backbone(images))
 
 
 def class_features(features: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,10 +112,3 @@ def class_features(features: Tensor, scores: Tensor, labels: Tensor) -> tuple[Te
         maps = normalise_attention(scores.float())[image, label].flatten(1)
         seen = (features.float()[image].flatten(2) @ maps[:, :, None])[:, :, 0]
     return seen / maps.shape[1], image, label
-
-
-def multiply_weights(first: Tensor, second: Tensor) -> Tensor:
-    """The product, negative where either weight is: two heads that speak against a class do not speak for it."""
-    import torch
-
-    return torch.minimum(first, second).sign() * (first * second).abs()

@@ -1,5 +1,7 @@
 """ReCAM: what each class sees, what the second head learns from it, and how both heads make a map."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -7,7 +9,7 @@ from torch.nn import functional
 
 from stages.contracts import ClassList
 from stages.methods.classifier_files import ClassifierDescription, build_classifier
-from stages.methods.recam import RecamConfig, class_features, multiply_weights
+from stages.methods.recam import RecamConfig, class_features
 from stages.nets.backbones.config import BackboneConfig
 from stages.ops.losses import multilabel_soft_margin
 from stages.ops.step import StepInfo
@@ -41,12 +43,6 @@ def test_a_class_sees_the_features_that_its_map_points_at():
     torch.testing.assert_close(seen, torch.tensor([[4.0, 0.0], [3.0, 1.0]]))
     assert image.tolist() == [0, 0]
     assert label.tolist() == [0, 2]
-
-
-def test_two_negative_weights_do_not_speak_for_a_class():
-    first = torch.tensor([2.0, 2.0, -2.0, -2.0, 0.0, 2.0])
-    second = torch.tensor([3.0, -3.0, 3.0, -3.0, 3.0, 0.0])
-    assert multiply_weights(first, second).tolist() == [6.0, -6.0, -6.0, -6.0, 0.0, 0.0]
 
 
 # --- in the network -----------------------------------------------------------------------------------------
@@ -96,19 +92,26 @@ def test_the_second_head_learns_to_tell_the_classes_apart():
     assert found[-1] < 0.3
 
 
-@pytest.mark.parametrize("maps_from", ["both", "second"])
-def test_attention_is_that_of_the_heads_weights_and_the_logits_are_the_firsts(maps_from):
-    classifier, method = _build(maps_from=maps_from)
+def test_attention_is_the_second_heads_and_the_logits_are_the_firsts():
+    classifier, method = _build()
     images = torch.randn(2, 3, 32, 48)
     output = classifier.eval()(images)
-    second = classifier.get_parameter("second_head.weight")
-    weight = second if maps_from == "second" else multiply_weights(classifier.get_parameter("head.weight"), second)
-    expected = functional.conv2d(output.features, weight)
+    expected = functional.conv2d(output.features, classifier.get_parameter("second_head.weight"))
     torch.testing.assert_close(method.score_maps(classifier, images), expected)
     attention = method.attention(classifier, images, LABELS)
     torch.testing.assert_close(attention, expected.relu() * LABELS[:, :, None, None])
     assert attention.max() > 0
     torch.testing.assert_close(output.logits, classifier.head(output.features).mean(dim=(2, 3)))
+
+
+def test_the_warm_up_is_plain_classification():
+    classifier, method = _build(softmax_warmup_epochs=2)
+    assert method.config.warmup_epochs == 2
+    images = torch.randn(2, 3, 32, 48)
+    for epoch in range(3):
+        losses = method.objective(classifier.train(), images, LABELS, replace(STEP, epoch=epoch))
+        assert (losses["softmax"] > 0) == (epoch == 2)
+        assert (losses["loss"] > losses["classification"]) == (epoch == 2)
 
 
 def test_the_second_head_is_a_fresh_1x1_convolution_of_its_own():
@@ -131,6 +134,6 @@ def test_bf16_gives_nearly_the_losses_of_fp32():
 
 
 def test_defaults_are_the_published_ones_and_bounds_hold():
-    assert (RecamConfig().softmax_weight, RecamConfig().maps_from) == (1.0, "both")
+    assert (RecamConfig().softmax_weight, RecamConfig().softmax_warmup_epochs) == (1.0, 0)
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
         RecamConfig(softmax_weight=-1)

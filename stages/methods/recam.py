@@ -45,11 +45,11 @@ class RecamConfig(MethodConfig):
 
 
 class Recam(Cam):
-    """L_bce + λ · L_sce; the maps are the second head's, the logits the first's.
+    """L_bce + λ · L_sce; the maps are those of both heads' weights multiplied, the logits the first head's.
 
     Differs: both heads learn at one rate, where the published second stage gives backbone and first head a tenth of the
-    second's.  The published code multiplies both heads' weights for its maps (make_recam.py), which measured the same
-    (docs/results.md) and takes two negative weights for evidence.  Maps are divided by their peak exactly.
+    second's.  A class whose map of the first head is nowhere positive has no attention: two negative weights make a
+    positive product.  Maps are divided by their peak exactly.
     """
 
     def __init__(self, config: RecamConfig) -> None:
@@ -84,9 +84,23 @@ class Recam(Cam):
         loss = classification + self.config.softmax_weight * softmax
         return {"loss": loss, "classification": classification, "softmax": softmax}
 
+    def attention(self, classifier: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+        """The positive part of the maps of the asked classes that the first head sees anywhere; (B, K, h, w)."""
+        output = classifier(images)
+        is_seen = (output.scores > 0).any(dim=(2, 3), keepdim=True)
+        return _product_maps(classifier, output.features).relu() * (is_seen * labels[:, :, None, None])
+
     def score_maps(self, classifier: Classifier, images: Tensor) -> Tensor:
-        """The second head's score maps with their sign; (B, K, h, w)."""
-        return classifier.get_submodule("second_head")(classifier.backbone(images))
+        """The maps of the multiplied weights with their sign; (B, K, h, w)."""
+        return _product_maps(classifier, classifier.backbone(images))
+
+
+def _product_maps(classifier: Classifier, features: Tensor) -> Tensor:
+    """Maps of the heads' weights multiplied, as of one 1×1 convolution (net/resnet50_cam.py ``forward2``)."""
+    from torch.nn import functional
+
+    first, second = (classifier.get_parameter(name) for name in ("head.weight", "second_head.weight"))
+    return functional.conv2d(features, first * second)
 
 
 def class_features(features: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -92,16 +92,34 @@ def test_the_second_head_learns_to_tell_the_classes_apart():
     assert found[-1] < 0.3
 
 
-def test_attention_is_the_second_heads_and_the_logits_are_the_firsts():
+def test_attention_is_that_of_both_heads_weights_multiplied_and_the_logits_are_the_firsts():
     classifier, method = _build()
     images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        classifier.get_parameter("head.weight")[2].abs_()
     output = classifier.eval()(images)
-    expected = functional.conv2d(output.features, classifier.get_parameter("second_head.weight"))
+    first, second = (classifier.get_parameter(name) for name in ("head.weight", "second_head.weight"))
+    expected = functional.conv2d(output.features, first * second)
     torch.testing.assert_close(method.score_maps(classifier, images), expected)
     attention = method.attention(classifier, images, LABELS)
-    torch.testing.assert_close(attention, expected.relu() * LABELS[:, :, None, None])
-    assert attention.max() > 0
+    assert (output.scores[0, 2] > 0).any()
+    torch.testing.assert_close(attention[0, 2], expected[0, 2].relu())
+    assert attention[0, 2].max() > 0
+    assert attention[0, 1].max() == 0, "not asked for"
     torch.testing.assert_close(output.logits, classifier.head(output.features).mean(dim=(2, 3)))
+
+
+def test_two_negative_weights_are_no_evidence_of_a_class_that_the_first_head_sees_nowhere():
+    classifier, method = _build()
+    with torch.no_grad():
+        for name in ("head.weight", "second_head.weight"):
+            classifier.get_parameter(name)[0].abs_().neg_()
+            classifier.get_parameter(name)[1].abs_()
+    images = torch.randn(1, 3, 32, 48)
+    assert method.score_maps(classifier.eval(), images)[0, 0].max() > 0
+    attention = method.attention(classifier, images, torch.ones(1, 3))
+    assert attention[0, 0].max() == 0
+    assert attention[0, 1].max() > 0
 
 
 def test_the_warm_up_is_plain_classification():

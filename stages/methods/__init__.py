@@ -22,7 +22,6 @@ from stages.methods.cutmix import CutMixConfig
 from stages.methods.gain import GainConfig, GainExtConfig
 from stages.methods.gradcam import GradCamConfig
 from stages.methods.has import HasConfig
-from stages.methods.puzzle_cam import PuzzleCamConfig
 from stages.methods.recam import RecamConfig
 from stages.methods.spg import SpgConfig
 
@@ -36,7 +35,6 @@ METHODS: dict[str, type[MethodConfig]] = {
     "acol": AcolConfig,
     "spg": SpgConfig,
     "cutmix": CutMixConfig,
-    "puzzle_cam": PuzzleCamConfig,
     "recam": RecamConfig,
 }
 """Method names as a config spells them, with the class of their options."""

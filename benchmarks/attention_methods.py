@@ -95,6 +95,7 @@ ANIMALS_ROWS = (
     Row("CAM, these as often", with_pixels(100, pixel_repeat=10, ext_weight=0), 0.10),
     Row("GAIN and GAIN_ext, 100 masks", with_pixels(100, pixel_repeat=10, alpha=1, am_warmup_epochs=0), 0.20),
     Row("ADL", plain("adl"), 0.10),
+    Row("ReCAM", plain("recam"), 0.30),
 )
 
 

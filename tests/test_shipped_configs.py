@@ -33,7 +33,7 @@ EXPECTED = {
     *(f"voc12_{method}" for method in VOC12),
     *("voc12_largefov_vgg16", "voc12_deeplab_v2"),
     *(f"voc12_resnet50_{method}" for method in VOC12),
-    *(f"voc_animals_{method}" for method in (*OTHERS, "cam", "gain_ext50", "gain_ext100")),
+    *(f"voc_animals_{method}" for method in (*OTHERS, "cam", "gain_ext50", "gain_ext100", "recam")),
     *SEGMENTER_VARIANTS,
     *(BEST, "voc_animals_affinity"),
 }

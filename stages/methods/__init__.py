@@ -22,6 +22,7 @@ from stages.methods.cutmix import CutMixConfig
 from stages.methods.gain import GainConfig, GainExtConfig
 from stages.methods.gradcam import GradCamConfig
 from stages.methods.has import HasConfig
+from stages.methods.recam import RecamConfig
 from stages.methods.spg import SpgConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -34,6 +35,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "acol": AcolConfig,
     "spg": SpgConfig,
     "cutmix": CutMixConfig,
+    "recam": RecamConfig,
 }
 """Method names as a config spells them, with the class of their options."""
 

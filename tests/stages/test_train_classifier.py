@@ -23,6 +23,7 @@ from stages.methods.cam import Cam, CamConfig
 from stages.methods.classifier_files import load_classifier
 from stages.methods.gain import GainConfig, GainExtConfig
 from stages.methods.gradcam import GradCamConfig
+from stages.methods.recam import RecamConfig
 from stages.nets.backbones.config import BackboneConfig
 from stages.nets.weights import read_tensors
 from stages.scoring.label_scores import predict_logits
@@ -168,7 +169,11 @@ def test_two_trainings_give_equal_bytes_and_another_seed_does_not(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [2, 4], ids=["before a judge is taken", "after"])
-@pytest.mark.parametrize("method", [CamConfig(), GainConfig(am_warmup_epochs=1)], ids=["cam", "gain"])
+@pytest.mark.parametrize(
+    "method",
+    [CamConfig(), GainConfig(am_warmup_epochs=1), RecamConfig(softmax_warmup_epochs=1)],
+    ids=lambda method: method.name,
+)
 def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, monkeypatch, method, stop):
     data, config = write_tiny_data(tmp_path, holdout=1), _config(method, steps=6)
     _train(data, tmp_path / "whole", config=config)

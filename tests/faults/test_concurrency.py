@@ -39,6 +39,7 @@ def test_runs_prunes_and_verifies_side_by_side(tmp_path: Path) -> None:
         found = json.loads(out)
         done.update(found["done"])
         wrong += found["wrong"]
+    print(f"{SECONDS} s:", dict(done), "wrong:", len(wrong))  # noqa: T201 - shown by pytest -s
     assert not wrong, f"{len(wrong)} of {done}:\n" + "\n".join(wrong[:5])
     assert min(done[name] for name in ("run", "prune", "verify")) >= NUM_PROCESSES, done
     store = Store(tmp_path / "artifacts")

@@ -180,7 +180,7 @@ def export_masks(
     problems = [f"{path}: there is no image '{image_id}'" for image_id, path in masks.items() if image_id not in known]
     progress, names, num_objects = progress or SilentProgress(), names_by_value(classes), 0
     chosen = [known[image_id] for image_id in masks if image_id in known]
-    shared = os.path.commonpath([os.path.dirname(record.image) for record in chosen]) if chosen else ""  # noqa: PTH120
+    shared = os.path.commonpath([os.path.dirname(record.image) for record in chosen]) if chosen else ""  # noqa: PTH120 - texts with / on every system
     image_folder = None if root is None else (root / shared).resolve()
     begin = "" if image_folder is None or format != "labelstudio" else f"{image_folder.name}/"
     cut = len(shared) + 1 if shared else 0

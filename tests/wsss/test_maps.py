@@ -248,13 +248,13 @@ def test_inference_mode_around_the_call_or_the_making_changes_nothing(method: st
 def test_wrong_arguments_of_attention_are_one_line(options: dict[str, object], text: str) -> None:
     arguments = {"model": Tiny(), "image": picture(), "labels": [0]} | options
     with pytest.raises(InputError, match=text) as caught:
-        wsss.attention(**arguments)  # type: ignore[arg-type]
+        wsss.attention(**arguments)  # type: ignore[arg-type] - wrong on purpose
     assert "\n" not in str(caught.value)
 
 
 def test_a_normalisation_of_the_model_that_is_none_is_named() -> None:
     net = Tiny()
-    net.pretrained_cfg = {"mean": (0.5,), "std": (0.2,)}  # type: ignore[assignment]
+    net.pretrained_cfg = {"mean": (0.5,), "std": (0.2,)}  # type: ignore[assignment] - as timm sets it
     with pytest.raises(InputError, match=r"mean: expected 3 finite numbers, found \(0.5,\)"):
         wsss.attention(net, picture(), [0])
 
@@ -365,7 +365,7 @@ def test_wrong_shapes_and_ranges_are_refused(options: dict[str, object], text: s
 @pytest.mark.parametrize("image", [None, "", np.zeros((0, 40, 3), np.uint8), Image.new("L", (0, 0)), 7])
 def test_what_is_no_image_is_refused(image: object) -> None:
     with pytest.raises(InputError, match=r"expected (a path|an image with pixels)"):
-        wsss.refine(image, mask=np.zeros((40, 40), int))  # type: ignore[arg-type]
+        wsss.refine(image, mask=np.zeros((40, 40), int))  # type: ignore[arg-type] - wrong on purpose
 
 
 def test_maps_of_exchanged_height_and_width_are_refused_and_squares_are_of_any_image() -> None:
